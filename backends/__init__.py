@@ -1,0 +1,1 @@
+"""Backends: a quantized (QDQ) model goes in, the artifact that the target runs comes out."""

@@ -1,0 +1,82 @@
+"""What a backend is, and how the installed ones are found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import onnx_ir as ir
+
+from qcompile.core.contract import Refusal
+from qcompile.core.errors import TargetError
+from qcompile.core.plan import QuantPlan
+from qcompile.core.runtime import Feeds, Outputs
+from qcompile.core.target import Target
+
+GROUP = "qcompile.backends"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a backend wrote.
+
+    Parameters
+    ----------
+    files : tuple of str
+        Names inside the artifact's folder; the first is what a user loads.
+    kernels : mapping of str to str
+        For each operator that the plan calls integer and that really is, the kernel that runs it.
+    refusals : tuple of Refusal
+        Operators that were planned as integer and that the target runs in float all the same.
+    """
+
+    files: tuple[str, ...]
+    kernels: Mapping[str, str]
+    refusals: tuple[Refusal, ...]
+
+
+class Backend(Protocol):
+    """Turns a QDQ model into what a target runs."""
+
+    name: str
+
+    def targets(self) -> Iterable[Target]:
+        """Return the targets that it lowers for."""
+        ...
+
+    def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
+        """Write the artifact's model files into `folder`."""
+        ...
+
+    def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
+        """Load an artifact and return a function that runs one sample."""
+        ...
+
+
+def backends() -> dict[str, Backend]:
+    """Return the installed backends by name, from the entry points of the group ``qcompile.backends``."""
+    found: dict[str, Backend] = {}
+    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
+        found[entry.name] = entry.load()()
+    return found
+
+
+def find_target(name: str) -> tuple[Target, Backend]:
+    """Return a target by name, and its backend.
+
+    Raises
+    ------
+    TargetError
+        If no installed backend has it.
+    """
+    known = {}
+    for backend in backends().values():
+        for target in backend.targets():
+            if target.name == name:
+                return target, backend
+            known[target.name] = target
+    remedy = f"'qcompile targets' lists what there is: {', '.join(sorted(known))}"
+    raise TargetError(f"--target {name}", "there is no such target", remedy)

@@ -1,0 +1,84 @@
+"""Lower to ONNX Runtime: write the model, then look at what the runtime's own optimizer makes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import ClassVar
+
+import onnx
+import onnx_ir as ir
+
+from qcompile.backends.base import Lowered
+from qcompile.backends.ort.legalize import UnpackWeightsAtLoad
+from qcompile.core import model as models
+from qcompile.core import runtime
+from qcompile.core.contract import Refusal
+from qcompile.core.plan import OpPlan, Precision, QuantPlan
+from qcompile.core.target import OpKind, Target
+
+MODEL_FILE = "model.onnx"
+
+#: Kernels that compute on codes. What the optimizer leaves under another name runs in float between Q and DQ.
+INTEGER_KERNELS = frozenset({
+    "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearAdd", "QLinearAveragePool",
+    "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearMatMul", "QLinearMul",
+})  # fmt: skip
+
+
+class OrtBackend:
+    """The backend ``ort``."""
+
+    name: ClassVar[str] = "ort"
+
+    def targets(self) -> Iterable[Target]:
+        """Return the targets of backends/ort/targets."""
+        folder = files("qcompile.backends.ort") / "targets"
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+            if entry.name.endswith(".toml"):
+                yield Target.from_toml(entry)
+
+    def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
+        """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""
+        legal = model.clone()
+        UnpackWeightsAtLoad()(legal)
+        path = folder / MODEL_FILE
+        models.save(legal, path)
+        written = tuple(sorted(file.name for file in folder.iterdir() if file.name.startswith(MODEL_FILE)))
+        kernels, refusals = _kernels(plan, target, runtime.optimized_nodes(path))
+        return Lowered(written, kernels, refusals)
+
+    def open(
+        self, folder: Path, files: tuple[str, ...], threads: int = 1
+    ) -> Callable[[runtime.Feeds], runtime.Outputs]:
+        """Load the artifact as a user would, with all of the runtime's optimizations."""
+        return runtime.Session(folder / files[0], threads=threads).run
+
+
+def _kernels(
+    plan: QuantPlan, target: Target, nodes: Iterable[onnx.NodeProto]
+) -> tuple[dict[str, str], tuple[Refusal, ...]]:
+    """Match planned operators with executed nodes; the optimizer keeps a node's name and may append `_token_<n>`."""
+    executed: dict[str, str] = {}
+    for node in nodes:
+        executed.setdefault(re.sub(r"(_token_\d+)+$", "", node.name), node.op_type)
+    kernels: dict[str, str] = {}
+    refusals = []
+    for name, op in plan.ops.items():
+        if op.precision is not Precision.INTEGER or not _needs_kernel(op, target):
+            continue
+        kernel = executed.get(name, "")
+        if kernel in INTEGER_KERNELS:
+            kernels[name] = kernel
+        else:
+            found = f"runs it as {kernel}" if kernel else "fused it into another kernel"
+            refusals.append(Refusal(name, f"{op.op_type} was quantized, but onnxruntime {found}"))
+    return kernels, tuple(refusals)
+
+
+def _needs_kernel(op: OpPlan, target: Target) -> bool:
+    """Tell whether an operator computes: one that moves codes or is absorbed has no integer kernel of its own."""
+    rule = target.ops.get(op.op_type)
+    return rule is not None and rule.kind in (OpKind.LINEAR, OpKind.ELEMENTWISE) and not op.reason

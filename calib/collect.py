@@ -1,0 +1,96 @@
+"""Collect: run the model once over the data and keep the statistics of the tensors that a pass asked for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.observers import Histogram
+from qcompile.core import runtime
+from qcompile.core.contract import Track
+from qcompile.core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was seen of each tensor.
+
+    Parameters
+    ----------
+    histograms : mapping of str to Histogram
+        By value name.
+    samples : int
+        How many samples were run.
+    """
+
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    samples: int = 0
+
+    def to_bytes(self) -> bytes:
+        """Return the statistics as an .npz archive, for the cache."""
+        names = list(self.histograms)
+        seen = [self.histograms[name] for name in names]
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            names=np.array(names, dtype=np.str_),
+            samples=np.array(self.samples),
+            ranges=np.array([(h.low, h.high) for h in seen], np.float64).reshape(-1, 2),
+            bins=np.array([(h.exponent or 0, h.start, h.counts.size) for h in seen], np.int64).reshape(-1, 3),
+            counts=np.concatenate([np.zeros(0, np.int64), *(h.counts for h in seen)]),
+        )
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Read what `to_bytes` wrote."""
+        histograms, offset = {}, 0
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            ranges, bins, counts = archive["ranges"], archive["bins"], archive["counts"]
+            for index, name in enumerate(archive["names"]):
+                exponent, start, size = map(int, bins[index])
+                part = counts[offset : offset + size]
+                low, high = map(float, ranges[index])
+                histograms[str(name)] = Histogram(
+                    low=low, high=high, exponent=exponent if size else None, start=start, counts=part
+                )
+                offset += size
+            return cls(histograms, int(archive["samples"]))
+
+
+def collect(model: ir.Model, names: Sequence[str], data: Dataset, track: Track[Sample]) -> Statistics:
+    """Stream the data through the float model and count the values of the named tensors.
+
+    Memory holds one sample's activations and one histogram per tensor, whatever the number of samples.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    names : sequence of str
+        Values of the main graph, inputs included.
+    data : Dataset
+    track : callable
+        Shows progress.
+
+    Raises
+    ------
+    DataError
+        If a sample drives one of the tensors to NaN or infinity.
+    """
+    session = runtime.Session(runtime.with_outputs(model, names), optimize=True)
+    histograms = {name: Histogram() for name in names}
+    for index, feeds in enumerate(track(data, len(data), "calibrating")):
+        values = feeds | session.run(feeds)  # type: ignore[operator]
+        for name, histogram in histograms.items():
+            try:
+                histogram.add(values[name])
+            except ValueError as error:
+                fact = f"drives tensor '{name}' of the float model to a number that is not finite"
+                raise DataError(f"{data.place}: sample {index}", fact, "check its preprocessing") from error
+    return Statistics(histograms, len(data))

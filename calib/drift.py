@@ -1,0 +1,199 @@
+"""Drift: how far quantization moves each linear operator's result on average, channel by channel.
+
+Rounding errors of weights are the same in every run and those of activations are one-sided where a range is clipped:
+what is left of both after averaging is a constant that a bias can take back. This is the empirical, sequential bias
+correction of Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2,
+with one change: positions are weighted by 1 / variance over the channels of the float result. In a transformer a few
+tokens are a hundred times the others, and clipping takes most from just those; in the plain mean their error becomes
+every token's. A normalization divides by that variance anyway, and convolutions gain from the weights too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.sensitivity import OutputError, Section, live_values, nbytes, section, spread, typed
+from qcompile.core import runtime
+from qcompile.core.contract import Track
+
+#: Share of the mean variance that is added to every position's: a flat patch must not decide for all others.
+FLOOR = 1e-2
+
+
+def measure_drift(
+    reference: ir.Model, quantized: ir.Model, operators: Sequence[str], data: Dataset, track: Track[Stage]
+) -> dict[str, tuple[float, ...]]:
+    """Measure for each operator what must be added to its result so that its mean is the float model's again.
+
+    The operators come in topological order, and each is measured with all earlier corrections in force. The quantized
+    graph is walked from operator to operator, all samples abreast, so that every node runs once per sample. What a
+    later stage reads is held for every sample; the number of samples is bounded so that it fits into
+    `sensitivity.MEMORY`, reckoned by the first sample.
+
+    Parameters
+    ----------
+    reference : onnx_ir.Model
+        The float model.
+    quantized : onnx_ir.Model
+        The same with Q/DQ nodes; its nodes have kept their names. Topologically sorted.
+    operators : sequence of str
+        Names of Conv, ConvTranspose, Gemm and MatMul nodes of the main graph, those that will be corrected. What a
+        MatMul lacks is measured at its own result, before the Add that will make up for it.
+    data : Dataset
+        At most `sensitivity.SAMPLES` of it are run, spread evenly.
+    track : callable
+        Shows progress.
+
+    Returns
+    -------
+    dict of str to tuple of float
+        By node name, in topological order: weighted mean over samples and positions of (float result - quantized
+        result), one number per output channel.
+    """
+    first = next(iter(data))
+    stages = _stages(typed(quantized, first), operators)
+    samples = spread(data, _peak_bytes(stages, first))
+    means, weights = _expected_means(reference, stages, samples)
+    states: list[runtime.Outputs] = [dict(feeds) for feeds in samples]
+    drift: dict[str, tuple[float, ...]] = {}
+    for stage in track(stages, len(stages), "measuring drift"):
+        mean = _Mean(stage.axis)
+        for state, weight in zip(states, weights, strict=True):
+            stage.advance(state)
+            mean.add(state[stage.result], weight[stage.operator])
+        correction = means[stage.operator] - mean.value
+        for state in states:
+            state[stage.result] = _shift(state[stage.result], correction, stage.axis)
+        drift[stage.operator] = tuple(map(float, correction))
+    return drift
+
+
+def helps(reference: ir.Model, before: ir.Model, after: ir.Model, data: Dataset, track: Track[Sample]) -> bool:
+    """Tell whether `after` comes nearer to the float model's outputs than `before` does.
+
+    A correction fits the samples that it was measured on; whether it also helps elsewhere only others can tell, so
+    `data` should be held out from `measure_drift`. All three models run as they are defined, without a runtime's
+    fusions, so that the answer does not hang on a processor's integer kernels.
+    """
+    expected, *sessions = (runtime.Session(model, optimize=False) for model in (reference, before, after))
+    errors = [OutputError() for _ in sessions]
+    for feeds in track(data, len(data), "checking the correction"):
+        outputs = expected.run(feeds)
+        for error, session in zip(errors, sessions, strict=True):
+            error.add(outputs, session.run(feeds))
+    return errors[1].value < errors[0].value
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The nodes behind one operator, up to the next one and including it.
+
+    Parameters
+    ----------
+    operator, result : str
+        The node at the end and the value that it produces.
+    axis : int
+        Channel axis of the result.
+    section : Section
+    needed : frozenset of str
+        What this stage's result and later stages need of all that is known behind it.
+    """
+
+    operator: str
+    result: str
+    axis: int
+    section: Section
+    needed: frozenset[str]
+
+    def advance(self, state: runtime.Outputs) -> None:
+        """Bring the values of one sample from before this stage to behind it."""
+        state |= self.section.run(state)
+        for name in state.keys() - self.needed:
+            del state[name]
+
+
+def _stages(model: ir.Model, operators: Sequence[str]) -> list[Stage]:
+    """Cut the quantized graph behind each operator; what comes behind the last one is left out."""
+    nodes, wanted = list(model.graph), frozenset(operators)
+    ends = [index + 1 for index, node in enumerate(nodes) if node.name in wanted]
+    stages = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        node = nodes[end - 1]
+        result = node.outputs[0].name
+        assert node.name is not None and result is not None
+        needed = {result, *live_values(model.graph, end, ends[-1])}
+        produced = [v.name for inside in nodes[start:end] for v in inside.outputs if v.name in needed and v.name]
+        part = section(model, live_values(model.graph, start, end), produced, optimize=False)
+        axis = 1 if node.op_type in ("Conv", "ConvTranspose") else -1
+        stages.append(Stage(node.name, result, axis, part, frozenset(needed)))
+    return stages
+
+
+def _peak_bytes(stages: Sequence[Stage], feeds: Sample) -> int:
+    """Return the most bytes that a sample holds between two stages."""
+    state, peak = dict(feeds), nbytes(feeds)
+    for stage in stages:
+        stage.advance(state)
+        peak = max(peak, nbytes(state))
+    return peak
+
+
+def _expected_means(
+    reference: ir.Model, stages: Sequence[Stage], samples: Sequence[Sample]
+) -> tuple[dict[str, npt.NDArray[np.float64]], list[dict[str, npt.NDArray[np.float64]]]]:
+    """Return the float results' means by operator, and for each sample the weights of its positions by operator."""
+    results = {node.name: node.outputs[0].name for node in reference.graph}
+    names = {stage.operator: str(results[stage.operator]) for stage in stages}
+    session = runtime.Session(runtime.with_outputs(reference, list(names.values())))
+    means = {stage.operator: _Mean(stage.axis) for stage in stages}
+    weights: list[dict[str, npt.NDArray[np.float64]]] = []
+    for feeds in samples:
+        outputs = session.run(feeds)
+        weights.append({stage.operator: _weights(outputs[names[stage.operator]], stage.axis) for stage in stages})
+        for operator, mean in means.items():
+            mean.add(outputs[names[operator]], weights[-1][operator])
+    return {operator: mean.value for operator, mean in means.items()}, weights
+
+
+def _by_channel(array: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
+    """Give an array the shape (axes before the channels, channels, axes behind them)."""
+    axis %= array.ndim
+    return array.reshape(int(np.prod(array.shape[:axis])), array.shape[axis], -1)
+
+
+def _weights(array: npt.NDArray[Any], axis: int) -> npt.NDArray[np.float64]:
+    """Return 1 / variance over channels for each position, none more than 1 / `FLOOR` of an average position's."""
+    variance = _by_channel(array, axis).var(axis=1, dtype=np.float64)
+    floor = FLOOR * variance.mean() + float(np.finfo(np.float32).tiny)
+    return np.asarray(1.0 / (variance + floor))
+
+
+@dataclass
+class _Mean:
+    """A weighted mean per channel over the positions of any number of arrays, summed in float64."""
+
+    axis: int
+    total: Any = 0.0
+    weight: float = 0.0
+
+    def add(self, array: npt.NDArray[Any], weights: npt.NDArray[np.float64]) -> None:
+        # einsum, not a matrix product: BLAS sums in an order that depends on its threads.
+        self.total = self.total + np.einsum("acb,ab->c", _by_channel(array, self.axis), weights)
+        self.weight += float(weights.sum())
+
+    @property
+    def value(self) -> npt.NDArray[np.float64]:
+        return np.asarray(self.total / self.weight)
+
+
+def _shift(array: npt.NDArray[Any], correction: npt.NDArray[np.float64], axis: int) -> npt.NDArray[Any]:
+    shape = [1] * array.ndim
+    shape[axis] = -1
+    return np.asarray(array + correction.astype(array.dtype).reshape(shape))

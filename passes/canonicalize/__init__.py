@@ -1,0 +1,64 @@
+"""Canonicalize: what exporters leave behind is cleaned up, one rule a file, in the order of `rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qcompile.core.contract import Effect, Refusal, Rewritten
+from qcompile.passes.canonicalize.fix_names import FixNames
+from qcompile.passes.canonicalize.fix_shapes import FixShapes
+from qcompile.passes.canonicalize.fold_batch_norm import FoldBatchNorm
+from qcompile.passes.canonicalize.fold_constants import FoldConstants
+from qcompile.passes.canonicalize.fold_pad import FoldPad
+from qcompile.passes.canonicalize.infer_shapes import InferShapes
+from qcompile.passes.canonicalize.raise_opset import RaiseOpset
+from qcompile.passes.canonicalize.remove_no_ops import RemoveNoOps
+
+
+@dataclass(frozen=True)
+class Canonicalize(ir.passes.InPlacePass):
+    """Bring a model from any exporter into the form that the other passes expect.
+
+    Parameters
+    ----------
+    opset : int
+        The default operator set is raised to this version.
+    shapes : mapping of str to tuple of int
+        Inputs to fix, by name.
+    """
+
+    opset: int
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    effect: ClassVar[Effect] = Effect.CLOSE
+
+    def rules(self) -> tuple[ir.passes.PassBase, ...]:
+        """Return the rules in the order in which they run."""
+        return (
+            FixShapes(self.shapes),
+            RaiseOpset(self.opset),
+            InferShapes(),
+            FoldConstants(),
+            RemoveNoOps(),
+            # Refusals name the nodes.
+            FixNames(),
+            # Padding first: only a Conv that stands directly behind what it reads can take a normalization in.
+            FoldPad(),
+            FoldBatchNorm(),
+            # Folding renames and adds values.
+            InferShapes(),
+            FixNames(),
+        )
+
+    def call(self, model: ir.Model) -> Rewritten:
+        """Apply every rule once, in place."""
+        modified = False
+        refusals: list[Refusal] = []
+        for rule in self.rules():
+            result = rule(model)
+            modified |= result.modified
+            refusals.extend(result.refusals if isinstance(result, Rewritten) else ())
+        return Rewritten(model, modified, tuple(refusals))

@@ -1,0 +1,51 @@
+"""Fix open axes of the inputs, as the user asks with --shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qcompile.core.contract import Effect
+from qcompile.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class FixShapes(ir.passes.InPlacePass):
+    """Give inputs a static shape.
+
+    Parameters
+    ----------
+    shapes : mapping of str to tuple of int
+        By input name.
+
+    Raises
+    ------
+    UsageError
+        If an input does not exist, or its shape cannot become the one asked for.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Set the shapes; shape inference carries them on."""
+        inputs = {value.name: value for value in model.graph.inputs}
+        for name, shape in self.shapes.items():
+            if name not in inputs:
+                known = ", ".join(str(known) for known in inputs)
+                raise UsageError(f"--shape {name}", "the model has no such input", f"its inputs are {known}")
+            present = inputs[name].shape
+            if present is not None and not _fits(present, shape):
+                fact = f"{'x'.join(map(str, shape))} does not fit the input's shape {present}"
+                raise UsageError(f"--shape {name}", fact, "only open axes can be fixed")
+            inputs[name].shape = ir.Shape(shape)
+        return ir.passes.PassResult(model, bool(self.shapes))
+
+
+def _fits(present: ir.Shape, wanted: tuple[int, ...]) -> bool:
+    if len(present) != len(wanted):
+        return False
+    return all(not isinstance(old, int) or old == new for old, new in zip(present, wanted, strict=True))

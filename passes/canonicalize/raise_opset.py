@@ -1,0 +1,49 @@
+"""Raise the opset, so that later passes meet one form of each operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnxscript.version_converter import ConvertVersionPass
+
+from qcompile.core import model as models
+from qcompile.core.contract import Effect, Refusal, Rewritten
+from qcompile.core.errors import ModelError, first_line
+
+#: The first opset whose DequantizeLinear has a scale per channel.
+LOWEST_USABLE = 13
+
+
+@dataclass(frozen=True)
+class RaiseOpset(ir.passes.InPlacePass):
+    """Convert the model to at least `opset`; a newer model stays as it is.
+
+    Raises
+    ------
+    ModelError
+        If the conversion fails below opset 13, where Q/DQ per channel cannot be expressed.
+    """
+
+    opset: int
+    effect: ClassVar[Effect] = Effect.CLOSE
+
+    def call(self, model: ir.Model) -> Rewritten:
+        """Convert in place."""
+        before = models.opset(model)
+        if before >= self.opset:
+            return Rewritten(model, False)
+        reason = ""
+        try:
+            ConvertVersionPass(self.opset, fallback=True)(model)
+        except Exception as error:  # the converter raises whatever its adapters do
+            reason = first_line(error)
+        after = models.opset(model)
+        if after >= self.opset:
+            return Rewritten(model, True)
+        if after < LOWEST_USABLE:
+            fact = f"opset {before} cannot be raised to {self.opset} ({reason or 'onnx has no adapter for it'})"
+            raise ModelError("model", fact, f"export it with opset {LOWEST_USABLE} or newer")
+        detail = f": {reason}" if reason else ""
+        return Rewritten(model, False, (Refusal("model", f"opset {after} stays, onnx cannot raise it{detail}"),))

@@ -1,0 +1,96 @@
+"""What the passes ask of a graph: constants, readers, weights and the activations behind an operator.
+
+Queries only; nothing here changes a graph, and recognised patterns stay decomposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+#: Where the constant weights of a linear operator stand among its inputs.
+WEIGHT_INPUT = 1
+BIAS_INPUT = 2
+#: Operators whose third input is a bias that is added to the accumulator.
+BIASED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+
+
+def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """Return a value's array if it is an initializer that no caller can replace, else None."""
+    tensor = constant_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return a value's tensor, its bytes unread, if it is an initializer that no caller can replace, else None."""
+    if value is None or not value.is_initializer() or value.is_graph_input():
+        return None
+    return value.const_value
+
+
+def is_standard(node: ir.Node, *op_types: str) -> bool:
+    """Tell whether a node is one of these operators of the default domain."""
+    return node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def is_float32(value: ir.Value | None) -> bool:
+    """Tell whether a value is known to be float32."""
+    return value is not None and value.dtype is ir.DataType.FLOAT
+
+
+def name_of(value: ir.Value) -> str:
+    """Return a value's name; every value has one after canonicalization."""
+    assert value.name is not None
+    return value.name
+
+
+def node_name(node: ir.Node) -> str:
+    """Return a node's name; every node has one after canonicalization."""
+    assert node.name is not None
+    return node.name
+
+
+def readers(value: ir.Value) -> list[ir.Node]:
+    """Return the nodes that read a value, each once, nodes inside subgraphs included."""
+    return list(dict.fromkeys(value.consumers()))
+
+
+def activation_inputs(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield the float32 inputs of a node that are no constants."""
+    for value in node.inputs:
+        if value is not None and is_float32(value) and constant_tensor(value) is None:
+            yield value
+
+
+def weight_axis(node: ir.Node) -> int:
+    """Return the axis of a linear operator's weights that counts its output channels.
+
+    Conv has [M, C/group, ...], ConvTranspose [C, M/group, ...], Gemm [K, N] or transposed [N, K], MatMul [K, N].
+    """
+    if node.op_type == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}[node.op_type]
+
+
+def absorbed_activation(node: ir.Node, kinds: Collection[str]) -> ir.Node | None:
+    """Return the activation behind a node that an integer kernel can absorb by saturating, or None.
+
+    Saturation at the lowest code is a Relu only if that code stands for zero, so a Clip must start at zero; and the
+    value before the activation must have no other reader.
+    """
+    if len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+        return None
+    behind = readers(node.outputs[0])
+    if len(behind) != 1 or behind[0].graph is not node.graph or not is_standard(behind[0], *kinds):
+        return None
+    activation = behind[0]
+    if activation.op_type == "Clip":
+        low = constant(activation.inputs[1] if len(activation.inputs) > 1 else None)
+        if low is None or low.size != 1 or float(low.reshape(())) != 0.0:
+            return None
+        if len(activation.inputs) > 2 and activation.inputs[2] is not None and constant(activation.inputs[2]) is None:
+            return None
+    return activation

@@ -1,0 +1,5 @@
+"""`python -m qcompile` is `qcompile`."""
+
+from qcompile.cli import main
+
+main()

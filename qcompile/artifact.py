@@ -1,0 +1,141 @@
+"""The output folder: staged beside its place, listed in a manifest, and put there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qcompile import page
+from qcompile.core.errors import UsageError
+from qcompile.core.plan import QuantPlan
+from qcompile.options import Options
+
+MANIFEST = "manifest.json"
+#: What depends on the machine and the moment, and is therefore not listed with a checksum.
+UNSETTLED = ("measurements.json", "report.html")
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """Give a folder to write into; when all went well it becomes `output`, else it disappears.
+
+    An earlier artifact at `output` is replaced; anything else there is left alone.
+
+    Raises
+    ------
+    UsageError
+        If `output` holds something that qcompile did not write, or cannot be written.
+    """
+    check_replaceable(output)
+    staging: Path | None = None
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        _publish(staging, output)
+    except OSError as error:
+        fact = f"cannot be written ({error.strerror or error})"
+        raise UsageError(output, fact, "free some space or choose another folder with -o") from error
+    finally:
+        if staging is not None and staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def place(source: object, options: Options) -> Path:
+    """Return the output folder: the one asked for, or ``<model>-<target>`` in the working directory.
+
+    Raises
+    ------
+    UsageError
+        If something else is in its place.
+    """
+    stem = Path(source).stem if isinstance(source, str | Path) else "model"
+    output = options.output or Path(f"{stem}-{options.target.replace(':', '-')}")
+    check_replaceable(output)
+    return output
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse an output folder that holds anything but an earlier artifact.
+
+    Raises
+    ------
+    UsageError
+        Naming what is in the way.
+    """
+    if not output.exists() and not output.is_symlink():
+        return
+    remedy = "remove it or choose another folder with -o"
+    if not output.is_dir() or output.is_symlink():
+        raise UsageError(output, "is no folder", remedy)
+    try:
+        present = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
+        listed = set(json.loads((output / MANIFEST).read_text())["files"]) if MANIFEST in present else set()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(output, f"exists, and its {MANIFEST} cannot be read ({error})", remedy) from error
+    if foreign := sorted(present - listed - {MANIFEST, *UNSETTLED}):
+        raise UsageError(output, f"exists and holds '{foreign[0]}', which qcompile did not write", remedy)
+
+
+def _publish(staging: Path, output: Path) -> None:
+    """Move the staged folder into place, an earlier artifact out of the way first."""
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    if not output.exists():
+        staging.rename(output)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
+    try:
+        output.rename(retired / "old")
+        try:
+            staging.rename(output)
+        except OSError:
+            (retired / "old").rename(output)
+            raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON that reads well and is the same text for the same content."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write(folder: Path, plan: QuantPlan, report: Mapping[str, Any], measurements: Mapping[str, Any]) -> None:
+    """Write what stands beside the model: plan, report, measurements, page and manifest."""
+    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    write_json(folder / "report.json", report)
+    write_json(folder / "measurements.json", measurements)
+    (folder / "report.html").write_text(page.render(report, measurements), encoding="utf-8")
+    write_manifest(folder, {key: report[key] for key in ("qcompile", "target", "model", "data", "options", "versions")})
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """List the settled files with size and SHA-256 beside what went into them."""
+    listing = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.is_file() and name not in UNSETTLED and name != MANIFEST:
+            listing[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    write_json(folder / MANIFEST, {**content, "files": listing})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,157 @@
+"""Loading and saving models: opset, external data and content hash. What is refused here never reaches a pass."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import google.protobuf.message
+import onnx
+import onnx_ir as ir
+
+from qcompile.core import validate
+from qcompile.core.errors import ModelError, QcompileError, first_line
+
+#: Weights beyond this go beside the model as external data: protobuf ends at 2 GiB, and loaders slow down long before.
+INLINE_LIMIT = 1 << 30
+#: Tensors with more elements than this stay on disk until they are read; onnx's checker is handed the smaller ones.
+LAZY_ELEMENTS = 4096
+
+
+def load(path: Path) -> ir.Model:
+    """Read an ONNX file into the IR and refuse what cannot be compiled. Weights stay on disk until they are read.
+
+    Parameters
+    ----------
+    path : Path
+        An ``.onnx`` file; external data beside it or below its folder.
+
+    Returns
+    -------
+    onnx_ir.Model
+        Topologically sorted.
+
+    Raises
+    ------
+    ModelError
+        With the place, the fact and the remedy.
+    """
+    return _checked(_parse(path), path.parent, path)
+
+
+def take(source: str | Path | onnx.ModelProto | ir.Model) -> ir.Model:
+    """Take a model in any form that a caller may have it in, with the checks of `load`."""
+    if isinstance(source, ir.Model):
+        model = source.clone()  # sorting must not touch the caller's
+        validate.check_model(model, "model")
+        return model
+    return from_proto(source) if isinstance(source, onnx.ModelProto) else load(Path(source))
+
+
+def from_proto(proto: onnx.ModelProto, place: object = "model") -> ir.Model:
+    """Take a model that is in memory, with the checks of `load`."""
+    return _checked(proto, None, place)
+
+
+def _checked(proto: onnx.ModelProto, folder: Path | None, place: object) -> ir.Model:
+    validate.check_proto(proto, folder, place)
+    try:
+        if folder is not None:
+            _read_small(proto, folder)
+        model = ir.from_proto(proto)
+        if folder is not None:
+            ir.external_data.set_base_dir(model.graph, folder)
+        if "ai.onnx" in model.opset_imports:  # the long name of the default domain, which nodes have the short one of
+            model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+    except QcompileError:
+        raise
+    except Exception as error:
+        raise ModelError(place, f"cannot be read as a graph ({first_line(error)})", "export it again") from error
+    validate.check_model(model, place)
+    return model
+
+
+def _read_small(proto: onnx.ModelProto, folder: Path) -> None:
+    """Read external tensors that are small, or inside nodes: onnx's C++ would look for them in its working folder."""
+    lazy = {tensor.name for tensor in proto.graph.initializer if math.prod(tensor.dims) > LAZY_ELEMENTS}
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        if tensor.name not in lazy and onnx.external_data_helper.uses_external_data(tensor):
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if not path.exists():
+        raise ModelError(path, "no such file", "check the path of the model")
+    if path.is_dir():
+        raise ModelError(path, "is a folder", "name the .onnx file inside it")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(path, f"cannot be read ({error.strerror})", "check its permissions") from error
+    if not content:
+        raise ModelError(path, "is empty", "export the model again")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except google.protobuf.message.DecodeError as error:
+        fact = f"is not an ONNX model, or is cut off ({len(content)} bytes)"
+        raise ModelError(path, fact, "export or download it again") from error
+    return proto
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a model; weights beyond `INLINE_LIMIT` go to ``<name>.data`` beside it."""
+    external = f"{path.name}.data" if initializer_bytes(model) > INLINE_LIMIT else None
+    ir.save(model, path, external_data=external)
+
+
+def load_written(path: Path) -> ir.Model:
+    """Read a model that this program wrote itself, without the checks of `load`."""
+    return ir.load(path)
+
+
+def serialize(model: ir.Model) -> bytes:
+    """Return the model as protobuf bytes, weights included, the same bytes for the same model."""
+    if any(isinstance(value.const_value, ir.ExternalTensor) for value in initializers(model)):
+        model = ir.external_data.load_to_model(model.clone())
+    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return content
+
+
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """Yield the initialized values of all graphs, subgraphs included."""
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+
+
+def initializer_bytes(model: ir.Model) -> int:
+    """Return the bytes that the initializers of all graphs take, packed."""
+    return sum(value.const_value.nbytes for value in initializers(model) if value.const_value is not None)
+
+
+def content_hash(model: ir.Model) -> str:
+    """Return a SHA-256 over structure and weights, external data included, wherever those are stored."""
+    digest = hashlib.sha256()
+    shell = model.clone()
+    for value in initializers(shell):
+        tensor = value.const_value
+        assert tensor is not None
+        digest.update(f"{value.name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(hashlib.sha256(tensor.tobytes()).digest())
+        # The tensor itself is hashed; in the structure its name stands for it, so that the bytes are never doubled.
+        value.const_value = ir.tensor([0], name=value.name)
+    digest.update(serialize(shell))
+    return digest.hexdigest()
+
+
+def opset(model: ir.Model) -> int:
+    """Return the version of the default operator set that the model imports."""
+    return model.opset_imports.get("", 0)
+
+
+def describe(value: ir.Value) -> str:
+    """Return a value's name, type and shape, for people."""
+    dims = "?" if value.shape is None else ",".join(str(dim) for dim in value.shape)
+    return f"{value.name} {value.dtype.name.lower() if value.dtype else '?'}[{dims}]"

@@ -1,0 +1,151 @@
+"""Rounding, saturation and scales, defined here and nowhere else.
+
+The integer types and the rounding (half to even) are those of ONNX QuantizeLinear:
+https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.integer[Any]]
+
+#: Below this a scale would make `1 / scale` overflow float32; a tensor that narrow is constant for every purpose.
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+
+
+def code_range(dtype: str, symmetric: bool = False) -> tuple[int, int]:
+    """Return the lowest and highest code of an integer type.
+
+    Parameters
+    ----------
+    dtype : str
+        A NumPy integer type's name, such as ``"uint8"``.
+    symmetric : bool
+        Leave out the lowest code of a signed type, so that the range is ``[-q, q]``.
+    """
+    info = np.iinfo(dtype)
+    return (-int(info.max) if symmetric and info.min < 0 else int(info.min)), int(info.max)
+
+
+def affine_scale(
+    low: npt.ArrayLike, high: npt.ArrayLike, dtype: str
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return scale and zero point that map the range [low, high], widened to hold 0, onto all codes of `dtype`.
+
+    Real zero falls on a code exactly, since padding and Relu produce it (Jacob et al. 2018, section 2.1). A range
+    that starts at zero therefore gets the lowest code as its zero point, which is what lets a runtime drop the Relu.
+
+    Parameters
+    ----------
+    low, high : array_like of float, same shape
+    dtype : str
+        An integer type's name.
+
+    Returns
+    -------
+    scale : ndarray of float32, zero_point : ndarray of int64
+        Same shape as `low`.
+    """
+    qmin, qmax = code_range(dtype)
+    least, most = np.minimum(np.asarray(low, np.float64), 0.0), np.maximum(np.asarray(high, np.float64), 0.0)
+    scale = _usable((most - least) / (qmax - qmin))
+    zero_point = np.clip(np.rint(qmin - least / scale.astype(np.float64)), qmin, qmax).astype(np.int64)
+    return scale, zero_point
+
+
+def symmetric_scale(absmax: npt.ArrayLike, dtype: str) -> npt.NDArray[np.float32]:
+    """Return the scale that maps [-absmax, absmax] onto the symmetric codes of a signed type (zero point 0)."""
+    return _usable(np.asarray(absmax, np.float64) / code_range(dtype, symmetric=True)[1])
+
+
+def _usable(scale: FloatArray) -> npt.NDArray[np.float32]:
+    """Replace scales that cannot be divided by with 1: every code they would produce stands for (nearly) zero."""
+    single = np.asarray(scale, np.float32)
+    return np.where(single >= SMALLEST_SCALE, single, np.float32(1.0))
+
+
+def along_axis(parameter: npt.NDArray[Any], axis: int | None, rank: int) -> npt.NDArray[Any]:
+    """Shape a per-tensor (axis None) or per-channel parameter so that it broadcasts against a tensor of `rank`."""
+    if axis is None:
+        return parameter.reshape(())
+    shape = [1] * rank
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+def quantize(
+    x: FloatArray,
+    scale: npt.NDArray[np.float32],
+    zero_point: IntArray,
+    dtype: str,
+    axis: int | None = None,
+    symmetric: bool = False,
+) -> IntArray:
+    """Return saturate(round_half_even(x / scale) + zero_point) as codes of `dtype`.
+
+    Parameters
+    ----------
+    x : ndarray of float, any shape
+    scale, zero_point : ndarray
+        One value (axis None), or one per index of `axis`.
+    dtype : str
+        ``uint8``, ``int8``, ``uint16``, ``int16`` or ``int32``.
+    axis : int, optional
+    symmetric : bool
+        Saturate at ``-qmax`` rather than at the lowest code of a signed type.
+
+    Notes
+    -----
+    The quotient is formed in float32, as the specification and every runtime form it, except for int32 (biases),
+    where float32 has too few digits for the codes.
+    """
+    qmin, qmax = code_range(dtype, symmetric)
+    wide = np.float64 if dtype == "int32" else np.float32
+    s = along_axis(np.asarray(scale, wide), axis, x.ndim)
+    z = along_axis(np.asarray(zero_point, np.int64), axis, x.ndim)
+    codes = np.rint(np.asarray(x, wide) / s).astype(np.float64) + z
+    saturated: IntArray = np.clip(codes, qmin, qmax).astype(dtype)
+    return saturated
+
+
+def dequantize(
+    codes: IntArray, scale: npt.NDArray[np.float32], zero_point: IntArray, axis: int | None = None
+) -> npt.NDArray[np.float32]:
+    """Return (codes - zero_point) * scale in float32, as ONNX DequantizeLinear does."""
+    s = along_axis(np.asarray(scale, np.float32), axis, codes.ndim)
+    z = along_axis(np.asarray(zero_point, np.int64), axis, codes.ndim)
+    real: npt.NDArray[np.float32] = (codes.astype(np.int64) - z).astype(np.float32) * s
+    return real
+
+
+def sqnr(reference: FloatArray, candidate: FloatArray) -> float:
+    """Return the signal-to-quantization-noise ratio in dB, 10·log10(Σy² / Σ(y - ŷ)²), summed in float64."""
+    y = np.asarray(reference, np.float64)
+    return decibel(float(np.sum(y * y)), float(np.sum((y - np.asarray(candidate, np.float64)) ** 2)))
+
+
+def decibel(signal: float, noise: float) -> float:
+    """Return 10·log10(signal / noise); infinite when there is no noise."""
+    if noise == 0.0:
+        return float("inf")
+    return float(10.0 * np.log10(signal / noise)) if signal > 0.0 else float("-inf")
+
+
+def relative_error(reference: FloatArray, candidate: FloatArray) -> float:
+    """Return max|y - ŷ| / max|y|; non-finite values must stand at the same places with the same sign."""
+    y, z = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+    finite = np.isfinite(y)
+    if y.shape != z.shape or not np.array_equal(finite, np.isfinite(z)):
+        return float("inf")
+    if not np.array_equal(y[~finite], z[~finite], equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    peak = float(np.max(np.abs(y[finite])))
+    error = float(np.max(np.abs(y[finite] - z[finite])))
+    return error / peak if peak > 0.0 else error

@@ -1,0 +1,176 @@
+"""The quantization plan: every decision as frozen data, JSON in and out.
+
+`passes/allocate_bits.py` decides and `passes/insert_qdq.py` applies; nothing about precision is kept in the graph.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.core import numerics
+from qcompile.core.errors import UsageError
+
+#: Raised when the JSON's meaning changes; `docs/schemas/plan.schema.json` describes this version.
+SCHEMA_VERSION = 1
+
+
+class Precision(StrEnum):
+    """In what an operator computes."""
+
+    INTEGER = "integer"
+    """Integer inputs, and an integer kernel on the target."""
+    WEIGHT_ONLY = "weight_only"
+    """Weights stored as integers, arithmetic in float."""
+    FLOAT = "float"
+    """Untouched."""
+
+
+class Role(StrEnum):
+    """What a quantized tensor is to the operators around it."""
+
+    ACTIVATION = "activation"
+    WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class TensorQuant:
+    """How one tensor is quantized: x ≈ (code - zero_point) · scale.
+
+    Parameters
+    ----------
+    role : Role
+    dtype : str
+        Integer type of the codes, e.g. ``"uint8"``.
+    scale : tuple of float
+        One value, or one per channel along `axis`. Each is exactly a float32.
+    zero_point : tuple of int
+        As many as there are scales.
+    axis : int or None
+        Channel axis; None is per tensor.
+    """
+
+    role: Role
+    dtype: str
+    scale: tuple[float, ...]
+    zero_point: tuple[int, ...]
+    axis: int | None = None
+
+    @property
+    def scales(self) -> npt.NDArray[np.float32]:
+        """The scales as float32, shape (channels,)."""
+        return np.asarray(self.scale, np.float32)
+
+    @property
+    def zero_points(self) -> npt.NDArray[np.int64]:
+        """The zero points, shape (channels,)."""
+        return np.asarray(self.zero_point, np.int64)
+
+    @property
+    def bits(self) -> int:
+        """Bits a code takes."""
+        return int(np.iinfo(self.dtype).bits)
+
+    def quantize(self, x: numerics.FloatArray) -> numerics.IntArray:
+        """Return the codes of `x`; a weight's leave out the lowest code of its type, so that it stays symmetric."""
+        symmetric = self.role is Role.WEIGHT and np.iinfo(self.dtype).min < 0
+        return numerics.quantize(x, self.scales, self.zero_points, self.dtype, self.axis, symmetric)
+
+    def dequantize(self, codes: numerics.IntArray) -> npt.NDArray[np.float32]:
+        """Return the real values that `codes` stand for."""
+        return numerics.dequantize(codes, self.scales, self.zero_points, self.axis)
+
+
+@dataclass(frozen=True)
+class OpPlan:
+    """What becomes of one operator, and why.
+
+    Parameters
+    ----------
+    op_type : str
+    precision : Precision
+    reason : str
+        Why it is not integer; empty where it is.
+    output : str
+        Name of the value that leaves an integer operator as codes, behind the activation that it absorbs; empty where
+        its result leaves in float.
+    """
+
+    op_type: str
+    precision: Precision
+    reason: str = ""
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Every tensor's quantization by value name, and every operator's precision by node name.
+
+    Parameters
+    ----------
+    tensors : mapping of str to TensorQuant
+    ops : mapping of str to OpPlan
+        In the graph's order.
+    """
+
+    tensors: Mapping[str, TensorQuant] = field(default_factory=dict)
+    ops: Mapping[str, OpPlan] = field(default_factory=dict)
+
+    def count(self, precision: Precision) -> int:
+        """Return how many operators have this precision."""
+        return sum(op.precision is precision for op in self.ops.values())
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text, the same text for the same plan."""
+        content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "tensors": {name: asdict(quant) for name, quant in sorted(self.tensors.items())},
+            "ops": {name: asdict(op) for name, op in self.ops.items()},
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, place: object = "plan.json") -> Self:
+        """Read a plan that `to_json` wrote.
+
+        Raises
+        ------
+        UsageError
+            If the text is not such a plan.
+        """
+        try:
+            content = json.loads(text)
+            if content["schema_version"] != SCHEMA_VERSION:
+                fact = f"has schema version {content['schema_version']}, this release reads {SCHEMA_VERSION}"
+                raise UsageError(place, fact, "write it again with this release")
+            return cls(
+                tensors={name: _tensor(entry) for name, entry in content["tensors"].items()},
+                ops={name: OpPlan(**entry | {"precision": Precision(entry["precision"])})
+                     for name, entry in content["ops"].items()},
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(place, f"is not a quantization plan ({error!r})", "write it again") from error
+
+
+def _tensor(entry: Mapping[str, Any]) -> TensorQuant:
+    quant = TensorQuant(
+        role=Role(entry["role"]),
+        dtype=str(np.dtype(entry["dtype"])),
+        scale=tuple(float(s) for s in entry["scale"]),
+        zero_point=tuple(int(z) for z in entry["zero_point"]),
+        axis=entry["axis"],
+    )
+    low, high = numerics.code_range(quant.dtype)
+    if not (len(quant.scale) == 1 if quant.axis is None else isinstance(quant.axis, int) and quant.scale):
+        raise ValueError(f"{len(quant.scale)} scales along axis {quant.axis!r}")
+    if len(quant.zero_point) != len(quant.scale) or not all(low <= z <= high for z in quant.zero_point):
+        raise ValueError(f"zero points {quant.zero_point}")
+    if not all(0.0 < s < np.inf for s in quant.scale):
+        raise ValueError(f"scales {quant.scale}")
+    return quant

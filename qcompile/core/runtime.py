@@ -1,0 +1,153 @@
+"""The only import of onnxruntime: sessions that run models, and a look at what its optimizer made of one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from qcompile.core import model as models
+from qcompile.core.errors import ModelError, QcompileError, TargetError, first_line
+
+Feeds = Mapping[str, npt.NDArray[Any]]
+Outputs = dict[str, npt.NDArray[Any]]
+
+#: Distributions that all install the one import package `onnxruntime`.
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+
+
+def distributions() -> dict[str, str]:
+    """Return the installed distributions of ONNX Runtime and their versions."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def load_onnxruntime() -> ModuleType:
+    """Import onnxruntime.
+
+    Raises
+    ------
+    TargetError
+        If no distribution of it is installed, or two that overwrite one another.
+    """
+    found = distributions()
+    if len(found) > 1:
+        fact = "onnxruntime and onnxruntime-gpu are both installed and overwrite one another"
+        raise TargetError("onnxruntime", fact, "uninstall both, then install one of 'qcompile[cpu]', 'qcompile[cuda]'")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        remedy = "pip install 'qcompile[cpu]' (or 'qcompile[cuda]' for NVIDIA GPUs)"
+        raise TargetError("onnxruntime", "is not installed", remedy) from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+class Session:
+    """A model ready to run on the CPU.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model or Path
+    optimize : bool
+        Let the runtime rewrite the graph (integer kernels, fusions), as a user's session does. Without it each node
+        runs as written, which for Q/DQ pairs is their definition.
+    threads : int
+        Threads inside an operator. One by default, so that sums have one order and results repeat.
+    optimized_path : Path, optional
+        Where the runtime writes the graph that its optimizer made.
+
+    Raises
+    ------
+    ModelError
+        If the runtime does not accept the model.
+    """
+
+    def __init__(
+        self, model: ir.Model | Path, *, optimize: bool = True, threads: int = 1, optimized_path: Path | None = None
+    ) -> None:
+        ort = load_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.use_deterministic_compute = True
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        if optimized_path is not None:
+            options.optimized_model_filepath = str(optimized_path)
+        place = model if isinstance(model, Path) else "model"
+        try:
+            with _loadable(model) as content:
+                self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except QcompileError:
+            raise
+        except Exception as error:
+            fact = f"onnxruntime {ort.__version__} does not load it ({first_line(error)})"
+            raise ModelError(place, fact, "export it with standard operators") from error
+        self.output_names: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one sample and return its outputs by name."""
+        return dict(zip(self.output_names, self._session.run(None, dict(feeds)), strict=True))
+
+
+@contextlib.contextmanager
+def _loadable(model: ir.Model | Path) -> Iterator[str | bytes]:
+    """Give what InferenceSession takes: a path, or bytes, or a temporary file where the bytes would be too many."""
+    if isinstance(model, Path):
+        yield str(model)
+    elif models.initializer_bytes(model) <= models.INLINE_LIMIT:
+        yield models.serialize(model)
+    else:
+        with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+            path = Path(folder) / "model.onnx"
+            models.save(model, path)
+            yield str(path)
+
+
+def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """Return a copy of `model` (weights shared) in which the named values are outputs as well."""
+    copy = model.clone()
+    present = {value.name for value in copy.graph.outputs}
+    values = ir.convenience.create_value_mapping(copy.graph)
+    copy.graph.outputs.extend(values[name] for name in names if name not in present and values[name].producer())
+    return copy
+
+
+def optimized_nodes(model: Path) -> list[onnx.NodeProto]:
+    """Return the nodes that ONNX Runtime really executes for a model, after its own optimizer."""
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        Session(model, optimized_path=path)
+        return list(onnx.load(path, load_external_data=False).graph.node)
+
+
+def synthetic_feeds(model: ir.Model, seed: int) -> dict[str, npt.NDArray[Any]]:
+    """Return one seeded random sample that fits the model's inputs: normal floats, integers 0 and 1, open axes as 1.
+
+    It serves to check that a rewrite keeps the function, never to measure fidelity.
+    """
+    generator = np.random.default_rng(seed)
+    feeds: dict[str, npt.NDArray[Any]] = {}
+    for value in model.graph.inputs:
+        assert value.name is not None and value.dtype is not None
+        shape = [dim if isinstance(dim, int) else 1 for dim in (value.shape or ())]
+        dtype = value.dtype.numpy()
+        if value.dtype.is_floating_point():
+            feeds[value.name] = generator.standard_normal(shape).astype(dtype)
+        else:
+            feeds[value.name] = generator.integers(0, 2, shape).astype(dtype)
+    return feeds

@@ -1,0 +1,167 @@
+"""What a model must fulfil before it is compiled; each failure is one line that names the place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from qcompile.core.errors import ModelError, first_line
+
+OLDEST_OPSET = 9
+
+#: Operators of the QOperator format: they compute on codes, so there is no float model to start from.
+QOPERATORS = frozenset({
+    "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+    "QGemm", "QLinearAdd", "QLinearAveragePool", "QLinearConcat", "QLinearGlobalAveragePool", "QLinearLeakyRelu",
+    "QLinearMul", "QLinearReduceMean", "QLinearSigmoid", "QLinearSoftmax", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention", "QEmbedLayerNormalization",
+})  # fmt: skip
+
+#: In these a non-finite parameter spoils every output. Elsewhere infinities have a meaning (a mask that is added).
+WEIGHTED_OPS = frozenset({
+    "BatchNormalization", "Conv", "ConvTranspose", "Gemm", "GRU", "Gather", "InstanceNormalization",
+    "LayerNormalization", "LSTM", "MatMul", "Mul", "PRelu", "RNN",
+})  # fmt: skip
+
+
+def check_proto(proto: onnx.ModelProto, folder: Path | None, place: object) -> None:
+    """Refuse what must not even be turned into a graph: no graph, an opset out of range, unsafe external data."""
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+        raise ModelError(place, "holds no graph", "export the model again")
+    versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    newest = onnx.defs.onnx_opset_version()
+    if not versions:
+        raise ModelError(place, "imports no ONNX opset", "export the model again")
+    if min(versions) < OLDEST_OPSET:
+        fact = f"has opset {min(versions)}, older than {OLDEST_OPSET}"
+        raise ModelError(place, fact, f"export it again with an opset from {OLDEST_OPSET} to {newest}")
+    if max(versions) > newest:
+        fact = f"has opset {max(versions)}; the newest that the installed onnx {onnx.__version__} knows is {newest}"
+        raise ModelError(place, fact, "export it with an older opset, or upgrade onnx")
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            _check_external(tensor, folder, place)
+
+
+def _check_external(tensor: onnx.TensorProto, folder: Path | None, place: object) -> None:
+    if folder is None:
+        raise ModelError(place, f"tensor '{tensor.name}' is external, but the model has no folder", "pass its path")
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    file = folder / location
+    # resolve() follows links: a link inside the folder must not lead out of it either.
+    if not location or Path(location).is_absolute() or not file.resolve().is_relative_to(folder.resolve()):
+        fact = f"external data of tensor '{tensor.name}' lie outside the model's folder ('{location}')"
+        raise ModelError(place, fact, "move the data file beside the model and save it again")
+    if not file.is_file():
+        fact = f"external data file '{location}' of tensor '{tensor.name}' is missing"
+        raise ModelError(place, fact, "put the file beside the model")
+    try:
+        needed = -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", needed))
+    except (TypeError, ValueError):
+        offset = length = needed = -1
+    if offset < 0 or length < needed or offset + length > file.stat().st_size:
+        fact = f"external data file '{location}' is too short for tensor '{tensor.name}'"
+        raise ModelError(place, fact, "export or download it again")
+
+
+def check_model(model: ir.Model, place: object) -> None:
+    """Sort the graph and refuse what is no valid, float or QDQ, ONNX model.
+
+    Raises
+    ------
+    ModelError
+        For a cycle, an operator that does not exist, the QOperator format, an inconsistent graph, a non-finite weight.
+    """
+    _sort(model, place)
+    _check_operators(model, place)
+    _check_graph(model, place)
+    for value, tensor in _float_tensors(model):
+        _check_finite(value, tensor, place)
+
+
+def _sort(model: ir.Model, place: object) -> None:
+    try:
+        common_passes.TopologicalSortPass()(model)
+    except ValueError as error:
+        raise ModelError(place, "the graph has a cycle", "export it again: ONNX graphs are acyclic") from error
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _check_operators(model: ir.Model, place: object) -> None:
+    for node in _nodes(model):
+        label = f"node '{node.name}' ({node.op_type})" if node.name else f"a node of type {node.op_type}"
+        if node.op_type in QOPERATORS:
+            fact = f"{label} is in QOperator format, already lowered to integer kernels"
+            raise ModelError(place, fact, "start from the float model, or from the QDQ format")
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type, node.domain.removeprefix("ai.onnx")):
+            raise ModelError(place, f"{label} is no ONNX operator", "export it with standard operators")
+
+
+def _check_graph(model: ir.Model, place: object) -> None:
+    try:
+        common_passes.CheckerPass(full_check=True)(model)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+        fact = f"is no valid opset {version} model ({first_line(error)})"
+        raise ModelError(place, fact, "export it again; is its opset labelled rightly?") from error
+
+
+def _float_tensors(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and value.const_value.dtype.is_floating_point():
+                yield value, value.const_value
+    for node in _nodes(model):
+        attribute = node.attributes.get("value")
+        if node.op_type == "Constant" and attribute is not None and attribute.type is ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            if tensor.dtype.is_floating_point():
+                yield node.outputs[0], tensor
+
+
+def _check_finite(value: ir.Value, tensor: ir.TensorProtocol, place: object) -> None:
+    try:
+        bad = _first_non_finite(tensor)
+    except (OSError, ValueError) as error:
+        fact = f"tensor '{value.name}' cannot be read ({first_line(error)})"
+        raise ModelError(place, fact, "export or download it again") from error
+    if bad is None:
+        return
+    index, number = bad
+    if np.isnan(number) or _op_types(value.consumers()) & WEIGHTED_OPS:
+        fact = f"tensor '{value.name}' holds {number} at index {index}"
+        raise ModelError(place, fact, "repair or retrain the weights")
+
+
+def _op_types(nodes: Iterable[ir.Node]) -> frozenset[str]:
+    return frozenset(node.op_type for node in nodes)
+
+
+def _first_non_finite(tensor: ir.TensorProtocol) -> tuple[tuple[int, ...], float] | None:
+    array = tensor.numpy()
+    if array.dtype.itemsize == 1 or array.dtype == ml_dtypes.bfloat16:
+        array = array.astype(np.float32)
+    # The sum of finite numbers may overflow, but that of a NaN or an infinity is never finite: a cheap first look.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if array.size == 0 or np.isfinite(array.sum(dtype=np.float64)):
+            return None
+    places = np.argwhere(~np.isfinite(array))
+    nan = np.argwhere(np.isnan(array))
+    if not len(places):
+        return None
+    index = tuple(int(i) for i in (nan if len(nan) else places)[0])
+    return index, float(array[index])

@@ -1,0 +1,85 @@
+"""The data of one compile: what is calibrated on, what is evaluated on, and what there is to say about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import onnx_ir as ir
+
+from qcompile.calib.data import Dataset, Sample, input_specs, open_data
+from qcompile.core.runtime import synthetic_feeds
+from qcompile.options import Options
+
+#: Part of the calibration data that is held out when no evaluation data are given.
+HELD_OUT = 0.2
+#: Passes are verified on this many samples; the result is, on all that are held out.
+VERIFIED_ON = 4
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The samples that decisions and figures rest on.
+
+    Parameters
+    ----------
+    calibration : Dataset
+    evaluation : Dataset
+    source : str
+        Where the evaluation samples come from, in words for the report.
+    calibrated : bool
+        Whether the calibration samples are real. If not, activations cannot be quantized.
+    caveat : str
+        What the figures do not show; empty where they stand on their own.
+    """
+
+    calibration: Dataset
+    evaluation: Dataset
+    source: str
+    calibrated: bool
+    caveat: str = ""
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples on which passes are verified."""
+        return list(islice(self.calibration, VERIFIED_ON))
+
+    @property
+    def digest(self) -> str:
+        """A hash over all samples, and over which of them serve for what."""
+        return f"{self.calibrated} {self.calibration.digest} {self.evaluation.digest}"
+
+
+def gather(model: ir.Model, options: Options) -> Evidence:
+    """Open the data that the options name and say what stands in for what is missing.
+
+    Raises
+    ------
+    DataError
+        If they do not fit the model.
+    """
+    specs = input_specs(model)
+    given = open_data(options.data, specs) if options.data is not None else None
+    evaluation = open_data(options.eval, specs) if options.eval is not None else None
+    if given is None:
+        return _without_calibration(model, options, evaluation)
+    if evaluation is not None:
+        caveat = "" if len(given) > 1 else "Calibrated on a single sample: the ranges are a guess."
+        return Evidence(given, evaluation, f"{len(evaluation)} evaluation samples", True, caveat)
+    calibration, held_out = given.split(HELD_OUT)
+    if len(given) == 1:
+        caveat = "A single sample serves for calibration and evaluation: the fidelity is optimistic."
+        return Evidence(calibration, held_out, "the calibration sample itself", True, caveat)
+    return Evidence(calibration, held_out, f"{len(held_out)} samples held out of the calibration data", True)
+
+
+def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset | None) -> Evidence:
+    caveat = (
+        "No calibration data: weights are stored as int8, activations and arithmetic stay float. The file is smaller, "
+        "the model is not faster; pass --data for integer kernels."
+    )
+    if evaluation is not None:
+        return Evidence(evaluation, evaluation, f"{len(evaluation)} evaluation samples", False, caveat)
+    synthetic = Dataset("synthetic", lambda: [synthetic_feeds(model, options.seed)], input_specs(model))
+    caveat += " Fidelity is that on one random input, which says little about real ones."
+    return Evidence(synthetic, synthetic, "one random input", False, caveat)

@@ -1,0 +1,189 @@
+"""Run the stages: apply a pass, verify it, record it; take from the cache what was done before."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Generic, Self, TypeVar
+
+import onnx
+import onnx_ir as ir
+
+from qcompile import cache as caching
+from qcompile import verify
+from qcompile.cache import Cache
+from qcompile.calib.collect import Statistics
+from qcompile.calib.data import Sample
+from qcompile.calib.observers import Observer
+from qcompile.core import model as models
+from qcompile.core import runtime
+from qcompile.core.contract import Effect, Pass, Refusal, Rewritten
+from qcompile.core.errors import VerificationError, first_line
+from qcompile.core.target import Target
+from qcompile.evidence import Evidence
+from qcompile.options import Options
+
+T = TypeVar("T")
+
+
+def untracked(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """Show no progress."""
+    return items
+
+
+@dataclass(frozen=True)
+class Codec(Generic[T]):
+    """How a measurement's result is kept in the cache."""
+
+    encode: Callable[[T], bytes]
+    decode: Callable[[bytes], T]
+
+
+STATISTICS = Codec(Statistics.to_bytes, Statistics.from_bytes)
+OBSERVERS: Codec[dict[str, Observer]] = Codec(
+    lambda chosen: json.dumps(chosen).encode(),
+    lambda content: {name: Observer(value) for name, value in json.loads(content).items()},
+)
+DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
+    lambda drift: json.dumps(drift).encode(),
+    lambda content: {name: tuple(shift) for name, shift in json.loads(content).items()},
+)
+VERDICT: Codec[bool] = Codec(lambda verdict: json.dumps(verdict).encode(), lambda content: bool(json.loads(content)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of one pass.
+
+    Parameters
+    ----------
+    name : str
+    effect : str
+    nodes_before, nodes_after : int
+    error : float
+        Largest max|Δ| / max|y| of the outputs on the verification samples.
+    refusals : tuple of Refusal
+    """
+
+    name: str
+    effect: str
+    nodes_before: int
+    nodes_after: int
+    error: float
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass
+class Pipeline:
+    """The state of one compile between its stages.
+
+    Parameters
+    ----------
+    key : str
+        Stands for everything that went in so far: each stage's result is stored under the key of its ingredients.
+    reference : onnx_ir.Model
+        The model as it came in; every float pass is held against it.
+    samples : sequence of Sample
+        Real inputs on which passes are verified.
+    cache : Cache, optional
+    """
+
+    key: str
+    reference: ir.Model
+    samples: Sequence[Sample]
+    cache: Cache | None = None
+    steps: list[Step] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _outputs: list[runtime.Outputs] | None = None
+
+    @classmethod
+    def start(cls, model: ir.Model, evidence: Evidence, target: Target, options: Options) -> Self:
+        """Begin a compile: from here on, the key stands for the model, the data, the target, the options and us."""
+        libraries = sorted(f"{name} {version}" for name, version in caching.versions().items())
+        ingredients = [models.content_hash(model), evidence.digest, repr(target), repr(options.decisive())]
+        key = caching.key(caching.code_digest(), *libraries, *ingredients)
+        return cls(key, model, evidence.samples, caching.open_cache(options.cache))
+
+    def apply(self, pass_: Pass, model: ir.Model) -> ir.Model:
+        """Run a pass on a copy of the model, verify it and record it.
+
+        Returns
+        -------
+        onnx_ir.Model
+            The rewritten model; `model` stays as it was.
+
+        Raises
+        ------
+        VerificationError
+            If the pass moved the outputs by more than its effect allows.
+        """
+        name = type(pass_).__name__
+        self.key = caching.key(self.key, name, repr(pass_))
+        start = time.perf_counter()
+        found = self._load(model)
+        if found is None:
+            found = self._run(name, pass_, model)
+            self._store(*found)
+        rewritten, step = found
+        self.steps.append(step)
+        self.seconds[name] = time.perf_counter() - start
+        return rewritten
+
+    def _run(self, name: str, pass_: Pass, model: ir.Model) -> tuple[ir.Model, Step]:
+        before = len(model.graph)
+        result = pass_(model.clone())
+        refusals = result.refusals if isinstance(result, Rewritten) else ()
+        if self._outputs is None:
+            self._outputs = verify.outputs_of(self.reference, self.samples)
+        # What earlier passes moved within their bounds must not count against a pass that is exact.
+        expected = verify.outputs_of(model, self.samples) if pass_.effect is Effect.EXACT else self._outputs
+        try:
+            found = verify.outputs_of(result.model, self.samples)
+        except Exception as error:
+            fact = f"left a model that does not run ({first_line(error)})"
+            raise VerificationError(f"pass {name}", fact, "report it with the model") from error
+        moved = verify.check_equivalence(name, pass_.effect, expected, found)
+        step = Step(name, pass_.effect.value, before, len(result.model.graph), float(f"{moved:.3g}"), refusals)
+        return result.model, step
+
+    def decline(self, pass_: type[Pass], model: ir.Model, reason: str) -> None:
+        """Record that a pass was not applied, and why."""
+        count = len(model.graph)
+        self.steps.append(Step(pass_.__name__, pass_.effect.value, count, count, 0.0, (Refusal("model", reason),)))
+
+    def measure(self, name: str, codec: Codec[T], compute: Callable[[], T]) -> T:
+        """Run a measurement, or take its result from the cache.
+
+        What it depends on must be in the key already: the passes so far, and all that `start` put there.
+        """
+        start = time.perf_counter()
+        key = caching.key(self.key, "measure", name)
+        content = self.cache.get(key) if self.cache else None
+        if content is None:
+            result = compute()
+            if self.cache:
+                self.cache.put(key, codec.encode(result))
+        else:
+            result = codec.decode(content)
+        self.seconds[name] = time.perf_counter() - start
+        return result
+
+    def _load(self, model: ir.Model) -> tuple[ir.Model, Step] | None:
+        content = self.cache.get(self.key) if self.cache else None
+        if content is None:
+            return None
+        header, _, body = content.partition(b"\n")
+        entry = json.loads(header)
+        refusals = tuple(Refusal(**refusal) for refusal in entry.pop("refusals"))
+        return ir.from_proto(onnx.ModelProto.FromString(body)), replace(Step(**entry), refusals=refusals)
+
+    def _store(self, model: ir.Model, step: Step) -> None:
+        # A model beyond protobuf's 2 GiB is made again rather than stored: its stages cost less than its bytes.
+        if self.cache and models.initializer_bytes(model) <= models.INLINE_LIMIT:
+            self.cache.put(self.key, _line(asdict(step)) + models.serialize(model))
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=True).encode() + b"\n"

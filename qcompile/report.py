@@ -1,0 +1,188 @@
+"""What a compile did and why, as JSON-ready data. docs/schemas/report.schema.json describes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile import cache, timing
+from qcompile.backends.base import Lowered
+from qcompile.core import model as models
+from qcompile.core.plan import Precision, QuantPlan
+from qcompile.core.target import Target
+from qcompile.evidence import Evidence
+from qcompile.options import EXPECTED_SQNR, Options
+from qcompile.pipeline import Step
+from qcompile.timing import Latency
+from qcompile.verify import Fidelity, Proof
+
+SCHEMA_VERSION = 1
+#: Two timings of one model differ by this much on a machine that does other things as well.
+NOISE = 0.03
+
+
+def build(
+    model: ir.Model,
+    target: Target,
+    options: Options,
+    evidence: Evidence,
+    plan: QuantPlan,
+    steps: Sequence[Step],
+    lowered: Lowered,
+    proof: Proof,
+    folder: Path,
+) -> dict[str, Any]:
+    """Put the report together. It holds nothing of the machine and the moment, so that equal inputs give equal bytes.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the backend wrote its files, for their size.
+    """
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "qcompile": cache.versions()["qcompile"],
+        "warnings": [],
+        "target": target.name,
+        "model": _model(model),
+        "data": {
+            "sha256": cache.key(evidence.digest),
+            "evaluated_on": evidence.source,
+            "caveat": evidence.caveat or None,
+        },
+        "options": options.decisive(),
+        "versions": cache.versions(),
+        "size": _size(model, lowered, folder),
+        "fidelity": _fidelity(proof.fidelity),
+        "kernel_rounding": _outputs(proof.rounding),
+        "precision": {precision.value: plan.count(precision) for precision in Precision},
+        "operators": _operators(plan, lowered, proof),
+        "passes": [
+            {"name": s.name, "effect": s.effect, "nodes_before": s.nodes_before, "nodes_after": s.nodes_after,
+             "relative_error": s.error} for s in steps
+        ],
+        "refusals": [
+            {"stage": stage, "node": refusal.node, "reason": refusal.reason}
+            for stage, refusals in [*((s.name, s.refusals) for s in steps), ("backend", lowered.refusals)]
+            for refusal in refusals
+        ],
+    }  # fmt: skip
+    content["warnings"] = _warnings(content, lowered)
+    return content
+
+
+def warnings(content: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
+    """Return everything that must be said before any figure: what the figures rest on, then what is worse."""
+    caveat = content["data"]["caveat"]
+    return [*([caveat] if caveat else []), *measured["warnings"], *content["warnings"]]
+
+
+def measurements(content: Mapping[str, Any], latency: Latency, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return what was seen on this machine."""
+    slower = latency.ratio > 1.0 + NOISE
+    warning = f"Slower than float here: {latency.candidate_ms:.3g} ms against {latency.reference_ms:.3g} ms."
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "processor": timing.processor(),
+        "latency": {
+            "float_ms": latency.reference_ms,
+            "artifact_ms": latency.candidate_ms,
+            "ratio": latency.ratio,
+            "rounds": latency.rounds,
+            "threads": 1,
+        },
+        "seconds": dict(seconds),
+        "warnings": [warning] if slower else [],
+        "report_sha256": cache.key(repr(content)),
+    }
+
+
+def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
+    """Return what is worse than it should be, the gravest first."""
+    warnings = []
+    for name, measures in content["fidelity"]["outputs"].items():
+        if measures["sqnr"] is not None and measures["sqnr"] < EXPECTED_SQNR:
+            warnings.append(f"Fidelity of output '{name}' is {measures['sqnr']:.1f} dB, below {EXPECTED_SQNR:g} dB.")
+    if lowered.refusals:
+        names = ", ".join(refusal.node for refusal in lowered.refusals[:3])
+        warnings.append(f"{len(lowered.refusals)} quantized operators run in float all the same: {names}.")
+    return warnings
+
+
+def _model(model: ir.Model) -> dict[str, Any]:
+    return {
+        "sha256": models.content_hash(model),
+        "opset": models.opset(model),
+        "nodes": len(model.graph),
+        "inputs": [models.describe(value) for value in model.graph.inputs],
+        "outputs": [models.describe(value) for value in model.graph.outputs],
+    }
+
+
+def _size(model: ir.Model, lowered: Lowered, folder: Path) -> dict[str, Any]:
+    before = len(models.serialize(model)) if models.initializer_bytes(model) < models.INLINE_LIMIT else None
+    float_bytes = before or models.initializer_bytes(model)
+    artifact_bytes = sum((folder / name).stat().st_size for name in lowered.files)
+    causes = _bytes_by_cause(models.load_written(folder / lowered.files[0]))
+    causes["graph, names and metadata"] = artifact_bytes - sum(causes.values())
+    return {
+        "float_bytes": float_bytes,
+        "artifact_bytes": artifact_bytes,
+        "ratio": round(artifact_bytes / float_bytes, 4),
+        "by_cause": causes,
+    }
+
+
+def _bytes_by_cause(model: ir.Model) -> dict[str, int]:
+    """Sort the bytes of the initializers by why they are there."""
+    causes: Counter[str] = Counter()
+    for value in models.initializers(model):
+        tensor = value.const_value
+        assert tensor is not None
+        uses = [(node.op_type, index) for node, index in value.uses()]
+        if any(op in ("QuantizeLinear", "DequantizeLinear") and index > 0 for op, index in uses):
+            cause = "scales and zero points"
+        elif tensor.dtype.is_floating_point():
+            cause = "weights and constants in float"
+        elif tensor.dtype.bitwidth == 8:
+            cause = "weights in int8"
+        elif any(op == "DequantizeLinear" for op, _ in uses):
+            cause = "biases in int32"
+        else:
+            cause = "shapes and indices"
+        causes[cause] += tensor.nbytes
+    return dict(sorted(causes.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
+    accuracy = None
+    if fidelity.labelled:
+        accuracy = {
+            "labelled": fidelity.labelled,
+            "float_correct": fidelity.reference_correct,
+            "artifact_correct": fidelity.candidate_correct,
+        }
+    return {"samples": fidelity.samples, "outputs": _outputs(fidelity), "accuracy": accuracy}
+
+
+def _outputs(fidelity: Fidelity) -> dict[str, Any]:
+    return {name: comparison.measures() for name, comparison in fidelity.outputs.items()}
+
+
+def _operators(plan: QuantPlan, lowered: Lowered, proof: Proof) -> list[dict[str, Any]]:
+    rows = []
+    for name, op in plan.ops.items():
+        layer = proof.layers.get(name)
+        rows.append({
+            "name": name,
+            "op_type": op.op_type,
+            "precision": op.precision.value,
+            "kernel": lowered.kernels.get(name),
+            "reason": op.reason or None,
+            "sqnr": layer.measures()["sqnr"] if layer is not None else None,
+        })  # fmt: skip
+    return rows

@@ -1,0 +1,157 @@
+"""What a person at a terminal sees: progress and tables. Plain text where the output is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qcompile.core.target import Target
+from qcompile.driver import CompileResult
+from qcompile.report import warnings
+
+T = TypeVar("T")
+
+#: Progress is shown for what takes longer than this, in seconds.
+PATIENCE = 2.0
+
+
+class ProgressBars:
+    """Shows a bar on a terminal for each loop that lasts longer than `PATIENCE`; silent in a pipe."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def track(self, items: Iterable[T], total: int, what: str) -> Iterable[T]:
+        """Yield the items, and show how many are done."""
+        if not self.console.is_terminal:
+            yield from items
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        start, shown = time.monotonic(), False
+        with Progress(*columns, console=self.console, transient=True, disable=False, auto_refresh=False) as progress:
+            task = progress.add_task(what, total=total, visible=False)
+            for done, item in enumerate(items, 1):
+                yield item
+                if shown or time.monotonic() - start > PATIENCE:
+                    shown = True
+                    progress.update(task, completed=done, visible=True)
+                    progress.refresh()
+
+
+def show_result(console: Console, result: CompileResult) -> None:
+    """Print warnings first, then what was gained, then which operators became what and why."""
+    report, measurements = result.report, result.measurements
+    for warning in warnings(report, measurements):
+        console.print(f"[yellow]warning:[/] {_plain(warning)}", highlight=False)
+    console.print(_gains(report, measurements))
+    console.print(_operators(report))
+    if report["refusals"]:
+        console.print(_refusals(report))
+    console.print(f"wrote {_plain(str(result.output))}/", highlight=False, soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="left" if index == 0 else "default")
+    return table
+
+
+def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
+    table = _table(f"{report['target']}, against the float model", "", "float", "artifact", "")
+    size, latency, fidelity = report["size"], measurements["latency"], report["fidelity"]
+    table.add_row("size", _bytes(size["float_bytes"]), _bytes(size["artifact_bytes"]), f"{size['ratio']:.2f}x")
+    if latency is not None:
+        times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
+        table.add_row("latency, one thread", *times)
+    if (accuracy := fidelity["accuracy"]) is not None:
+        of = accuracy["labelled"]
+        table.add_row("accuracy", f"{accuracy['float_correct']}/{of}", f"{accuracy['artifact_correct']}/{of}", "")
+    for name, measures in fidelity["outputs"].items():
+        label = "" if len(fidelity["outputs"]) == 1 else f" of {name}"
+        ratio = "exact" if measures["exact"] else f"{_number(measures['sqnr'], '.1f')} dB"
+        table.add_row(f"SQNR{label}", "", ratio, "")
+        table.add_row(f"cosine{label}", "", _number(measures["cosine"], ".5f"), "")
+        if measures["top1"] is not None:
+            agreeing = round(measures["top1"] * fidelity["samples"])
+            table.add_row(f"same argmax{label}", "", f"{agreeing}/{fidelity['samples']}", "")
+    table.caption = f"on {report['data']['evaluated_on']}"
+    table.caption_justify = "left"
+    return table
+
+
+def _operators(report: Mapping[str, Any]) -> Table:
+    """Group operators that share a fate."""
+    groups: dict[tuple[str, str, str], int] = Counter()
+    worst: dict[tuple[str, str, str], float] = defaultdict(lambda: float("inf"))
+    for op in report["operators"]:
+        fate = op["kernel"] or op["reason"] or ("moves codes" if op["precision"] == "integer" else "")
+        if fate.startswith("absorbed by"):
+            fate = "absorbed by the operator in front of it"
+        key = (op["precision"], op["op_type"], fate)
+        groups[key] += 1
+        if op["sqnr"] is not None:
+            worst[key] = min(worst[key], op["sqnr"])
+    table = _table("operators", "precision", "operator", "count", "worst SQNR, dB", "kernel, or why not integer")
+    order = {"integer": 0, "weight_only": 1, "float": 2}
+    for key, count in sorted(groups.items(), key=lambda item: (order[item[0][0]], -item[1], item[0])):
+        precision, op_type, fate = key
+        least = f"{worst[key]:.1f}" if key in worst else ""
+        table.add_row(precision.replace("_", "-"), op_type, str(count), least, _plain(fate))
+    return table
+
+
+def _refusals(report: Mapping[str, Any]) -> Table:
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for refusal in report["refusals"]:
+        groups[refusal["stage"], refusal["reason"]].append(refusal["node"])
+    table = _table("left alone", "stage", "where", "why")
+    for (stage, reason), nodes in groups.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        table.add_row(stage, _plain(nodes[0] + more), _plain(reason))
+    return table
+
+
+def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> None:
+    """Print the targets and whether each can run on this machine."""
+    table = _table("targets", "name", "backend", "here", "what it is")
+    for target, available in targets:
+        table.add_row(target.name, target.backend, "yes" if available else "no runtime", _plain(target.summary))
+    console.print(table)
+
+
+def show_inspection(console: Console, content: Mapping[str, Any]) -> None:
+    """Print what a model is and what the target would make of it."""
+    table = _table(content["model"], "", "")
+    for key in ("opset", "nodes", "nodes_after_canonicalize", "weight_bytes"):
+        value = content[key]
+        table.add_row(key.replace("_", " "), _bytes(value) if key.endswith("bytes") else str(value))
+    for key in ("inputs", "outputs"):
+        table.add_row(key, _plain("\n".join(content[key])))
+    console.print(table)
+    fates = _table(f"operators on {content['target']}", "precision", "operator", "count", "why not integer")
+    for row in content["operators"]:
+        fates.add_row(row["precision"].replace("_", "-"), row["op_type"], str(row["count"]), _plain(row["reason"]))
+    console.print(fates)
+
+
+def _plain(text: str) -> str:
+    """Keep rich from reading brackets in names as markup."""
+    return text.replace("[", r"\[")
+
+
+def _number(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
+
+
+def _bytes(count: int) -> str:
+    if count < 1024:
+        return f"{count} B"
+    return f"{count / 1024:.1f} KB" if count < 1024**2 else f"{count / 1024**2:.2f} MB"

@@ -1,0 +1,285 @@
+"""Equivalence after a pass, and fidelity of the result, both on real activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.calib.data import Dataset, Sample
+from qcompile.core import numerics, runtime
+from qcompile.core.contract import Effect, Track
+from qcompile.core.errors import BudgetError, VerificationError
+from qcompile.core.plan import Precision, QuantPlan
+from qcompile.passes import structure
+from qcompile.passes.insert_qdq import dequantized_name
+
+#: Largest max|Δ| / max|y| of a CLOSE pass, by the bytes of the widest float among the outputs.
+CLOSE_BOUND = {8: 1e-4, 4: 1e-4, 2: 2e-2}
+#: Kernels may differ from the QDQ model by their own rounding, but not by more than this, or than quantization did.
+KERNEL_BOUND = 20.0
+#: Samples on which the QDQ model itself and its layers are looked at.
+INSPECTED = 32
+Array = npt.NDArray[Any]
+
+
+def outputs_of(model: ir.Model, samples: Sequence[Sample]) -> list[runtime.Outputs]:
+    """Run a model node by node as written, without the runtime's rewrites, and return its outputs per sample."""
+    session = runtime.Session(model, optimize=False)
+    return [session.run(feeds) for feeds in samples]
+
+
+def check_equivalence(
+    name: str, effect: Effect, before: Sequence[runtime.Outputs], after: Sequence[runtime.Outputs]
+) -> float:
+    """Hold a pass to its effect.
+
+    Parameters
+    ----------
+    name : str
+        The pass, for the message.
+    effect : Effect
+    before, after : sequences of outputs
+        Per sample, of the model before and after the pass.
+
+    Returns
+    -------
+    float
+        The largest max|Δ| / max|y| over samples and outputs.
+
+    Raises
+    ------
+    VerificationError
+        If an output is missing, changed its shape, or moved further than the effect allows.
+    """
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        if set(old) != set(new):
+            raise _broken(name, f"changed the outputs from {sorted(old)} to {sorted(new)}")
+        for output, y in old.items():
+            z = new[output]
+            if y.shape != z.shape or y.dtype != z.dtype:
+                raise _broken(name, f"changed output '{output}' from {y.dtype}{y.shape} to {z.dtype}{z.shape}")
+            error = numerics.relative_error(y, z) if y.dtype.kind == "f" else float(not np.array_equal(y, z))
+            _hold(name, effect, output, y, z, error)
+            worst = max(worst, error)
+    return worst
+
+
+def _hold(name: str, effect: Effect, output: str, y: Array, z: Array, error: float) -> None:
+    if effect is Effect.EXACT and not np.array_equal(y, z, equal_nan=y.dtype.kind == "f"):
+        raise _broken(name, f"is exact, but moved output '{output}' by {error:.2g} of its largest value")
+    if effect is Effect.CLOSE:
+        bound = CLOSE_BOUND.get(y.dtype.itemsize, 0.0) if y.dtype.kind == "f" else 0.0
+        if not error <= bound:
+            raise _broken(name, f"moved output '{output}' by {error:.2g} of its largest value, more than {bound:.2g}")
+    if effect is Effect.LOSSY and y.dtype.kind == "f":
+        if not np.array_equal(np.isfinite(y), np.isfinite(z)):
+            raise _broken(name, f"made output '{output}' infinite or NaN")
+        finite = np.isfinite(y)
+        if np.any(y[finite]) and numerics.sqnr(y[finite], z[finite]) <= 0.0:
+            raise _broken(name, f"left output '{output}' further from float's than zeros would be")
+
+
+def _broken(name: str, fact: str) -> VerificationError:
+    remedy = "give more or other calibration data; if it stays, keep the layers that the report blames in float"
+    return VerificationError(f"pass {name}", fact, remedy)
+
+
+@dataclass
+class Comparison:
+    """Running sums over pairs of tensors, from which the measures follow."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    cosines: list[float] = field(default_factory=list)
+    agreeing: int = 0
+    classified: int = 0
+    largest: float = 0.0
+    peak: float = 0.0
+
+    def add(self, reference: Array, candidate: Array) -> None:
+        """Take in one sample's tensor of either model."""
+        y, z = reference.astype(np.float64).reshape(-1), candidate.astype(np.float64).reshape(-1)
+        finite = np.isfinite(y) & np.isfinite(z)
+        y, z = y[finite], z[finite]
+        signal, noise, power = float(y @ y), float(np.sum((y - z) ** 2)), float(z @ z)
+        self.signal, self.noise = self.signal + signal, self.noise + noise
+        self.cosines.append(float(y @ z / np.sqrt(signal * power)) if signal and power else float(signal == power))
+        if y.size:
+            self.largest = max(self.largest, float(np.max(np.abs(y - z))))
+            self.peak = max(self.peak, float(np.max(np.abs(y))))
+        if reference.ndim >= 2 and reference.shape[-1] == reference.size > 1:
+            self.classified += 1
+            self.agreeing += int(reference.argmax() == candidate.argmax())
+
+    @property
+    def sqnr(self) -> float:
+        """Signal-to-quantization-noise ratio in dB over all samples."""
+        return numerics.decibel(self.signal, self.noise) if self.signal or self.noise else float("inf")
+
+    def measures(self) -> dict[str, float | None]:
+        """Return the measures, JSON-ready; None where one has no meaning. An exact match has no finite SQNR."""
+        return {
+            "sqnr": _rounded(self.sqnr, 3) if np.isfinite(self.sqnr) else None,
+            "exact": self.noise == 0.0,
+            "cosine": _rounded(float(np.mean(self.cosines)), 6) if self.cosines else None,
+            "relative_error": _rounded(self.largest / self.peak, 6) if self.peak else _rounded(self.largest, 6),
+            "top1": _rounded(self.agreeing / self.classified, 6) if self.classified else None,
+        }
+
+
+def _rounded(number: float, digits: int) -> float:
+    """Round, so that reports compare equal where machines differ in the last place."""
+    return float(round(number, digits))
+
+
+Run = Callable[[runtime.Feeds], runtime.Outputs]
+
+
+@dataclass
+class Fidelity:
+    """How near one model's outputs are to another's.
+
+    Parameters
+    ----------
+    outputs : dict of str to Comparison
+    samples : int
+    reference_correct, candidate_correct, labelled : int
+        Right answers of either model among the labelled samples, by the first output that classifies.
+    """
+
+    outputs: dict[str, Comparison] = field(default_factory=dict)
+    samples: int = 0
+    reference_correct: int = 0
+    candidate_correct: int = 0
+    labelled: int = 0
+
+    def add(self, expected: runtime.Outputs, found: runtime.Outputs, label: int | None = None) -> None:
+        """Take in one sample's outputs of either model."""
+        self.samples += 1
+        for name, y in expected.items():
+            if y.dtype.kind in "fiub":
+                self.outputs.setdefault(name, Comparison()).add(y, found[name])
+        scores = [name for name, y in expected.items() if y.ndim >= 2 and y.shape[-1] == y.size > 1]
+        if label is not None and scores:
+            self.labelled += 1
+            self.reference_correct += int(expected[scores[0]].argmax()) == label
+            self.candidate_correct += int(found[scores[0]].argmax()) == label
+
+    def worst(self, measure: str) -> float:
+        """Return a measure's least value over the outputs that have it; infinite where every output is exact."""
+        numbers = [m[measure] for c in self.outputs.values() if not (m := c.measures())["exact"]]
+        return min((float(n) for n in numbers if n is not None), default=float("inf"))
+
+
+@dataclass
+class Proof:
+    """What was found when the result was held against the model that came in.
+
+    Parameters
+    ----------
+    reference : callable
+        Runs the float model, with all of the runtime's optimizations.
+    fidelity : Fidelity
+        Artifact against float model, on all samples: what a user gets.
+    quantization : Fidelity
+        QDQ model against float model: what the plan costs.
+    rounding : Fidelity
+        Artifact against QDQ model: what the target's kernels add.
+    layers : dict of str to Comparison
+        QDQ model against float model, by node name, with the error that has gathered up to each.
+    """
+
+    reference: Run
+    fidelity: Fidelity = field(default_factory=Fidelity)
+    quantization: Fidelity = field(default_factory=Fidelity)
+    rounding: Fidelity = field(default_factory=Fidelity)
+    layers: dict[str, Comparison] = field(default_factory=dict)
+
+    def require(self, bounds: Mapping[str, float]) -> None:
+        """Hold the fidelity to the user's bounds.
+
+        Raises
+        ------
+        BudgetError
+            Naming the bound that is missed, what was reached, and the layer that loses most.
+        """
+        for measure, bound in bounds.items():
+            reached = self.fidelity.worst(measure)
+            if reached < bound:
+                weakest = min(self.layers, key=lambda name: self.layers[name].sqnr, default=None)
+                hint = f", layer '{weakest}' loses most" if weakest is not None else ""
+                fact = f"{measure} is {reached:.4g}, below the bound of {bound:g}{hint}"
+                raise BudgetError("--min-fidelity", fact, "give more calibration data or lower the bound")
+
+    def require_faithful_kernels(self) -> None:
+        """Hold the artifact to the QDQ model that it was lowered from.
+
+        Raises
+        ------
+        VerificationError
+            If the target's kernels add more error than quantization did.
+        """
+        for name, added in self.rounding.outputs.items():
+            bound = min(KERNEL_BOUND, self.quantization.outputs[name].sqnr)
+            if added.sqnr < bound:
+                fact = (
+                    f"output '{name}' is {added.sqnr:.1f} dB from the QDQ model, which must be {bound:.1f} dB or more"
+                )
+                raise VerificationError("artifact", fact, "the runtime's kernels do not compute what the model says")
+
+
+def prove(
+    model: ir.Model,
+    canonical: ir.Model,
+    quantized: ir.Model,
+    plan: QuantPlan,
+    run: Run,
+    data: Dataset,
+    track: Track[tuple[Sample, int | None]],
+) -> Proof:
+    """Hold the artifact against the float model and against the QDQ model, on data that calibration did not see.
+
+    The QDQ model runs as written, which is its definition and lets every layer be looked at; that is slow, so the
+    samples beyond the first `INSPECTED` only compare the artifact with the float model.
+
+    Raises
+    ------
+    VerificationError
+        If the target's kernels add more error than quantization did.
+    """
+    pairs = layer_pairs(canonical, quantized, plan)
+    floats = runtime.Session(runtime.with_outputs(canonical, [before for before, _ in pairs.values()]))
+    codes = runtime.Session(runtime.with_outputs(quantized, [after for _, after in pairs.values()]), optimize=False)
+    proof = Proof(runtime.Session(model).run, layers={name: Comparison() for name in pairs})
+    for index, (feeds, label) in enumerate(track(data.labelled(), len(data), "verifying")):
+        expected, found = proof.reference(feeds), run(feeds)
+        proof.fidelity.add(expected, found, label)
+        if index < INSPECTED:
+            before, after = floats.run(feeds), codes.run(feeds)
+            simulated = {name: after[name] for name in expected}
+            proof.quantization.add(expected, simulated)
+            proof.rounding.add(simulated, found)
+            for name, (one, other) in pairs.items():
+                proof.layers[name].add(before[one], after[other])
+    proof.require_faithful_kernels()
+    return proof
+
+
+def layer_pairs(model: ir.Model, quantized: ir.Model, plan: QuantPlan) -> dict[str, tuple[str, str]]:
+    """Return, for each operator that the plan changes, its result's name in the float and in the QDQ model."""
+    present = ir.convenience.create_value_mapping(quantized.graph)
+    pairs = {}
+    for node in model.graph:
+        op = plan.ops.get(structure.node_name(node))
+        if op is None or op.precision is Precision.FLOAT or (op.reason and not op.output and op.op_type != "Gather"):
+            continue
+        name = op.output or structure.name_of(node.outputs[0])
+        behind = dequantized_name(name)
+        pairs[structure.node_name(node)] = (name, behind if behind in present else name)
+    return pairs

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+from qcompile.calib import sensitivity
+from qcompile.calib.collect import collect
+from qcompile.calib.data import Dataset, input_specs
+from qcompile.calib.observers import Observer
+from qcompile.calib.sensitivity import OutputError, choose_observers, live_values, spread, typed
+from qcompile.core import runtime
+
+
+def parse(body: str, domains: str = "") -> ir.Model:
+    model = ir.from_proto(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21{domains}]> {body}'))
+    for index, node in enumerate(model.graph):
+        node.name = node.name or f"node{index}"
+    return model
+
+
+def track(items: Iterable, count: int, what: str) -> Iterable:
+    return items
+
+
+def dataset(model: ir.Model, samples: list[dict[str, np.ndarray]]) -> Dataset:
+    return Dataset("test", lambda: iter(samples), input_specs(model))
+
+
+def choose(model: ir.Model, names: list[str], samples: list[dict[str, np.ndarray]], threads: int = 1) -> dict:
+    data = dataset(model, samples)
+    return choose_observers(model, collect(model, names, data, track), "uint8", data, track, threads)
+
+
+def with_outliers() -> list[dict[str, np.ndarray]]:
+    """Values in [0, 1], and one in a thousand at 60: clipping those makes the steps of all others much finer."""
+    generator = np.random.default_rng(0)
+    samples = []
+    for _ in range(4):
+        x = generator.uniform(0, 1, (1, 20000)).astype(np.float32)
+        x[0, 0] = 60.0
+        samples.append({"x": x})
+    return samples
+
+
+IGNORES_OUTLIERS = "y = Clip(h, zero, one)"
+NEEDS_OUTLIERS = "z = Mul(h, h)"
+CONSTANTS = "<float zero = {0}, float one = {1}>"
+
+
+def test_outliers_are_clipped_where_the_output_ignores_them() -> None:
+    model = parse(f"f (float[1,20000] x) => (float[1,20000] y) {CONSTANTS} {{ h = Identity(x) {IGNORES_OUTLIERS} }}")
+    assert choose(model, ["h"], with_outliers())["h"] is not Observer.MINMAX
+
+
+def test_outliers_are_kept_where_the_output_hangs_on_them() -> None:
+    model = parse(f"f (float[1,20000] x) => (float[1,20000] z) {{ h = Identity(x) {NEEDS_OUTLIERS} }}")
+    assert choose(model, ["h"], with_outliers()) == {"h": Observer.MINMAX}
+
+
+@pytest.mark.parametrize("body", [f"{IGNORES_OUTLIERS} {NEEDS_OUTLIERS}", f"{NEEDS_OUTLIERS} {IGNORES_OUTLIERS}"])
+def test_every_reader_sees_the_quantized_value(body: str) -> None:
+    """Losing the outliers costs output z everything, coarse steps cost y little: only both together give minmax."""
+    model = parse(
+        f"f (float[1,20000] x) => (float[1,20000] y, float[1,20000] z) {CONSTANTS} {{ h = Identity(x) {body} }}"
+    )
+    assert choose(model, ["h"], with_outliers()) == {"h": Observer.MINMAX}
+
+
+def test_inputs_and_outputs_of_the_model_are_tensors_like_others() -> None:
+    model = parse("f (float[1,20000] x) => (float[1,20000] h) { h = Identity(x) }")
+    # The output is the tensor itself, so the least squared error of the tensor is the least of the output.
+    assert choose(model, ["x", "h"], with_outliers()) == {"x": Observer.MSE, "h": Observer.MSE}
+
+
+def test_only_the_named_tensor_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other branch, cut off behind the tensor, carries exact float values to its output."""
+    model = parse(
+        f"f (float[1,20000] x) => (float[1,20000] y, float[1,20000] w) {CONSTANTS}"
+        f"{{ g = Neg(x) h = Identity(x) {IGNORES_OUTLIERS} w = Mul(g, g) }}"
+    )
+    seen: list[float] = []
+    add = OutputError.add
+
+    def spy(self: OutputError, reference: runtime.Outputs, candidate: runtime.Outputs) -> None:
+        add(self, reference, candidate)
+        seen.append(self.noise["w"])
+
+    monkeypatch.setattr(OutputError, "add", spy)
+    assert choose(model, ["h"], with_outliers())["h"] is not Observer.MINMAX
+    assert seen and not any(seen)
+
+
+def test_equal_candidates_are_not_run_and_the_first_observer_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse("f (float[1,256] x) => (float[1,256] y) { h = Identity(x) y = Relu(h) }")
+    x = np.arange(256, dtype=np.float32).reshape(1, 256)  # every code exactly: no observer has a better range
+    monkeypatch.setattr(OutputError, "add", lambda *_: pytest.fail("a run was not needed"))
+    assert choose(model, ["h"], [{"x": x}]) == {"h": Observer.MINMAX}
+
+
+def test_a_tensor_that_reaches_no_output_gets_the_first_observer() -> None:
+    model = parse("f (float[1,20000] x) => (float[1,20000] y) { y = Relu(x) h = Neg(x) }")
+    assert choose(model, ["h"], with_outliers()) == {"h": Observer.MINMAX}
+
+
+def test_the_result_does_not_depend_on_threads() -> None:
+    body = " ".join(f"h{i + 1} = Sigmoid(s{i}) s{i + 1} = Mul(h{i + 1}, x)" for i in range(6))
+    model = parse(f"f (float[1,20000] x) => (float[1,20000] y) {{ s0 = Identity(x) {body} y = Identity(s6) }}")
+    names = [f"s{i}" for i in range(7)] + [f"h{i}" for i in range(1, 7)]
+    one, four = (choose(model, names, with_outliers(), threads) for threads in (1, 4))
+    assert one == four and list(one) == names
+    assert len(set(one.values())) > 1
+
+
+def test_a_value_without_a_known_type_can_be_cut() -> None:
+    model = parse(
+        "f (float[1,20000] x) => (float[1,20000] y, float[1,20000] z) <float zero = {0}, float one = {1}>"
+        "{ g = com.microsoft.Gelu(x) h = Identity(x) z = Mul(h, h) y = Identity(g) }",
+        ', "com.microsoft" : 1',
+    )
+    assert ir.convenience.create_value_mapping(model.graph)["g"].dtype is None
+    assert choose(model, ["h"], with_outliers()) == {"h": Observer.MINMAX}
+    known = typed(model, with_outliers()[0])
+    assert ir.convenience.create_value_mapping(known.graph)["g"].dtype is ir.DataType.FLOAT
+    assert ir.convenience.create_value_mapping(model.graph)["g"].dtype is None
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = parse("f (float[1,20000] x) => (float[1,20000] y) { h = Identity(x) y = Relu(h) }")
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    choose(model, ["x", "h", "y"], with_outliers())
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_output_error_sums_outputs_each_relative_to_its_signal() -> None:
+    error = OutputError()
+    error.add({"a": np.array([3.0, 4.0]), "b": np.array([100.0])}, {"a": np.array([3.0, 5.0]), "b": np.array([90.0])})
+    assert error.value == pytest.approx(1 / 25 + 100 / 10000)
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "value"),
+    [
+        ([1.0, -np.inf], [1.0, -np.inf], 0.0),
+        ([1.0, 2.0], [1.0, np.nan], np.inf),
+        ([0.0, 0.0], [0.0, 0.1], np.inf),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+    ],
+)
+def test_output_error_at_the_edges(reference: list[float], candidate: list[float], value: float) -> None:
+    error = OutputError()
+    error.add({"y": np.array(reference)}, {"y": np.array(candidate)})
+    assert error.value == value
+
+
+def test_live_values_are_what_later_nodes_read_subgraphs_included() -> None:
+    model = parse(
+        "f (float[1] x, bool b, float[1] unread) => (float[1] y) <float[1] w = {2}>"
+        "{ p = Neg(x) q = Exp(p) r = Abs(q)"
+        "  y = If (b) <then_branch = t () => (float[1] s) { s = Add(p, w) }, else_branch = e () => (float[1] u)"
+        "  { u = Neg(r) }> }"
+    )
+    graph = model.graph
+    assert set(live_values(graph, 0)) == {"x", "b"}
+    assert set(live_values(graph, 2)) == {"p", "q", "b"}
+    assert set(live_values(graph, 2, 3)) == {"q"}
+    assert set(live_values(graph, 3)) == {"p", "r", "b"}
+
+
+def test_samples_are_spread_evenly_within_count_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse("f (float[1] x) => (float[1] y) { y = Neg(x) }")
+    data = dataset(model, [{"x": np.array([i], np.float32)} for i in range(201)])
+    chosen = [int(feeds["x"][0]) for feeds in spread(data, 4)]
+    assert len(chosen) == sensitivity.SAMPLES and chosen[0] == 0 and chosen[-1] == 200
+    assert set(np.diff(chosen)) <= {3, 4}
+    monkeypatch.setattr(sensitivity, "MEMORY", 12)
+    assert [int(feeds["x"][0]) for feeds in spread(data, 4)] == [0, 100, 200]
+    assert len(spread(data, 10**9)) == 1

@@ -1,0 +1,91 @@
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompile.core import model as models
+from qcompile.core import runtime
+from qcompile.core.errors import ModelError, TargetError
+
+Model = Callable[..., ir.Model]
+CHAIN = "(float[3] x) => (float[3] z) { y = Relu (x) t = Neg (y) z = Exp (t) }"
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+def test_a_session_runs(optimize: bool, model_of: Model) -> None:
+    session = runtime.Session(model_of(CHAIN), optimize=optimize)
+    assert session.output_names == ("z",)
+    outputs = session.run({"x": np.float32([-1, 0, 1])})
+    np.testing.assert_allclose(outputs["z"], np.exp(np.float32([0, 0, -1])), rtol=1e-6)
+
+
+def test_a_session_runs_a_file(model_of: Model, tmp_path: Path) -> None:
+    models.save(model_of(CHAIN), tmp_path / "model.onnx")
+    assert runtime.Session(tmp_path / "model.onnx").run({"x": np.zeros(3, np.float32)})["z"].tolist() == [1, 1, 1]
+
+
+def test_a_model_too_large_for_its_bytes_runs_from_a_file(model_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("(float[1,2] x) => (float[1,2] y) { y = MatMul (x, w) }", w=np.float32([[1, 2], [3, 4]]))
+    monkeypatch.setattr(models, "INLINE_LIMIT", 0)
+    monkeypatch.setattr(models, "serialize", None)
+    assert runtime.Session(model).run({"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[4, 6]]
+
+
+def test_a_file_that_onnx_runtime_does_not_load_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"/model\.onnx: onnxruntime .* does not load it \(.*\); "):
+        runtime.Session(tmp_path / "model.onnx")
+
+
+def test_with_outputs_adds_values_once(model_of: Model) -> None:
+    model = model_of(CHAIN)
+    before = models.serialize(model)
+    shown = runtime.with_outputs(model, ["y", "z", "t"])
+    assert [value.name for value in shown.graph.outputs] == ["z", "y", "t"]
+    assert models.serialize(model) == before, "the model itself stays as it is"
+
+
+def test_with_outputs_leaves_inputs_and_weights_out(model_of: Model) -> None:
+    model = model_of("(float[3] x) => (float[3] y) { y = Add (x, w) }", w=np.ones(3, np.float32))
+    assert [value.name for value in runtime.with_outputs(model, ["x", "w"]).graph.outputs] == ["y"]
+
+
+def test_optimized_nodes_are_those_after_the_optimizer(model_of: Model, tmp_path: Path) -> None:
+    text = "(float[1,3] x) => (float[1,2] y) { p = MatMul (x, w) y = Add (p, b) }"
+    model = model_of(text, w=np.ones((3, 2), np.float32), b=np.ones(2, np.float32))
+    models.save(model, tmp_path / "model.onnx")
+    assert [node.op_type for node in runtime.optimized_nodes(tmp_path / "model.onnx")] == ["Gemm"]
+
+
+def test_synthetic_feeds_fit_the_inputs(model_of: Model) -> None:
+    text = "(float[N,3] x, int64[4] i, bool[2] b, float16 s) => (float[N,3] y) { y = Relu (x) }"
+    model = model_of(text)
+    feeds = runtime.synthetic_feeds(model, 1)
+    kinds = {name: (array.dtype, array.shape) for name, array in feeds.items()}
+    assert kinds == {
+        "x": (np.float32, (1, 3)), "i": (np.int64, (4,)), "b": (np.bool_, (2,)), "s": (np.float16, ()),
+    }  # fmt: skip
+    assert set(feeds["i"]) <= {0, 1}
+    again, other = runtime.synthetic_feeds(model, 1), runtime.synthetic_feeds(model, 2)
+    np.testing.assert_array_equal(feeds["x"], again["x"])
+    assert not np.array_equal(feeds["x"], other["x"])
+
+
+def test_exactly_one_distribution_of_onnx_runtime_is_installed_here() -> None:
+    assert len(runtime.distributions()) == 1
+    assert isinstance(runtime.load_onnxruntime(), ModuleType)
+
+
+def test_two_distributions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "distributions", lambda: {"onnxruntime": "1.31.0", "onnxruntime-gpu": "1.31.0"})
+    with pytest.raises(TargetError, match=r"^onnxruntime: .* are both installed and overwrite one another; uninstall"):
+        runtime.load_onnxruntime()
+
+
+def test_a_missing_onnx_runtime_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(TargetError, match=r"^onnxruntime: is not installed; pip install 'qcompile\[cpu\]'"):
+        runtime.load_onnxruntime()

@@ -1,0 +1,267 @@
+"""The compiler's whole way on the model of the repository, from the command line to the artifact and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+SCHEMAS = Path(__file__).parents[2] / "docs/schemas"
+UNSETTLED = {"measurements.json", "report.html"}
+
+
+def settled(folder: Path) -> dict[str, str]:
+    """Return the checksums of everything that must be the same for the same inputs."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in UNSETTLED
+    }
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ResNet-8, compiled as the README says."""
+    models = Path(__file__).parents[2] / "models"
+    output = tmp_path_factory.mktemp("artifact") / "resnet8"
+    words = ["--data", models / "resnet8_calib.npz", "--eval", models / "resnet8_eval.npz", "-o", output]
+    command = [sys.executable, "-m", "qcompile", models / "resnet8.onnx", "--target", "cpu", *words, "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return output
+
+
+def test_int8_agrees_with_float_on_every_evaluation_image(artifact, resnet8):
+    model, _, evaluation = resnet8
+    with np.load(evaluation) as archive:
+        images, labels = archive["x"], archive["labels"]
+    run = [
+        onnxruntime.InferenceSession(p, providers=["CPUExecutionProvider"]) for p in (model, artifact / "model.onnx")
+    ]
+    found = np.array([[session.run(None, {"x": image})[0].argmax() for session in run] for image in images])
+    assert (found[:, 0] == found[:, 1]).sum() == len(images) == 20
+    report = json.loads((artifact / "report.json").read_text())
+    assert report["fidelity"]["outputs"]["probabilities"]["top1"] == 1.0
+    assert report["fidelity"]["accuracy"] == {
+        "labelled": 20,
+        "float_correct": int((found[:, 0] == labels).sum()),
+        "artifact_correct": int((found[:, 1] == labels).sum()),
+    }
+
+
+def test_what_is_integer_is_an_integer_kernel(artifact):
+    operators = json.loads((artifact / "report.json").read_text())["operators"]
+    kernels = {(op["op_type"], op["kernel"]) for op in operators if op["op_type"] in ("Conv", "Add", "Gemm")}
+    # The last Add and the Gemm serve ten classes with 640 weights, in float.
+    assert kernels == {("Conv", "QLinearConv"), ("Add", "QLinearAdd"), ("Add", None), ("Gemm", None)}
+    assert all(op["reason"] for op in operators if op["precision"] == "float")
+
+
+def test_size(artifact):
+    size = json.loads((artifact / "report.json").read_text())["size"]
+    assert size["artifact_bytes"] == (artifact / "model.onnx").stat().st_size == sum(size["by_cause"].values())
+    weights = sum(
+        int(np.prod(tensor.dims)) for tensor in onnx.load(artifact / "model.onnx").graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+    )  # fmt: skip
+    assert weights <= size["by_cause"]["weights in int8"] < weights * 1.02
+    assert size["ratio"] < 0.35
+
+
+def test_the_artifact_passes_the_full_checker_and_keeps_the_interface(artifact, resnet8):
+    found, given = onnx.load(artifact / "model.onnx"), onnx.load(resnet8[0])
+    onnx.checker.check_model(found, full_check=True)
+    for one, other in zip([*found.graph.input, *found.graph.output], [*given.graph.input, *given.graph.output]):
+        assert one.name == other.name
+        assert one.type.tensor_type.elem_type == other.type.tensor_type.elem_type
+
+
+@pytest.mark.parametrize("name", ["report", "plan", "measurements", "manifest"])
+def test_json_fits_its_schema(artifact, name):
+    schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads((artifact / f"{name}.json").read_text()), schema)
+
+
+def test_the_manifest_lists_every_settled_file(artifact):
+    listed = json.loads((artifact / "manifest.json").read_text())["files"]
+    assert {name: entry["sha256"] for name, entry in listed.items()} == {
+        name: checksum for name, checksum in settled(artifact).items() if name != "manifest.json"
+    }
+
+
+def test_the_page_holds_the_figures_and_nothing_from_elsewhere(artifact):
+    page = (artifact / "report.html").read_text()
+    report = json.loads((artifact / "report.json").read_text())
+    assert f"{report['fidelity']['outputs']['probabilities']['sqnr']:.1f} dB" in page
+    assert f"{report['size']['ratio']:.2f}x" in page
+    assert "http" not in page and "$" not in page
+
+
+def test_same_inputs_same_bytes(artifact, resnet8, tmp_path):
+    """Another working directory, another home, another number of threads, other names of the data."""
+    model, calibration, evaluation = resnet8
+    for name, path in {"c.npz": calibration, "e.npz": evaluation, "resnet8.onnx": model}.items():
+        (tmp_path / name).symlink_to(path)
+    words = ["resnet8.onnx", "--target", "cpu", "--data", "c.npz", "--eval", "e.npz", "-o", "other/place", "--threads", "1", "--quiet"]
+    environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "123"}
+    subprocess.run([sys.executable, "-m", "qcompile", *words], cwd=tmp_path, env=environment, check=True)
+    assert settled(tmp_path / "other/place") == settled(artifact)
+
+
+KILLED = """
+import os, signal, sys
+from qcompile import artifact, cache, cli
+count = int(sys.argv.pop(1))
+calls = 0
+
+def dying(function):
+    def wrapper(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapper
+
+cache.Cache.put = dying(cache.Cache.put)
+artifact.write = dying(artifact.write)
+artifact._publish = dying(artifact._publish)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_killed_at_any_stage_and_run_again(small, count):
+    """SIGKILL before the count-th result is kept; then the same command with the same cache, and one without any."""
+    output = small.folder / "out"
+    words = [small.model, "--target", "cpu", "--data", small.data, "--quiet"]
+    command = [sys.executable, "-c", KILLED, str(count), *words, "--cache", small.folder / "cache", "-o", output]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    assert not output.exists()
+    again = [sys.executable, "-c", KILLED, "0", *words, "--cache", small.folder / "cache", "-o", output]
+    assert subprocess.run(again, capture_output=True).returncode == 0
+    fresh = [sys.executable, "-m", "qcompile", *words, "-o", small.folder / "fresh"]
+    assert subprocess.run(fresh, capture_output=True).returncode == 0
+    assert settled(output) == settled(small.folder / "fresh")
+
+
+def test_a_second_compile_finds_every_stage_in_the_cache(small):
+    """In another process with other hash seeds, other names of the data, and another number of threads."""
+    entries = []
+    for seed in ("1", "2"):
+        words = [small.model, "--target", "cpu", "--data", small.data, "--cache", small.folder / "cache", "--quiet"]
+        command = [sys.executable, "-m", "qcompile", *words, "--threads", seed, "-o", small.folder / seed]
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+        entries.append({path: path.stat().st_mtime_ns for path in (small.folder / "cache").rglob("*")})
+    assert entries[0] == entries[1]
+    assert settled(small.folder / "1") == settled(small.folder / "2")
+
+
+def test_a_damaged_cache_entry_is_made_again(qcompile, small):
+    words = [small.model, "--target", "cpu", "--data", small.data, "--cache", small.folder / "cache"]
+    assert qcompile(*words, "-o", small.folder / "first").code == 0
+    entries = [path for path in (small.folder / "cache").rglob("*") if path.is_file()]
+    assert len(entries) >= 5
+    for path in entries:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+    assert qcompile(*words, "-o", small.folder / "second").code == 0
+    assert settled(small.folder / "first") == settled(small.folder / "second")
+
+
+def test_another_option_does_not_find_the_old_entries(qcompile, small):
+    words = [small.model, "--target", "cpu", "--data", small.data, "--cache", small.folder / "cache"]
+    assert qcompile(*words, "-o", small.folder / "first", "--activations", "8").code == 0
+    assert qcompile(*words, "-o", small.folder / "second", "--activations", "none").code == 0
+    first, second = (json.loads((small.folder / name / "plan.json").read_text()) for name in ("first", "second"))
+    assert first["tensors"] != second["tensors"]
+
+
+def test_without_data_weights_only_and_the_first_line_says_so(qcompile, resnet8, tmp_path):
+    done = qcompile(resnet8[0], "--target", "cpu", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    first = done.out.splitlines()[0]
+    assert first.startswith("warning: No calibration data: weights are stored as int8")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["precision"] == {"integer": 0, "weight_only": 9, "float": 16}
+    assert report["size"]["ratio"] < 0.35
+    executed = onnx.load(tmp_path / "out/model.onnx").graph.node
+    assert not [node for node in executed if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+
+
+def test_nothing_quantized_is_exact(qcompile, small):
+    words = ["--weights", "none", "--activations", "none", "--json", "-o", small.folder / "out"]
+    done = qcompile(small.model, "--target", "cpu", "--data", small.data, *words)
+    output = json.loads(done.out)
+    assert output["report"]["fidelity"]["outputs"]["y"]["exact"]
+    assert output["report"]["precision"]["float"] == len(output["report"]["operators"])
+
+
+def test_json_is_all_that_is_printed(qcompile, small):
+    done = qcompile(small.model, "--target", "cpu", "--data", small.data, "--json", "-o", small.folder / "out")
+    assert done.code == 0 and done.err == ""
+    content = json.loads(done.out)
+    assert content["report"] == json.loads((small.folder / "out/report.json").read_text())
+    assert content["measurements"] == json.loads((small.folder / "out/measurements.json").read_text())
+
+
+def test_the_python_interface_is_the_same_thing(small, tmp_path):
+    import qcompile
+
+    result = qcompile.compile(small.proto, qcompile.Options("cpu", data=str(small.data), output=tmp_path / "api"))
+    assert result.output == tmp_path / "api"
+    assert result.plan.to_json() == (tmp_path / "api/plan.json").read_text()
+    with pytest.raises(qcompile.QcompileError):
+        qcompile.compile(small.proto, qcompile.Options("cpu", data="absent.npz", output=tmp_path / "other"))
+
+
+def test_dynamic_axes_and_fixed_ones(qcompile, small):
+    for value in (*small.proto.graph.input, *small.proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    words = [small.model, "--target", "cpu", "--data", small.data, "-o"]
+    assert qcompile(*words, small.folder / "open").code == 0
+    assert qcompile(*words, small.folder / "fixed", "--shape", "x=1x3x8x8").code == 0
+    dims = [
+        onnx.load(small.folder / name / "model.onnx").graph.input[0].type.tensor_type.shape.dim[0]
+        for name in ("open", "fixed")
+    ]
+    assert (dims[0].dim_param, dims[1].dim_value) == ("N", 1)
+
+
+def test_targets_and_inspect(qcompile, resnet8):
+    assert "cpu" in qcompile("targets").out
+    assert json.loads(qcompile("targets", "--json").out)[0]["here"] is True
+    content = json.loads(qcompile("inspect", resnet8[0], "--json").out)
+    assert content["nodes"] == 32 and content["nodes_after_canonicalize"] == 25
+    assert {"precision": "integer", "op_type": "Conv", "count": 9, "reason": ""} in content["operators"]
+    assert "QLinear" not in qcompile("inspect", resnet8[0]).out
+
+
+def test_progress_is_for_terminals_and_for_what_takes_long(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    from qcompile import terminal
+
+    def shown(patience: float, is_terminal: bool) -> str:
+        monkeypatch.setattr(terminal, "PATIENCE", patience)
+        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=80)
+        assert list(terminal.ProgressBars(console).track(range(3), 3, "calibrating")) == [0, 1, 2]
+        return console.file.getvalue()
+
+    assert "calibrating" in shown(0.0, True)
+    assert "calibrating" not in shown(60.0, True)
+    assert shown(0.0, False) == ""

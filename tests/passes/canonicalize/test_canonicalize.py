@@ -1,0 +1,74 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcompile.core import model as models
+from qcompile.passes.canonicalize import Canonicalize
+
+Build = Callable[..., Any]
+
+
+def test_a_real_model(root: Path, rewritten: Build, types: Build) -> None:
+    original = models.load(root / "models" / "resnet8.onnx")
+    with np.load(root / "models" / "resnet8_eval.npz") as data:
+        sample = {"x": data["x"][0]}
+    model, refusals = rewritten(Canonicalize(21), original, sample)
+    assert models.opset(model) == 21
+    assert "BatchNormalization" not in types(model) and refusals == ()
+    convolutions = [node.name for node in original.graph if node.op_type == "Conv"]
+    assert sorted(node.name for node in model.graph if node.op_type == "Conv") == sorted(convolutions)
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 17])
+def test_old_opsets_end_in_the_same_form(
+    opset: int, model_of: Build, rewritten: Build, types: Build, random: np.random.Generator
+) -> None:
+    pad = 'p = Pad <mode = "constant", pads = [0,0,1,1,0,0,1,1]> (x)' if opset < 11 else "p = Pad (x, pads)"
+    text = f"""(float[1,3,6,6] x) => (float[1,4,6,6] y) {{
+        {pad}
+        c = Conv (p, w)
+        n = BatchNormalization (c, gamma, beta, mean, var)
+        i = Identity (n)
+        y = Relu (i)
+    }}"""
+    channels = {name: random.random(4).astype(np.float32) for name in ("gamma", "beta", "mean", "var")}
+    pads = {} if opset < 11 else {"pads": np.int64([0, 0, 1, 1, 0, 0, 1, 1])}
+    w = random.standard_normal((4, 3, 3, 3)).astype(np.float32)
+    model, refusals = rewritten(Canonicalize(21), model_of(text, opset, w=w, **channels, **pads))
+    assert types(model) == ["Conv", "Relu"] and refusals == ()
+    assert all(node.name for node in model.graph)
+
+
+def test_refusals_of_the_rules_are_handed_on(model_of: Build, rewritten: Build, random: np.random.Generator) -> None:
+    text = """(float[1,3,6,6] x) => (float[1,4,N,M] y) {
+        [border] p = Pad <mode = "reflect"> (x, pads)
+        c = Conv (p, w)
+        r = Relu (c)
+        [norm] y = BatchNormalization (r, gamma, beta, mean, var)
+    }"""
+    channels = {name: random.random(4).astype(np.float32) for name in ("gamma", "beta", "mean", "var")}
+    w = random.standard_normal((4, 3, 3, 3)).astype(np.float32)
+    pads = np.int64([0, 0, 1, 1, 0, 0, 1, 1])
+    _, refusals = rewritten(Canonicalize(21), model_of(text, w=w, pads=pads, **channels))
+    assert [refusal.node for refusal in refusals] == ["border", "norm"]
+
+
+def test_no_constant_nodes_are_left(model_of: Build, rewritten: Build, types: Build) -> None:
+    text = """(float[2,3] x) => (float[A,B,C,D] y) {
+        k = Constant <value_ints = [0]> ()
+        a = Unsqueeze (x, k)
+        b = Unsqueeze (a, k)
+        y = Exp (b)
+    }"""
+    assert types(rewritten(Canonicalize(21), model_of(text))[0]) == ["Unsqueeze", "Exp"]
+
+
+def test_fixed_shapes_reach_the_outputs(model_of: Build, types: Build) -> None:
+    text = """(float[N,3] x) => (float[N,3] y) { s = Shape (x) r = Reshape (x, s) y = Exp (r) }"""
+    model = model_of(text)
+    Canonicalize(21, {"x": (5, 3)})(model)
+    assert list(model.graph.outputs[0].shape) == [5, 3]
+    assert types(model) == ["Exp"]
