@@ -97,10 +97,10 @@ class Dataset:
         if count == 1:
             return self, self
         cut = count - max(1, round(count * held_out))
-        part = dict(place=self.place, open=self.open, specs=self.specs)
+        middle, end = self.start + cut, self.start + count
         return (
-            Dataset(**part, start=self.start, stop=self.start + cut),  # type: ignore[arg-type]
-            Dataset(**part, start=self.start + cut, stop=self.start + count),  # type: ignore[arg-type]
+            Dataset(self.place, self.open, self.specs, self.start, middle),
+            Dataset(self.place, self.open, self.specs, middle, end),
         )
 
     @cached_property

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from qcompile.core import numerics
 
-#: Bins of a histogram. With 256 codes over them, a bin is an eighth of a step or finer even when the range is widest.
+#: Bins of a histogram. Widths are powers of two, so at least half of the bins are used: with 256 codes over them, a bin
+#: is a quarter of a step or finer.
 BINS = 2048
 #: Share of the values that the percentile observer keeps inside the range.
 PERCENTILE = 0.9999

@@ -229,19 +229,26 @@ def _linear_obstacle(node: ir.Node) -> str:
         return f"its weights have {len(weight.shape)} axes"
     if weight.size == 0 or structure.constant_tensor(node.inputs[0]) is not None:
         return "it computes on constants only"
-    if node.op_type == "Gemm":
-        if node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:
-            return "Gemm with transA or alpha has no integer kernel"
-        if len(node.inputs) > 2 and node.attributes.get_float("beta", 1.0) != 1.0:
-            return "Gemm with beta has no integer kernel"
-    if node.op_type in structure.BIASED_OPS and len(node.inputs) > structure.BIAS_INPUT:
-        bias = node.inputs[structure.BIAS_INPUT]
-        channels = weight.shape[structure.weight_axis(node)]
-        if bias is not None and (
-            (constant := structure.constant_tensor(bias)) is None or tuple(constant.shape) != (channels,)
-        ):
-            return "its bias is not a constant per channel"
+    return _gemm_obstacle(node) or _bias_obstacle(node, weight)
+
+
+def _gemm_obstacle(node: ir.Node) -> str:
+    if node.op_type != "Gemm":
+        return ""
+    if node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:
+        return "Gemm with transA or alpha has no integer kernel"
+    if len(node.inputs) > structure.BIAS_INPUT and node.attributes.get_float("beta", 1.0) != 1.0:
+        return "Gemm with beta has no integer kernel"
     return ""
+
+
+def _bias_obstacle(node: ir.Node, weight: ir.TensorProtocol) -> str:
+    if node.op_type not in structure.BIASED_OPS or len(node.inputs) <= structure.BIAS_INPUT:
+        return ""
+    bias = node.inputs[structure.BIAS_INPUT]
+    constant = structure.constant_tensor(bias)
+    per_channel = constant is not None and tuple(constant.shape) == (weight.shape[structure.weight_axis(node)],)
+    return "" if bias is None or per_channel else "its bias is not a constant per channel"
 
 
 def _lookup_obstacle(node: ir.Node) -> str:

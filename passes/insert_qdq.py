@@ -91,14 +91,13 @@ def _scale_of(value: ir.Value | None) -> npt.NDArray[np.float32]:
 
 
 class QdqWriter:
-    """Writes codes, parameters and Q/DQ nodes into one graph; what has the same name is stored once.
+    """Writes codes, parameters and Q/DQ nodes into one graph, under names that the model's own values do not have.
 
     Nodes are appended: the graph must be sorted afterwards.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        self.stored: dict[str, ir.Value] = {}
         self.taken = set(ir.convenience.create_value_mapping(graph))
 
     def _free(self, name: str) -> str:
@@ -129,15 +128,13 @@ class QdqWriter:
             node.resize_inputs(structure.BIAS_INPUT + 1)
         node.replace_input_with(structure.BIAS_INPUT, real)
 
-    def _initializer(self, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
-        if name not in self.stored:
-            free = self._free(name)
-            value = ir.Value(name=free, const_value=ir.tensor(np.asarray(array, order="C"), name=free))
-            value.shape = ir.Shape(array.shape)
-            value.dtype = ir.DataType.from_numpy(array.dtype)
-            self.graph.register_initializer(value)
-            self.stored[name] = value
-        return self.stored[name]
+    def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        name = self._free(name)
+        value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array, order="C"), name=name))
+        value.shape = ir.Shape(array.shape)
+        value.dtype = ir.DataType.from_numpy(array.dtype)
+        self.graph.register_initializer(value)
+        return value
 
     def _dequantize(
         self, codes: ir.Value, parameters: list[ir.Value], name: str, shape: ir.Shape | None, axis: int | None
@@ -171,6 +168,8 @@ class _Writer(QdqWriter):
     def __init__(self, model: ir.Model, plan: QuantPlan) -> None:
         super().__init__(model.graph)
         self.plan = plan
+        #: What is stored once however many operators read it, by the name that it is derived from.
+        self.stored: dict[str, ir.Value] = {}
         self.leaving = {op.output for op in plan.ops.values() if op.output}
 
     def wrap_activation(self, value: ir.Value, quant: TensorQuant) -> None:
@@ -243,17 +242,20 @@ class _Writer(QdqWriter):
         name = structure.name_of(value)
         weight = structure.constant(value)
         assert weight is not None
-        key = quantized_name(name)
-        if key not in self.stored:
-            self.stored[key] = self._initializer(key, quant.quantize(weight))
-        return self.stored[key], self._parameters(name, quant)
+        codes = self._once(quantized_name(name), quant.quantize(weight))
+        return codes, self._parameters(name, quant)
+
+    def _once(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        if name not in self.stored:
+            self.stored[name] = self._initializer(name, array)
+        return self.stored[name]
 
     def _parameters(self, name: str, quant: TensorQuant) -> list[ir.Value]:
         shape: tuple[int, ...] = () if quant.axis is None else (len(quant.scale),)
         zero_point = quant.zero_points.astype(quant.dtype)
         return [
-            self._initializer(f"{name}_scale", quant.scales.reshape(shape)),
-            self._initializer(f"{name}_zero_point", zero_point.reshape(shape)),
+            self._once(f"{name}_scale", quant.scales.reshape(shape)),
+            self._once(f"{name}_zero_point", zero_point.reshape(shape)),
         ]
 
 

@@ -34,7 +34,7 @@ class DefaultToCompile(click.Group):
 @click.group(cls=DefaultToCompile, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(qcompile.__version__, "--version", message="qcompile %(version)s")
 def cli() -> None:
-    """Compile an ONNX model for an edge device: quantized, verified, and with its reasons.
+    r"""Compile an ONNX model for an edge device: quantized, verified, and with its reasons.
 
     \b
     qcompile MODEL.onnx --target cpu --data calib.npz -o build/model

@@ -45,7 +45,6 @@ class Canonicalize(ir.passes.InPlacePass):
             RemoveNoOps(),
             # Refusals name the nodes.
             FixNames(),
-            # Padding first: only a Conv that stands directly behind what it reads can take a normalization in.
             FoldPad(),
             FoldBatchNorm(),
             # Folding renames and adds values.

@@ -74,7 +74,7 @@ def _check_external(tensor: onnx.TensorProto, folder: Path | None, place: object
 
 
 def check_model(model: ir.Model, place: object) -> None:
-    """Sort the graph and refuse what is no valid, float or QDQ, ONNX model.
+    """Sort the graph, make node names unique, and refuse what is no valid, float or QDQ, ONNX model.
 
     Raises
     ------
@@ -84,6 +84,7 @@ def check_model(model: ir.Model, place: object) -> None:
     _sort(model, place)
     _check_operators(model, place)
     _check_graph(model, place)
+    _tell_nodes_apart(model)
     for value, tensor in _float_tensors(model):
         _check_finite(value, tensor, place)
 
@@ -93,6 +94,22 @@ def _sort(model: ir.Model, place: object) -> None:
         common_passes.TopologicalSortPass()(model)
     except ValueError as error:
         raise ModelError(place, "the graph has a cycle", "export it again: ONNX graphs are acyclic") from error
+
+
+def _tell_nodes_apart(model: ir.Model) -> None:
+    """Rename all but the first node of a name in each graph: ONNX allows several, ONNX Runtime does not."""
+    for graph in model.graphs():
+        taken = {node.name for node in graph}
+        seen: set[str] = set()
+        for node in graph:
+            name, count = node.name or "", 1
+            if name in seen:
+                while f"{name}_{count}" in taken:
+                    count += 1
+                node.name = f"{name}_{count}"
+                taken.add(node.name)
+            if name:
+                seen.add(name)
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -309,3 +309,10 @@ def test_packed_external_data_take_half_a_byte_an_element(folder: Path, proto_of
 def test_external_data_of_a_model_in_memory(folder: Path, proto_of: Proto) -> None:
     proto = onnx.load(external(folder, proto_of, "w.data"), load_external_data=False)
     refused(proto, "^tensor 'w' is external, but the model has no folder$")
+
+
+def test_nodes_with_the_same_name_are_told_apart(proto_of: Proto) -> None:
+    proto = proto_of("(float[2] x) => (float[2] y) { a = Neg (x) b = Abs (a) c = Exp (b) y = Neg (c) }")
+    for node, name in zip(proto.graph.node, ("n", "n", "n_1", ""), strict=True):
+        node.name = name
+    assert [node.name for node in models.from_proto(proto).graph] == ["n", "n_2", "n_1", ""]

@@ -78,10 +78,14 @@ def test_size(artifact):
     assert size["ratio"] < 0.35
 
 
+def interface(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    return [*model.graph.input, *model.graph.output]
+
+
 def test_the_artifact_passes_the_full_checker_and_keeps_the_interface(artifact, resnet8):
     found, given = onnx.load(artifact / "model.onnx"), onnx.load(resnet8[0])
     onnx.checker.check_model(found, full_check=True)
-    for one, other in zip([*found.graph.input, *found.graph.output], [*given.graph.input, *given.graph.output]):
+    for one, other in zip(interface(found), interface(given), strict=True):
         assert one.name == other.name
         assert one.type.tensor_type.elem_type == other.type.tensor_type.elem_type
 
@@ -113,9 +117,9 @@ def test_same_inputs_same_bytes(artifact, resnet8, tmp_path):
     model, calibration, evaluation = resnet8
     for name, path in {"c.npz": calibration, "e.npz": evaluation, "resnet8.onnx": model}.items():
         (tmp_path / name).symlink_to(path)
-    words = ["resnet8.onnx", "--target", "cpu", "--data", "c.npz", "--eval", "e.npz", "-o", "other/place", "--threads", "1", "--quiet"]
+    words = "resnet8.onnx --target cpu --data c.npz --eval e.npz -o other/place --threads 1 --quiet"
     environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "123"}
-    subprocess.run([sys.executable, "-m", "qcompile", *words], cwd=tmp_path, env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "qcompile", *words.split()], cwd=tmp_path, env=environment, check=True)
     assert settled(tmp_path / "other/place") == settled(artifact)
 
 

@@ -81,6 +81,7 @@ def test_an_upsampling(opset: int, model_of: Build, rewritten: Build) -> None:
 def test_a_new_enough_model_stays(opset: int, wanted: int, model_of: Build, rewritten: Build) -> None:
     original = model_of(UNARY % "y = Relu (x)", opset)
     before = models.serialize(original)
+    assert not RaiseOpset(wanted)(original.clone()).modified
     model, refusals = rewritten(RaiseOpset(wanted), original)
     assert models.serialize(model) == before and refusals == ()
 
