@@ -157,7 +157,7 @@ def check_sample(feeds: Sample, specs: tuple[InputSpec, ...], place: str) -> Non
             fact = f"'{spec.name}' has shape {list(array.shape)}, the model takes {spec}"
             remedy = "a sample keeps the input's full shape, so an .npz array is [samples, *shape]"
             raise DataError(place, fact, remedy)
-        if array.size == 0:
+        if array.size == 0 and 0 not in (spec.shape or ()):
             raise DataError(place, f"'{spec.name}' is empty (shape {list(array.shape)})", "leave the sample out")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             fact = f"'{spec.name}' holds a number that is not finite"

@@ -10,7 +10,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript import optimizer
 
-from qcompile.core.contract import Effect
+from qcompile.core.contract import Effect, Refusal, Rewritten
+from qcompile.core.errors import first_line
+from qcompile.passes.canonicalize.remove_no_ops import remove_identities
 
 #: These turn stored weights into stored weights of the same size: folding them never makes the model larger.
 SIZE_KEEPING = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
@@ -26,16 +28,22 @@ class FoldConstants(ir.passes.InPlacePass):
 
     effect: ClassVar[Effect] = Effect.CLOSE
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Inline functions, fold to a fixed point, then lift constants."""
+    def call(self, model: ir.Model) -> Rewritten:
+        """Inline functions, fold to a fixed point, then lift constants; what cannot be computed here is a refusal."""
         common_passes.InlinePass()(model)
-        optimizer.fold_constants_ir(
-            model, input_size_limit=SIZE_LIMIT, output_size_limit=SIZE_LIMIT, should_fold=_should_fold
-        )
-        common_passes.IdentityEliminationPass()(model)
+        refusals: tuple[Refusal, ...] = ()
+        folded = model.clone()  # a failure in the middle must not leave a graph half folded
+        try:
+            optimizer.fold_constants_ir(
+                folded, input_size_limit=SIZE_LIMIT, output_size_limit=SIZE_LIMIT, should_fold=_should_fold
+            )
+            model.graph = folded.graph
+        except Exception as error:  # onnxscript computes with onnx's reference operators, which raise what they like
+            refusals = (Refusal("model", f"constants are not folded: {first_line(error)}"),)
+        remove_identities(model)
         common_passes.RemoveUnusedNodesPass()(model)
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        return ir.passes.PassResult(model, True)
+        return Rewritten(model, True, refusals)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -23,4 +23,14 @@ class InferShapes(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Annotate the values in place."""
-        return common_passes.ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+        untyped = [value for node in model.graph.all_nodes() if _makes_sequences(node) for value in node.outputs
+                   if value.type is None]  # fmt: skip
+        result = common_passes.ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+        for value in untyped:
+            # onnx-ir notes the type of a sequence's elements as if it were the value's own.
+            value.type = None
+        return result
+
+
+def _makes_sequences(node: ir.Node) -> bool:
+    return "Sequence" in node.op_type or "Optional" in node.op_type

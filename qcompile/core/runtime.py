@@ -88,7 +88,7 @@ class Session:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
-        place = model if isinstance(model, Path) else "model"
+        self._place = place = model if isinstance(model, Path) else "model"
         try:
             with _loadable(model) as content:
                 self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -100,8 +100,27 @@ class Session:
         self.output_names: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
 
     def run(self, feeds: Feeds) -> Outputs:
-        """Run one sample and return its outputs by name."""
-        return dict(zip(self.output_names, self._session.run(None, dict(feeds)), strict=True))
+        """Run one sample and return its outputs by name, a sequence's elements as ``name[0]``, ``name[1]`` and so on.
+
+        Raises
+        ------
+        ModelError
+            If the runtime fails on it.
+        """
+        try:
+            values = self._session.run(None, dict(feeds))
+        except Exception as error:  # the runtime raises a class of its own for each kind of failure
+            fact = f"onnxruntime fails on a sample ({first_line(error)})"
+            raise ModelError(self._place, fact, "check that the model runs with these inputs") from error
+        outputs: Outputs = {}
+        for name, value in zip(self.output_names, values, strict=True):
+            if isinstance(value, np.ndarray):
+                outputs[name] = value
+            elif isinstance(value, list):
+                outputs |= {f"{name}[{index}]": np.asarray(element) for index, element in enumerate(value)}
+            elif value is not None:  # an optional that is empty has nothing to compare
+                outputs[name] = np.asarray(value)
+        return outputs
 
 
 @contextlib.contextmanager

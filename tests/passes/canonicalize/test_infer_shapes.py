@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.core import model as models
+from qcompile.core import runtime
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
 
 Build = Callable[..., Any]
@@ -68,3 +69,12 @@ def test_opsets(opset: int, model_of: Build, rewritten: Build) -> None:
         InferShapes(), model_of("(float[2,3] x) => (float[3,2] y) { a = Exp (x) y = Transpose (a) }", opset)
     )
     assert shapes(model)["a"] == [2, 3]
+
+
+def test_a_sequence_is_not_mistaken_for_its_elements(model_of: Build) -> None:
+    text = "(float[2] x) => (float[N] y) { s = SequenceConstruct (x, x) y = ConcatFromSequence <axis = 0> (s) }"
+    model = model_of(text)
+    InferShapes()(model)
+    sequence = next(node.outputs[0] for node in model.graph if node.op_type == "SequenceConstruct")
+    assert not isinstance(sequence.type, ir.TensorType)
+    assert runtime.Session(model).run({"x": np.float32([1, 2])})["y"].shape == (4,)

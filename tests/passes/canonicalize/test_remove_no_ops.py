@@ -198,3 +198,17 @@ def test_older_opsets(opset: int, model_of: Build, rewritten: Build, types: Buil
     InferShapes()(model)
     model, _ = rewritten(RemoveNoOps(), model)
     assert types(model) == ["Neg", "Exp"]
+
+
+def test_the_body_of_a_loop_keeps_its_outputs_apart(model_of: Build, rewritten: Build) -> None:
+    """What is carried on is also collected: with one value as both outputs, ONNX Runtime reads freed memory."""
+    text = """(float i, float[5] x) => (float y, float[5] z) {
+        y, z = Scan <num_scan_inputs = 1, body = b (float s, float n) => (float t, float u) {
+            t = Add (s, n)
+            u = Identity (t)
+        }> (i, x)
+    }"""
+    model, _ = rewritten(RemoveNoOps(), model_of(text))
+    scan = next(node for node in model.graph if node.op_type == "Scan")
+    carried, collected = scan.attributes["body"].as_graph().outputs
+    assert carried is not collected
