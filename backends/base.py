@@ -28,7 +28,7 @@ class Lowered:
     files : tuple of str
         Names inside the artifact's folder; the first is what a user loads.
     kernels : mapping of str to str
-        For each operator that the plan calls integer and that really is, the kernel that runs it.
+        For each operator that really runs as integer, planned or not, the kernel that runs it.
     refusals : tuple of Refusal
         Operators that were planned as integer and that the target runs in float all the same.
     """

@@ -46,6 +46,8 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     for value in model.graph.inputs:
         if value.name in model.graph.initializers or value.name is None or value.dtype is None:
             continue
+        if value.dtype is ir.DataType.STRING:
+            raise DataError(f"input '{value.name}'", "holds strings", "cut the model behind its tokenizer")
         shape = None if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
         specs.append(InputSpec(value.name, np.dtype(value.dtype.numpy()), shape))
     return tuple(specs)
@@ -128,7 +130,10 @@ class Dataset:
 
 def _class_of(label: npt.NDArray[Any], place: str) -> int:
     try:
-        return int(label.reshape(-1)[0])
+        number = label.reshape(-1)[0]
+        if int(number) != number:
+            raise ValueError
+        return int(number)
     except (ValueError, IndexError, OverflowError) as error:
         raise DataError(place, f"its label is no class ({label})", "store one integer per sample") from error
 

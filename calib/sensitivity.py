@@ -28,7 +28,7 @@ SAMPLES = 64
 MEMORY = 512 << 20
 
 #: Inputs of the part of the graph behind a tensor: its float values and the quantization to try.
-_FLOAT, _SCALE, _ZERO_POINT = "qcompile_float", "qcompile_scale", "qcompile_zero_point"
+_FLOAT, _SCALE, _ZERO_POINT = "qcompile.trial/float", "qcompile.trial/scale", "qcompile.trial/zero_point"
 
 #: Scale and zero point of a tensor, each of shape ().
 _Parameters = tuple[npt.NDArray[np.float32], numerics.IntArray]
@@ -98,6 +98,8 @@ def choose_observers(
     candidates = {name: _candidates(histogram, dtype) for name, histogram in statistics.histograms.items()}
     if not candidates:
         return {}
+    if not cuttable(model):
+        return dict.fromkeys(candidates, Observer.MSE)
     first = next(iter(data))
     model = typed(model, first)
     reference = runtime.Session(model)
@@ -227,6 +229,11 @@ def _reads(node: ir.Node) -> Iterator[ir.Value]:
             yield from inner.outputs
             for inside in inner:
                 yield from _reads(inside)
+
+
+def cuttable(model: ir.Model) -> bool:
+    """Tell whether a graph can be run in parts: sequences and optionals between operators cannot be fed."""
+    return not any("Sequence" in node.op_type or "Optional" in node.op_type for node in model.graph)
 
 
 def typed(model: ir.Model, feeds: Sample) -> ir.Model:

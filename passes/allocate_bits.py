@@ -118,10 +118,26 @@ class _Placer:
         value = node.inputs[structure.WEIGHT_INPUT]
         weight = structure.constant_tensor(value)
         assert value is not None and weight is not None
+        if self.behind_inexact_pool(node.inputs[0]):
+            return "its input is from a pool that has no faithful integer kernel, which a Q behind it would call"
         if weight.size < rule.fewest_weights:
             return f"its {weight.size} weights are too few to gain from integers"
         axis = self.channel_axes.setdefault(structure.name_of(value), structure.weight_axis(node))
         return "" if axis == structure.weight_axis(node) else f"weights '{value.name}' are shared along another axis"
+
+    def behind_inexact_pool(self, value: ir.Value | None) -> bool:
+        """Tell whether a value comes, through operators that move codes, from an AveragePool to keep clear of.
+
+        ONNX Runtime takes any pool between DQ and Q to its integer kernel, which knows neither dilations nor how to
+        count the padding of a last window that is cut off.
+        """
+        node = value.producer() if value is not None else None
+        while node is not None and (rule := self.rule(node)) is not None and rule.kind is OpKind.PASSTHROUGH:
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if node is None or node.op_type != "AveragePool":
+            return False
+        dilations = node.attributes.get_ints("dilations", (1,))
+        return node.attributes.get_int("ceil_mode", 0) != 0 or any(step != 1 for step in dilations)
 
     def _take(self, node: ir.Node, rule: OpRule) -> None:
         name = structure.node_name(node)
@@ -157,6 +173,8 @@ class _Placer:
             if rule is None or rule.kind not in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH) or not self.activations:
                 continue
             if structure.node_name(node) in self.absorbed or _other_float_inputs(node):
+                continue
+            if any(self.behind_inexact_pool(value) for value in node.outputs):
                 continue
             inputs = list(structure.activation_inputs(node))
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
@@ -222,6 +240,8 @@ def _linear_obstacle(node: ir.Node) -> str:
     """Return why a linear operator cannot be quantized, or nothing."""
     weight = structure.constant_tensor(node.inputs[structure.WEIGHT_INPUT])
     if weight is None:
+        if structure.constant_tensor(node.inputs[0]) is not None:
+            return "its constant is the first operand"
         return "both operands are activations" if node.op_type == "MatMul" else "its weights are not constant"
     if weight.dtype is not ir.DataType.FLOAT or not structure.is_float32(node.inputs[0]):
         return f"its weights are {weight.dtype.name.lower()}, not float32"

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.calib.sensitivity import cuttable
 from qcompile.core import numerics
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.plan import Precision, QuantPlan
@@ -76,8 +77,8 @@ def correctable(model: ir.Model, plan: QuantPlan, target: Target) -> tuple[tuple
         The plan that it was made by.
     target : Target
     """
-    if not plan.tensors:
-        return (), ()  # nothing was quantized here, so nothing drifted
+    if not plan.tensors or not cuttable(model):
+        return (), ()  # nothing was quantized here, or its drift cannot be measured
     names, refusals = [], []
     for node in model.graph:
         op, rule = plan.ops.get(structure.node_name(node)), target.ops.get(node.op_type)

@@ -188,7 +188,9 @@ class _Writer(QdqWriter):
             # The model's interface keeps its names: the float value that nobody reads any more gives its own away.
             value.name = self._free(f"{name}_float")
             real.name = name
-            outputs[outputs.index(value)] = real
+            for index, output in enumerate(outputs):
+                if output is value:
+                    outputs[index] = real
 
     def _reads_codes(self, node: ir.Node, value: ir.Value) -> bool:
         op = self.plan.ops.get(node.name or "")
@@ -228,7 +230,9 @@ class _Writer(QdqWriter):
         if rows.is_graph_output():
             outputs = self.graph.outputs
             rows.name, real.name = self._free(quantized_name(name)), name
-            outputs[outputs.index(rows)] = real
+            for index, output in enumerate(outputs):
+                if output is rows:
+                    outputs[index] = real
 
     def store_bias(self, node: ir.Node) -> None:
         """Replace an integer operator's constant bias, where it has one, by codes."""

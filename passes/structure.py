@@ -91,6 +91,8 @@ def absorbed_activation(node: ir.Node, kinds: Collection[str]) -> ir.Node | None
         low = constant(activation.inputs[1] if len(activation.inputs) > 1 else None)
         if low is None or low.size != 1 or float(low.reshape(())) != 0.0:
             return None
-        if len(activation.inputs) > 2 and activation.inputs[2] is not None and constant(activation.inputs[2]) is None:
-            return None
+        if len(activation.inputs) > 2 and activation.inputs[2] is not None:
+            high = constant(activation.inputs[2])
+            if high is None or high.size != 1 or float(high.reshape(())) <= 0.0:
+                return None
     return activation

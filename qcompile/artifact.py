@@ -77,8 +77,11 @@ def check_replaceable(output: Path) -> None:
     if not output.is_dir() or output.is_symlink():
         raise UsageError(output, "is no folder", remedy)
     try:
-        present = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
-        listed = set(json.loads((output / MANIFEST).read_text())["files"]) if MANIFEST in present else set()
+        if not (output / MANIFEST).is_file():  # not ours: one look is enough, it may be a home folder
+            present, listed = {path.name for path in output.iterdir()}, set()
+        else:
+            present = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
+            listed = set(json.loads((output / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(output, f"exists, and its {MANIFEST} cannot be read ({error})", remedy) from error
     if foreign := sorted(present - listed - {MANIFEST, *UNSETTLED}):

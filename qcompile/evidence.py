@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompile.calib.data import Dataset, Sample, input_specs, open_data
 from qcompile.core.runtime import synthetic_feeds
 from qcompile.options import Options
+from qcompile.passes.canonicalize.fix_shapes import FixShapes
 
 #: Part of the calibration data that is held out when no evaluation data are given.
 HELD_OUT = 0.2
@@ -58,6 +59,8 @@ def gather(model: ir.Model, options: Options) -> Evidence:
     DataError
         If they do not fit the model.
     """
+    # Data have the shapes that the compiled model takes, not those that it could have taken.
+    model = FixShapes(options.shape)(model.clone()).model
     specs = input_specs(model)
     given = open_data(options.data, specs) if options.data is not None else None
     evaluation = open_data(options.eval, specs) if options.eval is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -124,6 +125,9 @@ def parse_bound(text: str) -> tuple[str, float]:
     """
     name, equals, number = text.partition("=")
     try:
-        return name, float(number if equals else "")
+        bound = float(number if equals else "")
+        if not math.isfinite(bound):
+            raise ValueError
+        return name, bound
     except ValueError:
         raise UsageError(f"--min-fidelity {text}", "is not MEASURE=NUMBER", "for example sqnr=20") from None

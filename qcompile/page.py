@@ -18,6 +18,7 @@ def render(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> str:
     """Return the page; every number in it is one of `report` or `measurements`."""
     template = Template((files("qcompile") / "page.html").read_text(encoding="utf-8"))
     operators = report["operators"]
+    passes = [(step, step["relative_error"]) for step in report["passes"]]
     return template.substitute(
         title=escape(f"{_values(report, 'inputs')} → {_values(report, 'outputs')}, on {report['target']}"),
         warnings="".join(f'<p class="warning">{escape(text)}</p>' for text in warnings(report, measurements)),
@@ -29,7 +30,7 @@ def render(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> str:
         ),
         passes="".join(
             _row(step["name"], step["effect"], f"{step['nodes_before']} → {step['nodes_after']}",
-                 f"{step['relative_error']:.2g}") for step in report["passes"]
+                 "-" if error is None else f"{error:.2g}") for step, error in passes
         ),
     )  # fmt: skip
 

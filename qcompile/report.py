@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from qcompile import cache, timing
 from qcompile.backends.base import Lowered
 from qcompile.core import model as models
-from qcompile.core.plan import Precision, QuantPlan
+from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import EXPECTED_SQNR, Options
@@ -63,7 +64,7 @@ def build(
         "operators": _operators(plan, lowered, proof),
         "passes": [
             {"name": s.name, "effect": s.effect, "nodes_before": s.nodes_before, "nodes_after": s.nodes_after,
-             "relative_error": s.error} for s in steps
+             "relative_error": s.error if math.isfinite(s.error) else None} for s in steps
         ],
         "refusals": [
             {"stage": stage, "node": refusal.node, "reason": refusal.reason}
@@ -105,8 +106,18 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
     """Return what is worse than it should be, the gravest first."""
     warnings = []
     for name, measures in content["fidelity"]["outputs"].items():
-        if measures["sqnr"] is not None and measures["sqnr"] < EXPECTED_SQNR:
+        if measures["equal"] is not None:
+            if measures["equal"] < 1.0:
+                warnings.append(
+                    f"Output '{name}', of whole numbers, equals float's in {measures['equal']:.1%} of them."
+                )
+        elif measures["sqnr"] is None and not measures["exact"]:
+            warnings.append(f"Output '{name}' has no SQNR: it is not finite, or not zero, where float's is.")
+        elif measures["sqnr"] is not None and measures["sqnr"] < EXPECTED_SQNR:
             warnings.append(f"Fidelity of output '{name}' is {measures['sqnr']:.1f} dB, below {EXPECTED_SQNR:g} dB.")
+    wanted = content["data"]["caveat"] is None and content["options"]["activations"] != "none"
+    if wanted and not content["precision"]["integer"]:
+        warnings.append("No operator was quantized to integers; the table says why of each.")
     if lowered.refusals:
         names = ", ".join(refusal.node for refusal in lowered.refusals[:3])
         warnings.append(f"{len(lowered.refusals)} quantized operators run in float all the same: {names}.")
@@ -182,7 +193,13 @@ def _operators(plan: QuantPlan, lowered: Lowered, proof: Proof) -> list[dict[str
             "op_type": op.op_type,
             "precision": op.precision.value,
             "kernel": lowered.kernels.get(name),
-            "reason": op.reason or None,
+            "reason": _reason(op, lowered.kernels.get(name)),
             "sqnr": layer.measures()["sqnr"] if layer is not None else None,
         })  # fmt: skip
     return rows
+
+
+def _reason(op: OpPlan, kernel: str | None) -> str | None:
+    if op.precision is Precision.FLOAT and kernel is not None:
+        return "planned as float, but the runtime runs it on codes between its quantized neighbours"
+    return op.reason or None

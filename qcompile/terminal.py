@@ -76,6 +76,9 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
         table.add_row("accuracy", f"{accuracy['float_correct']}/{of}", f"{accuracy['artifact_correct']}/{of}", "")
     for name, measures in fidelity["outputs"].items():
         label = "" if len(fidelity["outputs"]) == 1 else f" of {name}"
+        if measures["equal"] is not None:
+            table.add_row(f"equal{label}", "", f"{measures['equal']:.1%}", "")
+            continue
         ratio = "exact" if measures["exact"] else f"{_number(measures['sqnr'], '.1f')} dB"
         table.add_row(f"SQNR{label}", "", ratio, "")
         table.add_row(f"cosine{label}", "", _number(measures["cosine"], ".5f"), "")
@@ -91,8 +94,10 @@ def _operators(report: Mapping[str, Any]) -> Table:
     """Group operators that share a fate."""
     groups: dict[tuple[str, str, str], int] = Counter()
     worst: dict[tuple[str, str, str], float] = defaultdict(lambda: float("inf"))
+    refused = {refusal["node"] for refusal in report["refusals"] if refusal["stage"] == "backend"}
     for op in report["operators"]:
-        fate = op["kernel"] or op["reason"] or ("moves codes" if op["precision"] == "integer" else "")
+        fallback = "runs in float all the same" if op["name"] in refused else "moves codes"
+        fate = op["kernel"] or op["reason"] or (fallback if op["precision"] == "integer" else "")
         if fate.startswith("absorbed by"):
             fate = "absorbed by the operator in front of it"
         key = (op["precision"], op["op_type"], fate)

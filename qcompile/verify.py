@@ -22,6 +22,8 @@ from qcompile.passes.insert_qdq import dequantized_name
 CLOSE_BOUND = {8: 1e-4, 4: 1e-4, 2: 2e-2}
 #: Kernels may differ from the QDQ model by their own rounding, but not by more than this, or than quantization did.
 KERNEL_BOUND = 20.0
+#: What a kernel may make of an output that is all zero, where a ratio to the signal has no meaning.
+KERNEL_ZERO = 1e-3
 #: Samples on which the QDQ model itself and its layers are looked at.
 INSPECTED = 32
 Array = npt.NDArray[Any]
@@ -59,11 +61,11 @@ def check_equivalence(
     worst = 0.0
     for old, new in zip(before, after, strict=True):
         if set(old) != set(new):
-            raise _broken(name, f"changed the outputs from {sorted(old)} to {sorted(new)}")
+            raise _broken(name, effect, f"changed the outputs from {sorted(old)} to {sorted(new)}")
         for output, y in old.items():
             z = new[output]
             if y.shape != z.shape or y.dtype != z.dtype:
-                raise _broken(name, f"changed output '{output}' from {y.dtype}{y.shape} to {z.dtype}{z.shape}")
+                raise _broken(name, effect, f"changed output '{output}' from {y.dtype}{y.shape} to {z.dtype}{z.shape}")
             error = numerics.relative_error(y, z) if y.dtype.kind == "f" else float(not np.array_equal(y, z))
             _hold(name, effect, output, y, z, error)
             worst = max(worst, error)
@@ -72,22 +74,24 @@ def check_equivalence(
 
 def _hold(name: str, effect: Effect, output: str, y: Array, z: Array, error: float) -> None:
     if effect is Effect.EXACT and not np.array_equal(y, z, equal_nan=y.dtype.kind == "f"):
-        raise _broken(name, f"is exact, but moved output '{output}' by {error:.2g} of its largest value")
+        raise _broken(name, effect, f"is exact, but moved output '{output}' by {error:.2g} of its largest value")
     if effect is Effect.CLOSE:
         bound = CLOSE_BOUND.get(y.dtype.itemsize, 0.0) if y.dtype.kind == "f" else 0.0
         if not error <= bound:
-            raise _broken(name, f"moved output '{output}' by {error:.2g} of its largest value, more than {bound:.2g}")
+            raise _broken(
+                name, effect, f"moved output '{output}' by {error:.2g} of its largest value, more than {bound:.2g}"
+            )
     if effect is Effect.LOSSY and y.dtype.kind == "f":
         if not np.array_equal(np.isfinite(y), np.isfinite(z)):
-            raise _broken(name, f"made output '{output}' infinite or NaN")
+            raise _broken(name, effect, f"made output '{output}' infinite or NaN")
         finite = np.isfinite(y)
         if np.any(y[finite]) and numerics.sqnr(y[finite], z[finite]) <= 0.0:
-            raise _broken(name, f"left output '{output}' further from float's than zeros would be")
+            raise _broken(name, effect, f"left output '{output}' further from float's than zeros would be")
 
 
-def _broken(name: str, fact: str) -> VerificationError:
-    remedy = "give more or other calibration data; if it stays, keep the layers that the report blames in float"
-    return VerificationError(f"pass {name}", fact, remedy)
+def _broken(name: str, effect: Effect, fact: str) -> VerificationError:
+    lossy = "give more or other calibration data, or --activations none"
+    return VerificationError(f"pass {name}", fact, lossy if effect is Effect.LOSSY else "report it with the model")
 
 
 @dataclass
@@ -101,11 +105,22 @@ class Comparison:
     classified: int = 0
     largest: float = 0.0
     peak: float = 0.0
+    broken: bool = False
+    equal: int = 0
+    counted: int = 0
 
     def add(self, reference: Array, candidate: Array) -> None:
         """Take in one sample's tensor of either model."""
+        if reference.dtype.kind in "iub":
+            # Indices, classes, masks: how far off one is means nothing.
+            self.counted += reference.size
+            self.equal += int(np.count_nonzero(reference == candidate)) if reference.shape == candidate.shape else 0
         y, z = reference.astype(np.float64).reshape(-1), candidate.astype(np.float64).reshape(-1)
-        finite = np.isfinite(y) & np.isfinite(z)
+        finite = np.isfinite(y)
+        # What is NaN or infinite in the reference means the same in the candidate, or else nothing counts any more.
+        if not np.array_equal(y[~finite], z[~finite], equal_nan=True) or not np.isfinite(z[finite]).all():
+            self.broken = True
+        finite &= np.isfinite(z)
         y, z = y[finite], z[finite]
         signal, noise, power = float(y @ y), float(np.sum((y - z) ** 2)), float(z @ z)
         self.signal, self.noise = self.signal + signal, self.noise + noise
@@ -120,13 +135,16 @@ class Comparison:
     @property
     def sqnr(self) -> float:
         """Signal-to-quantization-noise ratio in dB over all samples."""
+        if self.broken:
+            return float("-inf")
         return numerics.decibel(self.signal, self.noise) if self.signal or self.noise else float("inf")
 
     def measures(self) -> dict[str, float | None]:
         """Return the measures, JSON-ready; None where one has no meaning. An exact match has no finite SQNR."""
         return {
             "sqnr": _rounded(self.sqnr, 3) if np.isfinite(self.sqnr) else None,
-            "exact": self.noise == 0.0,
+            "exact": self.noise == 0.0 and not self.broken,
+            "equal": _rounded(self.equal / self.counted, 6) if self.counted else None,
             "cosine": _rounded(float(np.mean(self.cosines)), 6) if self.cosines else None,
             "relative_error": _rounded(self.largest / self.peak, 6) if self.peak else _rounded(self.largest, 6),
             "top1": _rounded(self.agreeing / self.classified, 6) if self.classified else None,
@@ -173,8 +191,14 @@ class Fidelity:
 
     def worst(self, measure: str) -> float:
         """Return a measure's least value over the outputs that have it; infinite where every output is exact."""
-        numbers = [m[measure] for c in self.outputs.values() if not (m := c.measures())["exact"]]
-        return min((float(n) for n in numbers if n is not None), default=float("inf"))
+        judged = [c for c in self.outputs.values() if not c.counted and not c.measures()["exact"]]
+        # The SQNR itself: rounded for JSON, minus infinity would read "no meaning" and pass every bound.
+        numbers = [c.sqnr if measure == "sqnr" else c.measures()[measure] for c in judged]
+        return min((float(number) for number in numbers if number is not None), default=float("inf"))
+
+    def has(self, measure: str) -> bool:
+        """Tell whether a measure means anything for one of the outputs."""
+        return any(c.measures()[measure] is not None or c.measures()["exact"] for c in self.outputs.values())
 
 
 @dataclass
@@ -210,6 +234,9 @@ class Proof:
             Naming the bound that is missed, what was reached, and the layer that loses most.
         """
         for measure, bound in bounds.items():
+            if measure == "top1" and not self.fidelity.has(measure):
+                fact = "top1 has no meaning for this model: no output is one row of scores"
+                raise BudgetError("--min-fidelity", fact, "bound sqnr or cosine instead")
             reached = self.fidelity.worst(measure)
             if reached < bound:
                 weakest = min(self.layers, key=lambda name: self.layers[name].sqnr, default=None)
@@ -227,6 +254,8 @@ class Proof:
         """
         for name, added in self.rounding.outputs.items():
             bound = min(KERNEL_BOUND, self.quantization.outputs[name].sqnr)
+            if added.counted or (added.signal == 0.0 and added.largest <= KERNEL_ZERO):
+                continue
             if added.sqnr < bound:
                 fact = (
                     f"output '{name}' is {added.sqnr:.1f} dB from the QDQ model, which must be {bound:.1f} dB or more"

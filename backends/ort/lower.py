@@ -12,10 +12,11 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.backends.base import Lowered
-from qcompile.backends.ort.legalize import UnpackWeightsAtLoad
+from qcompile.backends.ort.legalize import KeepMatMulFromGemm, UnpackWeightsAtLoad
 from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Refusal
+from qcompile.core.errors import ModelError, VerificationError
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import OpKind, Target
 
@@ -44,10 +45,16 @@ class OrtBackend:
         """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""
         legal = model.clone()
         UnpackWeightsAtLoad()(legal)
+        KeepMatMulFromGemm()(legal)
         path = folder / MODEL_FILE
         models.save(legal, path)
         written = tuple(sorted(file.name for file in folder.iterdir() if file.name.startswith(MODEL_FILE)))
-        kernels, refusals = _kernels(plan, target, runtime.optimized_nodes(path))
+        try:
+            executed = runtime.optimized_nodes(path)
+        except ModelError as error:
+            # The model that came in did load: what does not is ours.
+            raise VerificationError("artifact", error.fact, "report it with the model") from error
+        kernels, refusals = _kernels(plan, target, executed)
         return Lowered(written, kernels, refusals)
 
     def open(
@@ -67,9 +74,11 @@ def _kernels(
     kernels: dict[str, str] = {}
     refusals = []
     for name, op in plan.ops.items():
+        kernel = executed.get(name, "")
+        if op.precision is Precision.FLOAT and kernel.startswith("QLinear"):
+            kernels[name] = kernel  # the runtime takes in what stands between Q/DQ, planned or not
         if op.precision is not Precision.INTEGER or not _needs_kernel(op, target):
             continue
-        kernel = executed.get(name, "")
         if kernel in INTEGER_KERNELS:
             kernels[name] = kernel
         else:

@@ -15,6 +15,7 @@ from qcompile.passes.canonicalize.fold_batch_norm import FoldBatchNorm
 from qcompile.passes.canonicalize.fold_constants import FoldConstants
 from qcompile.passes.canonicalize.fold_pad import FoldPad
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
+from qcompile.passes.canonicalize.join_matmul_add import JoinMatMulAdd
 from qcompile.passes.canonicalize.raise_opset import RaiseOpset
 from qcompile.passes.canonicalize.remove_no_ops import RemoveNoOps
 
@@ -45,6 +46,7 @@ class Canonicalize(ir.passes.InPlacePass):
             RemoveNoOps(),
             # Refusals name the nodes.
             FixNames(),
+            JoinMatMulAdd(),
             FoldPad(),
             FoldBatchNorm(),
             # Folding renames and adds values.

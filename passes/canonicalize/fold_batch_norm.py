@@ -33,7 +33,9 @@ class FoldBatchNorm(ir.passes.InPlacePass):
         """Rewrite in place; normalizations that stay are refusals."""
         sources = {node.outputs[0].name: node.inputs[0].producer() for node in model.graph.all_nodes()
                    if node.op_type == "BatchNormalization" and node.inputs[0] is not None}  # fmt: skip
-        modified = RewritePass(RULES)(model).modified
+        # The rules do not look at the mode, and in training the statistics are those of the batch.
+        training = any(_trains(node) for node in model.graph.all_nodes())
+        modified = RewritePass(RULES)(model).modified if not training else False
         for node in model.graph.all_nodes():
             # The rules write a new node; the user knows it by its old name.
             if node.op_type in FOLDS_INTO and (source := sources.get(node.outputs[0].name)) is not None:
@@ -50,6 +52,8 @@ class FoldBatchNorm(ir.passes.InPlacePass):
 def _reason(node: ir.Node) -> str:
     source = node.inputs[0]
     producer = source.producer() if source is not None else None
+    if any(_trains(other) for other in node.graph or ()):
+        return "the model was exported in training mode"
     if producer is None:
         return "it stands at an input of the model"
     if producer.op_type not in FOLDS_INTO:
@@ -57,3 +61,7 @@ def _reason(node: ir.Node) -> str:
     if source is not None and (len(source.uses()) > 1 or source.is_graph_output()):
         return f"the result of {producer.op_type} '{producer.name}' is also read elsewhere"
     return f"weights of {producer.op_type} '{producer.name}' are shared or not constant"
+
+
+def _trains(node: ir.Node) -> bool:
+    return node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode", 0) != 0

@@ -96,7 +96,8 @@ class Session:
             raise
         except Exception as error:
             fact = f"onnxruntime {ort.__version__} does not load it ({first_line(error)})"
-            raise ModelError(place, fact, "export it with standard operators") from error
+            remedy = "export it with standard operators, in an opset that this runtime takes"
+            raise ModelError(place, fact, remedy) from error
         self.output_names: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
 
     def run(self, feeds: Feeds) -> Outputs:
@@ -162,6 +163,8 @@ def synthetic_feeds(model: ir.Model, seed: int) -> dict[str, npt.NDArray[Any]]:
     generator = np.random.default_rng(seed)
     feeds: dict[str, npt.NDArray[Any]] = {}
     for value in model.graph.inputs:
+        if value.is_initializer():
+            continue  # it has a default, as every weight of an IR version 3 model has
         assert value.name is not None and value.dtype is not None
         shape = [dim if isinstance(dim, int) else 1 for dim in (value.shape or ())]
         dtype = value.dtype.numpy()

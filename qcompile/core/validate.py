@@ -129,6 +129,13 @@ def _check_operators(model: ir.Model, place: object) -> None:
 
 
 def _check_graph(model: ir.Model, place: object) -> None:
+    if any(value.shape is None for value in model.graph.outputs):
+        # The checker wants every output's rank, runtimes do not.
+        common_passes.ShapeInferencePass(strict_mode=False)(model)
+    for value in model.graph.outputs:
+        if value.shape is None and (value.type is None or isinstance(value.type, ir.TensorType)):
+            fact = f"output '{value.name}' has no declared shape, and none can be inferred"
+            raise ModelError(place, fact, "declare its rank, with open axes where they vary")
     try:
         common_passes.CheckerPass(full_check=True)(model)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:

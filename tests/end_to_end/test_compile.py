@@ -269,3 +269,43 @@ def test_progress_is_for_terminals_and_for_what_takes_long(monkeypatch):
     assert "calibrating" in shown(0.0, True)
     assert "calibrating" not in shown(60.0, True)
     assert shown(0.0, False) == ""
+
+
+def test_data_must_have_the_shape_that_was_fixed(qcompile, small):
+    for value in (*small.proto.graph.input, *small.proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    words = [small.model, "--target", "cpu", "--shape", "x=2x3x8x8", "-o", small.folder / "out"]
+    assert qcompile(*words).code == 0
+    refused = qcompile(*words, "--data", small.data)
+    assert refused.code == 4 and "x float32[2,3,8,8]" in refused.err
+
+
+def test_initializers_that_are_inputs_too_need_no_data(qcompile, small):
+    """As IR version 3 had it for every weight: a caller may replace them, so they stay in float, which is said."""
+    for tensor in small.proto.graph.initializer:
+        value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        small.proto.graph.input.append(value)
+    assert qcompile(small.model, "--target", "cpu", "-o", small.folder / "out").code == 0
+    done = qcompile(small.model, "--target", "cpu", "--data", small.data, "-o", small.folder / "out")
+    assert "warning: No operator was quantized to integers" in done.out
+
+
+def test_a_value_that_is_an_output_twice(qcompile, small):
+    small.proto.graph.output.insert(0, onnx.helper.make_tensor_value_info("relu", 1, [1, 4, 8, 8]))
+    small.proto.graph.output.append(onnx.helper.make_tensor_value_info("relu", 1, [1, 4, 8, 8]))
+    done = qcompile(small.model, "--target", "cpu", "--data", small.data, "-o", small.folder / "out")
+    assert done.code == 0, done.err
+
+
+def test_batch_normalization_in_training_mode_is_left_alone(qcompile, small):
+    graph = small.proto.graph
+    node = onnx.helper.make_node(
+        "BatchNormalization", ["conv", "b", "b", "b", "v"], ["norm", "m2", "v2"], name="bn", training_mode=1
+    )
+    graph.node.insert(1, node)
+    graph.node[2].input[0] = "norm"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.ones(4, np.float32), "v"))
+    words = ["--weights", "none", "--activations", "none", "--json", "-o", small.folder / "out"]
+    done = qcompile(small.model, "--target", "cpu", "--data", small.data, *words)
+    assert done.code == 0, done.err
+    assert any("training mode" in refusal["reason"] for refusal in json.loads(done.out)["report"]["refusals"])
