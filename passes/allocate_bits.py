@@ -142,8 +142,10 @@ class _Placer:
     def _take(self, node: ir.Node, rule: OpRule) -> None:
         name = structure.node_name(node)
         output = ""
-        if rule.quantized_output:
-            activation = structure.absorbed_activation(node, rule.fuses)
+        activation = structure.absorbed_activation(node, rule.fuses)
+        if not rule.quantized_output and activation is not None and activation.outputs[0].is_graph_output():
+            activation = None
+        if rule.quantized_output or activation is not None:
             output = structure.name_of((activation or node).outputs[0])
             if activation is not None:
                 self.absorbed[structure.node_name(activation)] = node

@@ -118,6 +118,8 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
     wanted = content["data"]["caveat"] is None and content["options"]["activations"] != "none"
     if wanted and not content["precision"]["integer"]:
         warnings.append("No operator was quantized to integers; the table says why of each.")
+    if content["size"]["ratio"] > 1.0:
+        warnings.append(f"Larger than float: {content['size']['ratio']:.2f}x; the report sorts the bytes by cause.")
     if lowered.refusals:
         names = ", ".join(refusal.node for refusal in lowered.refusals[:3])
         warnings.append(f"{len(lowered.refusals)} quantized operators run in float all the same: {names}.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +39,8 @@ class RaiseOpset(ir.passes.InPlacePass):
             return Rewritten(model, False)
         reason = ""
         try:
-            ConvertVersionPass(self.opset, fallback=True)(model)
+            with _silenced("onnxscript.version_converter"):
+                ConvertVersionPass(self.opset, fallback=True)(model)
         except Exception as error:  # the converter raises whatever its adapters do
             reason = first_line(error)
         after = models.opset(model)
@@ -47,3 +51,14 @@ class RaiseOpset(ir.passes.InPlacePass):
             raise ModelError("model", fact, f"export it with opset {LOWEST_USABLE} or newer")
         detail = f": {reason}" if reason else ""
         return Rewritten(model, False, (Refusal("model", f"opset {after} stays, onnx cannot raise it{detail}"),))
+
+
+@contextlib.contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Keep a library from logging which of its two converters it takes; what comes of it is checked anyway."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

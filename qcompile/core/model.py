@@ -60,6 +60,7 @@ def _checked(proto: onnx.ModelProto, folder: Path | None, place: object) -> ir.M
     try:
         if folder is not None:
             _read_small(proto, folder)
+        _open_negative_axes(proto)
         model = ir.from_proto(proto)
         if folder is not None:
             ir.external_data.set_base_dir(model.graph, folder)
@@ -79,6 +80,15 @@ def _read_small(proto: onnx.ModelProto, folder: Path) -> None:
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
         if tensor.name not in lazy and onnx.external_data_helper.uses_external_data(tensor):
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+
+
+def _open_negative_axes(proto: onnx.ModelProto) -> None:
+    """Make axes open that are declared as -1: Paddle's exporter writes them so, and runtimes read them so."""
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and dim.dim_value < 0:
+                # Inputs and outputs that left the same axis open mean the same size by it, most often the batch.
+                dim.dim_param = f"axis_{axis}"
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -33,7 +33,8 @@ class OpRule:
     ----------
     kind : OpKind
     quantized_output : bool
-        The integer kernel exists only if the result is quantized too (False: the result may leave in float, and does).
+        The integer kernel exists only if the result is quantized too (False: the result may leave in float, and does,
+        unless it goes through one of `fuses`).
     fuses : tuple of str
         Activations behind the operator that the kernel absorbs when the zero point is the lowest code.
     weight_only : bool

@@ -66,6 +66,18 @@ def test_a_matrix_times_weights_with_a_bias_is_an_integer_gemm(
     assert list(found.kernels.values()) == ["QGemm"]
 
 
+@pytest.mark.parametrize("behind", ["y = Exp (r)", "y = Gemm (r, v)"])
+def test_a_gemm_with_a_relu_behind_it_stays_on_codes(
+    behind: str, model_of: Build, eager: Target, tmp_path: Path, random: np.random.Generator
+) -> None:
+    """The runtime would make a float FusedGemm of both, unless the result is quantized."""
+    text = f"(float[2,8] x) => (float[2,8] y) {{ a = Gemm (x, w, b) r = Relu (a) {behind} }}"
+    weights = {"w": (8, 8), "b": (8,), "v": (8, 8)}
+    arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in weights.items()}
+    found, _, _, _ = lowered(model_of(text, **arrays), eager, tmp_path)
+    assert set(found.kernels.values()) == {"QGemm"} and found.refusals == ()
+
+
 def test_what_the_runtime_takes_in_by_itself_is_told(
     model_of: Build, eager: Target, tmp_path: Path, random: np.random.Generator
 ) -> None:

@@ -219,3 +219,12 @@ def test_every_truncation_of_a_small_model_is_one_line(
         with pytest.raises(ModelError) as caught:
             models.load(path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_an_axis_of_minus_one_is_open(proto_of: Callable[..., onnx.ModelProto]) -> None:
+    proto = proto_of("(float[2,3] x) => (float[2,3] y) { y = Neg (x) }")
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+    model = models.from_proto(proto)
+    assert [str(dim) for dim in model.graph.inputs[0].shape or ()] == ["axis_0", "3"]
+    assert model.graph.inputs[0].shape == model.graph.outputs[0].shape

@@ -1,4 +1,4 @@
-"""ResNet-8 for CIFAR-10 (MLPerf Tiny image classification): from a Keras .h5 file to ONNX, without TensorFlow.
+"""Small Keras models: from an .h5 file to ONNX, without TensorFlow.
 
 The graph is left as a converter leaves it: BatchNormalization unfolded, `auto_pad` instead of explicit pads, and a
 Transpose wherever the channels-last model meets the channels-first operators. Simplifying it is the compiler's work.
@@ -9,21 +9,16 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from photographs import RgbImage, decode, labels_from_names
-from samples import write_npz
-from wheels import Archive, FetchError
+from wheels import FetchError
 
 _OPSET = 17
 _IR_VERSION = 8  # the one that came with opset 17
-_SEED = 0
-_SHIFT = 4  # pixels, as in the training of ResNets on CIFAR (He et al. 2016, section 4.2)
 
 _ACTIVATIONS = {"relu": "Relu", "softmax": "Softmax", "linear": None}
 _AUTO_PAD = {"same": "SAME_UPPER", "valid": "VALID"}  # Keras puts the odd pixel of "same" at the end
@@ -58,33 +53,40 @@ class KerasToOnnx:
 
     Notes
     -----
-    Only the layers that ResNet-8 uses are known; any other raises `FetchError`.
+    Only the layers that the networks of MLPerf Tiny use are known; any other raises `FetchError`.
     """
 
     def __init__(self, layers: list[Layer], weights: Weights) -> None:
         self._layers = layers
         self._weights = weights
+        # Without a convolution nothing asks for channels first, and a converter leaves the order as it is.
+        self._channels_first = any(layer["class_name"].endswith("Conv2D") for layer in layers)
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._convert: dict[str, Callable[[Layer, list[str]], str]] = {
             "Conv2D": self._conv,
+            "DepthwiseConv2D": self._depthwise_conv,
             "BatchNormalization": self._batch_normalization,
             "Activation": lambda layer, inputs: self._activation(layer, inputs[0]),
             "Add": lambda layer, inputs: self._node("Add", inputs, layer["name"]),
             "AveragePooling2D": self._average_pool,
             "Flatten": self._flatten,
             "Dense": self._dense,
+            "Dropout": lambda layer, inputs: inputs[0],
+            "Reshape": self._reshape,
         }
 
-    def convert(self, input_name: str, output_name: str) -> onnx.ModelProto:
+    def convert(self, graph_name: str, input_name: str, output_name: str) -> onnx.ModelProto:
         """Return the ONNX model, its batch axis named `N`.
 
         Parameters
         ----------
+        graph_name
+            Name of the graph.
         input_name
-            Name of the input, float32 `[N, H, W, C]`.
+            Name of the input, float32, shaped as in Keras.
         output_name
-            Name of the output, float32 `[N, classes]`.
+            Name of the output, float32, shaped as in Keras.
         """
         values: dict[str, str] = {}
         graph_inputs = []
@@ -93,16 +95,17 @@ class KerasToOnnx:
             if kind == "InputLayer":
                 shape = ["N", *config["batch_input_shape"][1:]]
                 graph_inputs.append(helper.make_tensor_value_info(input_name, TensorProto.FLOAT, shape))
-                values[config["name"]] = self._node("Transpose", [input_name], "to_channels_first", perm=[0, 3, 1, 2])
+                values[config["name"]] = self._to_channels_first(input_name)
             elif kind in self._convert:
                 inputs = [values[source[0]] for source in layer["inbound_nodes"][0]]
                 values[config["name"]] = self._convert[kind](config, inputs)
             else:
-                raise FetchError(f"{config['name']}: Keras layer {kind} cannot be converted; extend export_resnet8.py")
-        classes = self._layers[-1]["config"]["units"]
+                raise FetchError(f"{config['name']}: Keras layer {kind} cannot be converted; extend keras_h5.py")
+        last = self._layers[-1]["config"]
+        shape = ["N", *(last["target_shape"] if "target_shape" in last else [last["units"]])]
         self._nodes[-1].output[0] = output_name
-        graph_output = helper.make_tensor_value_info(output_name, TensorProto.FLOAT, ["N", classes])
-        graph = helper.make_graph(self._nodes, "resnet8", graph_inputs, [graph_output], self._initializers)
+        graph_output = helper.make_tensor_value_info(output_name, TensorProto.FLOAT, shape)
+        graph = helper.make_graph(self._nodes, graph_name, graph_inputs, [graph_output], self._initializers)
         opset = helper.make_opsetid("", _OPSET)
         return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
 
@@ -115,9 +118,23 @@ class KerasToOnnx:
         self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name))
         return name
 
+    def _to_channels_first(self, value: str) -> str:
+        if not self._channels_first:
+            return value
+        return self._node("Transpose", [value], "to_channels_first", perm=[0, 3, 1, 2])
+
     def _conv(self, layer: Layer, inputs: list[str]) -> str:
+        kernel = self._weights[layer["name"]]["kernel"].transpose(3, 2, 0, 1)  # HWIO to OIHW
+        return self._convolution(layer, inputs, kernel)
+
+    def _depthwise_conv(self, layer: Layer, inputs: list[str]) -> str:
+        if layer["depth_multiplier"] != 1:
+            raise FetchError(f"{layer['name']}: depth multiplier {layer['depth_multiplier']}; extend keras_h5.py")
+        kernel = self._weights[layer["name"]]["depthwise_kernel"].transpose(2, 3, 0, 1)  # HWC1 to C1HW
+        return self._convolution(layer, inputs, kernel, group=kernel.shape[0])
+
+    def _convolution(self, layer: Layer, inputs: list[str], kernel: npt.NDArray[Any], **attributes: Any) -> str:
         name, weights = layer["name"], self._weights[layer["name"]]
-        kernel = weights["kernel"].transpose(3, 2, 0, 1)  # HWIO to OIHW
         inputs = [*inputs, self._initializer(f"{name}_kernel", kernel)]
         if "bias" in weights:
             inputs.append(self._initializer(f"{name}_bias", weights["bias"]))
@@ -129,6 +146,7 @@ class KerasToOnnx:
             dilations=layer["dilation_rate"],
             kernel_shape=list(kernel.shape[2:]),
             strides=layer["strides"],
+            **attributes,
         )
         return self._activation(layer, output)
 
@@ -149,9 +167,17 @@ class KerasToOnnx:
         )
 
     def _flatten(self, layer: Layer, inputs: list[str]) -> str:
-        # Keras flattens in channels-last order, which the rows of the Dense kernel follow.
-        channels_last = self._node("Transpose", inputs, f"{layer['name']}_to_channels_last", perm=[0, 2, 3, 1])
-        return self._node("Flatten", [channels_last], layer["name"], axis=1)
+        if self._channels_first:
+            # Keras flattens in channels-last order, which the rows of the Dense kernel follow.
+            inputs = [self._node("Transpose", inputs, f"{layer['name']}_to_channels_last", perm=[0, 2, 3, 1])]
+        return self._node("Flatten", inputs, layer["name"], axis=1)
+
+    def _reshape(self, layer: Layer, inputs: list[str]) -> str:
+        if self._channels_first:
+            raise FetchError(f"{layer['name']}: Reshape behind a convolution; extend keras_h5.py")
+        shape = np.array([-1, *layer["target_shape"]], np.int64)
+        self._initializers.append(numpy_helper.from_array(shape, f"{layer['name']}_shape"))
+        return self._node("Reshape", [*inputs, f"{layer['name']}_shape"], layer["name"])
 
     def _dense(self, layer: Layer, inputs: list[str]) -> str:
         name, weights = layer["name"], self._weights[layer["name"]]
@@ -166,46 +192,3 @@ class KerasToOnnx:
         own_layer = layer["name"].startswith("activation")
         name = layer["name"] if own_layer else f"{layer['name']}_{layer['activation']}"
         return self._node(operator, [value], name, **({"axis": -1} if operator == "Softmax" else {}))
-
-
-def preprocess(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Scale an RGB image `[32, 32, 3]` as in training, to -1 ... 127/128, and add the batch axis: `[1, 32, 32, 3]`."""
-    return ((image.astype(np.float32) - np.float32(128)) / np.float32(128))[None]
-
-
-def shifted(images: list[RgbImage], seed: int) -> list[RgbImage]:
-    """Move each image by up to four pixels along either axis; what comes in from outside is its mirror image.
-
-    Few images make narrow ranges: these show the network what it saw in training, where images were moved likewise.
-    """
-    rng = np.random.default_rng(seed)
-    moved = []
-    for image in images:
-        top, left = rng.integers(2 * _SHIFT, size=2, endpoint=True)
-        wide = np.pad(image, ((_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0)), mode="reflect")
-        moved.append(wide[top : top + image.shape[0], left : left + image.shape[1]])
-    return moved
-
-
-def build(archive: Archive, folder: Path) -> None:
-    """Write `model.onnx`, `calib.npz` and `eval.npz`.
-
-    Parameters
-    ----------
-    archive
-        Sources `weights`, `cifar10` (evaluation) and `cifar100` (calibration).
-    folder
-        An existing folder.
-    """
-    model = KerasToOnnx(*read_h5(archive.read("weights"))).convert("x", "probabilities")
-    onnx.checker.check_model(model, full_check=True)
-    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
-
-    originals = [decode(content) for content in archive.read_all("cifar100").values()]
-    mirrored = [image[:, ::-1] for image in originals]
-    calibration = [*originals, *mirrored, *shifted([*originals, *mirrored], _SEED)]
-    write_npz(folder / "calib.npz", {"x": np.stack([preprocess(image) for image in calibration])})
-
-    evaluation = archive.read_all("cifar10")
-    images = np.stack([preprocess(decode(content)) for content in evaluation.values()])
-    write_npz(folder / "eval.npz", {"x": images, "labels": labels_from_names(evaluation)})
