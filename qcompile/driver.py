@@ -101,7 +101,7 @@ def compile(
         proof.require(options.min_fidelity)
         latency = timing.interleave(proof.reference, run, evidence.samples)
         content = report.build(model, target, options, evidence, plan, pipeline.steps, lowered, proof, folder)
-        measurements = report.measurements(content, latency, pipeline.seconds)
+        measurements = report.measurements(content, latency, pipeline)
         artifact.write(folder, plan, content, measurements)
     return CompileResult(output, plan, content, measurements)
 

@@ -17,7 +17,7 @@ from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import EXPECTED_SQNR, Options
-from qcompile.pipeline import Step
+from qcompile.pipeline import Pipeline, Step
 from qcompile.timing import Latency
 from qcompile.verify import Fidelity, Proof
 
@@ -82,10 +82,14 @@ def warnings(content: Mapping[str, Any], measured: Mapping[str, Any]) -> list[st
     return [*([caveat] if caveat else []), *measured["warnings"], *content["warnings"]]
 
 
-def measurements(content: Mapping[str, Any], latency: Latency, seconds: Mapping[str, float]) -> dict[str, Any]:
+def measurements(content: Mapping[str, Any], latency: Latency, pipeline: Pipeline) -> dict[str, Any]:
     """Return what was seen on this machine."""
-    slower = latency.ratio > 1.0 + NOISE
-    warning = f"Slower than float here: {latency.candidate_ms:.3g} ms against {latency.reference_ms:.3g} ms."
+    warnings = []
+    if latency.ratio > 1.0 + NOISE:
+        times = f"{latency.candidate_ms:.3g} ms against {latency.reference_ms:.3g} ms"
+        warnings.append(f"Slower than float here: {times}.")
+    if pipeline.cache is not None and pipeline.cache.failure:
+        warnings.append(f"The cache takes no entries, this compile cannot be resumed: {pipeline.cache.failure}.")
     return {
         "schema_version": SCHEMA_VERSION,
         "processor": timing.processor(),
@@ -96,8 +100,8 @@ def measurements(content: Mapping[str, Any], latency: Latency, seconds: Mapping[
             "rounds": latency.rounds,
             "threads": 1,
         },
-        "seconds": dict(seconds),
-        "warnings": [warning] if slower else [],
+        "seconds": dict(pipeline.seconds),
+        "warnings": warnings,
         "report_sha256": cache.key(repr(content)),
     }
 

@@ -185,6 +185,20 @@ def test_a_damaged_cache_entry_is_made_again(qcompile, small):
     assert settled(small.folder / "first") == settled(small.folder / "second")
 
 
+def test_a_cache_that_takes_nothing_costs_the_resume_and_not_the_compile(qcompile, small, monkeypatch):
+    import tempfile
+
+    def full(*words, **options):
+        raise OSError(28, "No space left on device")
+
+    (small.folder / "cache").mkdir()
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    words = [small.model, "--target", "cpu", "--data", small.data, "--cache", small.folder / "cache"]
+    done = qcompile(*words, "-o", small.folder / "out")
+    assert done.code == 0, done.err
+    assert "The cache takes no entries" in " ".join(done.out.split())
+
+
 def test_another_option_does_not_find_the_old_entries(qcompile, small):
     words = [small.model, "--target", "cpu", "--data", small.data, "--cache", small.folder / "cache"]
     assert qcompile(*words, "-o", small.folder / "first", "--activations", "8").code == 0
