@@ -77,8 +77,11 @@ def correctable(model: ir.Model, plan: QuantPlan, target: Target) -> tuple[tuple
         The plan that it was made by.
     target : Target
     """
-    if not plan.tensors or not cuttable(model):
-        return (), ()  # nothing was quantized here, or its drift cannot be measured
+    if not plan.tensors:
+        return (), ()  # nothing was quantized here, so nothing drifted
+    if not cuttable(model):
+        reason = "ranges are chosen by mse and biases stay: sequences pass between operators, so it cannot run in parts"
+        return (), (Refusal("model", reason),)
     names, refusals = [], []
     for node in model.graph:
         op, rule = plan.ops.get(structure.node_name(node)), target.ops.get(node.op_type)

@@ -93,6 +93,8 @@ def compile(
     operators, refused = correctable(quantized, plan, target)
     if operators:
         quantized = _correct_bias(canonical, quantized, operators, refused, data, pipeline, track)
+    elif refused:
+        pipeline.decline(CorrectBias, quantized, refused)
 
     with artifact.staged(output) as folder:
         lowered = backend.lower(quantized, plan, target, folder)
@@ -123,7 +125,8 @@ def _correct_bias(
     trial = pipeline.measure("trial", DRIFT, lambda: measure_drift(reference, quantized, operators, fit, track))
     improved = CorrectBias(trial)(quantized.clone()).model
     if not pipeline.measure("helps", VERDICT, lambda: helps(reference, quantized, improved, others, track)):
-        pipeline.decline(CorrectBias, quantized, "correcting biases did not help on samples held out from it")
+        reason = Refusal("model", "correcting biases did not help on samples held out from it")
+        pipeline.decline(CorrectBias, quantized, (reason, *refused))
         return quantized
     drift = pipeline.measure("drift", DRIFT, lambda: measure_drift(reference, quantized, operators, data, track))
     return pipeline.apply(CorrectBias(drift, tuple(refused)), quantized)

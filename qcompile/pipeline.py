@@ -148,10 +148,10 @@ class Pipeline:
         step = Step(name, pass_.effect.value, before, len(result.model.graph), float(f"{moved:.3g}"), refusals)
         return result.model, step
 
-    def decline(self, pass_: type[Pass], model: ir.Model, reason: str) -> None:
+    def decline(self, pass_: type[Pass], model: ir.Model, refusals: Sequence[Refusal]) -> None:
         """Record that a pass was not applied, and why."""
         count = len(model.graph)
-        self.steps.append(Step(pass_.__name__, pass_.effect.value, count, count, 0.0, (Refusal("model", reason),)))
+        self.steps.append(Step(pass_.__name__, pass_.effect.value, count, count, 0.0, tuple(refusals)))
 
     def measure(self, name: str, codec: Codec[T], compute: Callable[[], T]) -> T:
         """Run a measurement, or take its result from the cache.

@@ -85,10 +85,9 @@ def _read_small(proto: onnx.ModelProto, folder: Path) -> None:
 def _open_negative_axes(proto: onnx.ModelProto) -> None:
     """Make axes open that are declared as -1: Paddle's exporter writes them so, and runtimes read them so."""
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+        for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_value") and dim.dim_value < 0:
-                # Inputs and outputs that left the same axis open mean the same size by it, most often the batch.
-                dim.dim_param = f"axis_{axis}"
+                dim.Clear()  # no name either: two axes of one name would be taken for equally long
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -323,3 +323,39 @@ def test_batch_normalization_in_training_mode_is_left_alone(qcompile, small):
     done = qcompile(small.model, "--target", "cpu", "--data", small.data, *words)
     assert done.code == 0, done.err
     assert any("training mode" in refusal["reason"] for refusal in json.loads(done.out)["report"]["refusals"])
+
+
+def test_open_axes_of_minus_one_are_not_taken_for_equally_long(qcompile, small):
+    """As Paddle declares them: an Expand from one to the other is no no-op."""
+    text = """<ir_version: 10, opset_import: ["": 21]>
+        g (float[3, 2] a, float[3, 2] b) => (float[3, 2] y) { s = Shape (a) e = Expand (b, s) y = Neg (e) }"""
+    proto = onnx.parser.parse_model(text)
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+    data = small.feed(a=np.ones((4, 3, 2), np.float32), b=np.ones((4, 1, 2), np.float32))
+    done = qcompile(small.save(proto), "--target", "cpu", "--data", data, "--json", "-o", small.folder / "out")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["report"]["fidelity"]["outputs"]["y"]["exact"]
+
+
+@pytest.mark.parametrize(
+    ("body", "node", "word"),
+    [
+        ("m = MatMul (x, w) y = Exp (m)", "MatMul", "does not go to one Add"),
+        (
+            "m = MatMul (x, w) s = SequenceConstruct (m, m) t = SequenceErase (s) y = ConcatFromSequence <axis=0> (t)",
+            "model",
+            "sequences",
+        ),
+    ],
+)
+def test_a_bias_that_nothing_can_correct_is_reported(qcompile, small, body, node, word):
+    header = '<ir_version: 10, opset_import: ["": 21]> g (float[1, 4, 128] x) => (float[N, 4, 64] y)'
+    proto = onnx.parser.parse_model(f"{header} {{ {body} }}")
+    random = np.random.default_rng(5)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(random.normal(size=(128, 64)).astype(np.float32), "w"))
+    data = small.feed(x=random.normal(size=(8, 1, 4, 128)).astype(np.float32))
+    done = qcompile(small.save(proto), "--target", "cpu", "--data", data, "--json", "-o", small.folder / "out")
+    assert done.code == 0, done.err
+    refusals = json.loads(done.out)["report"]["refusals"]
+    assert [r for r in refusals if r["stage"] == "CorrectBias" and node in r["node"] and word in r["reason"]]
