@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
-from qcompile.calib.observers import Histogram
+from qcompile.calib.observers import BINS, Histogram
 from qcompile.core import runtime
 from qcompile.core.contract import Track
 from qcompile.core.errors import DataError
@@ -41,8 +41,8 @@ class Statistics:
             buffer,
             names=np.array(names, dtype=np.str_),
             samples=np.array(self.samples),
-            ranges=np.array([(h.low, h.high) for h in seen], np.float64).reshape(-1, 2),
-            bins=np.array([(h.exponent or 0, h.start, h.counts.size) for h in seen], np.int64).reshape(-1, 3),
+            ranges=np.array([(h.low, h.high, h.mean_low, h.mean_high) for h in seen], np.float64).reshape(-1, 4),
+            bins=np.array([(h.exponent or 0, h.start, h.counts.size, h.arrays) for h in seen], np.int64).reshape(-1, 4),
             counts=np.concatenate([np.zeros(0, np.int64), *(h.counts for h in seen)]),
         )
         return buffer.getvalue()
@@ -54,11 +54,11 @@ class Statistics:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             ranges, bins, counts = archive["ranges"], archive["bins"], archive["counts"]
             for index, name in enumerate(archive["names"]):
-                exponent, start, size = map(int, bins[index])
+                exponent, start, size, arrays = map(int, bins[index])
+                low, high, mean_low, mean_high = map(float, ranges[index])
                 part = counts[offset : offset + size]
-                low, high = map(float, ranges[index])
                 histograms[str(name)] = Histogram(
-                    low=low, high=high, exponent=exponent if size else None, start=start, counts=part
+                    BINS, low, high, mean_low, mean_high, arrays, exponent if size else None, start, part
                 )
                 offset += size
             return cls(histograms, int(archive["samples"]))

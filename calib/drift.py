@@ -19,7 +19,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
-from qcompile.calib.sensitivity import OutputError, Section, live_values, nbytes, section, spread, typed
+from qcompile.calib.sections import Section, live_values, section, typed
+from qcompile.calib.sensitivity import spread
+from qcompile.calib.trials import OutputError
 from qcompile.core import runtime
 from qcompile.core.contract import Track
 
@@ -138,11 +140,15 @@ def _stages(model: ir.Model, operators: Sequence[str]) -> list[Stage]:
 
 def _peak_bytes(stages: Sequence[Stage], feeds: Sample) -> int:
     """Return the most bytes that a sample holds between two stages."""
-    state, peak = dict(feeds), nbytes(feeds)
+    state, peak = dict(feeds), _nbytes(feeds)
     for stage in stages:
         stage.advance(state)
-        peak = max(peak, nbytes(state))
+        peak = max(peak, _nbytes(state))
     return peak
+
+
+def _nbytes(values: runtime.Feeds) -> int:
+    return sum(array.nbytes for array in values.values())
 
 
 def _expected_means(

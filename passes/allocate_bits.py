@@ -70,6 +70,24 @@ def place(model: ir.Model, target: Target, weights: bool, activations: bool) -> 
     return placer.placement(nodes)
 
 
+def code_readers(model: ir.Model, placement: Placement) -> dict[str, frozenset[str]]:
+    """Return for each measured value the nodes that will read its codes, everything else its float values.
+
+    A value that leaves an integer operator as codes is not listed: all its readers get what is left of it.
+    """
+    written = {op.output for op in placement.ops.values()}
+    values = ir.convenience.create_value_mapping(model.graph)
+    return {
+        name: frozenset(
+            structure.node_name(reader)
+            for reader in structure.readers(values[name])
+            if placement.ops[structure.node_name(reader)].precision is Precision.INTEGER
+        )
+        for name in placement.activations
+        if name not in written
+    }
+
+
 class _Placer:
     """The state of one placement: what is known of each node so far."""
 
@@ -293,7 +311,7 @@ def allocate_bits(
     placement: Placement,
     statistics: Statistics,
     target: Target,
-    observers: Mapping[str, Observer] | Observer,
+    observers: Mapping[str, Observer],
 ) -> QuantPlan:
     """Turn a placement and measurements into the plan.
 
@@ -305,13 +323,12 @@ def allocate_bits(
     statistics : Statistics
         Has every value of ``placement.activations``.
     target : Target
-    observers : Observer or mapping of str to Observer
-        How the activations' ranges are chosen: one way for all, or one for every value of ``placement.activations``.
+    observers : mapping of str to Observer
+        How the range of each value of ``placement.activations`` is chosen.
     """
     tensors: dict[str, TensorQuant] = {}
     for name in placement.activations:
-        observer = observers if isinstance(observers, Observer) else observers[name]
-        low, high = value_range(statistics.histograms[name], observer, target.activation_dtype)
+        low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
         scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.calib.sensitivity import cuttable
+from qcompile.calib.sections import cuttable
 from qcompile.core import numerics
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.plan import Precision, QuantPlan

@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 import qcompile
+from qcompile.calib.observers import Observer
 from qcompile.core.errors import QcompileError, first_line
 from qcompile.options import Options, parse_bound, parse_shape
 
@@ -60,7 +61,7 @@ def cli() -> None:
 )
 @click.option(
     "--observer",
-    type=click.Choice(["auto", "minmax", "percentile", "mse"]),
+    type=click.Choice(["auto", *(observer.value for observer in Observer)]),
     default="auto",
     show_default=True,
     help="How an activation's range is chosen; 'auto' measures which is best, per tensor.",

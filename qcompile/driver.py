@@ -26,11 +26,11 @@ from qcompile.core.contract import Refusal, Track
 from qcompile.core.plan import QuantPlan
 from qcompile.evidence import gather
 from qcompile.options import Options
-from qcompile.passes.allocate_bits import allocate_bits, place
+from qcompile.passes.allocate_bits import allocate_bits, code_readers, place
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
-from qcompile.pipeline import DRIFT, OBSERVERS, STATISTICS, VERDICT, Pipeline, untracked
+from qcompile.pipeline import CHOICE, DRIFT, STATISTICS, VERDICT, Pipeline, untracked
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def compile(
     placement = place(canonical, target, *options.quantized(evidence.calibrated))
     wanted = placement.activations
     statistics = pipeline.measure("statistics", STATISTICS, lambda: collect(canonical, wanted, data, track))
-    dtype = target.activation_dtype
-    observers = options.fixed_observer or pipeline.measure(
-        "observers", OBSERVERS, lambda: choose_observers(canonical, statistics, dtype, data, track, threads)
+    readers, dtype = code_readers(canonical, placement), target.activation_dtype
+    choice = options.fixed_choice(wanted) or pipeline.measure(
+        "observers", CHOICE, lambda: choose_observers(canonical, statistics, readers, dtype, data, track, threads)
     )
-    plan = allocate_bits(canonical, placement, statistics, target, observers)
+    plan = allocate_bits(canonical, placement, statistics, target, choice.observers)
     quantized = pipeline.apply(InsertQdq(plan), canonical)
     # Behind Q/DQ: what is corrected is the mean of the codes as they really come out.
     operators, refused = correctable(quantized, plan, target)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from qcompile.calib.observers import Observer
+from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError
 
 #: Fidelity measures that --min-fidelity can bound; all are better when larger.
@@ -34,7 +35,7 @@ class Options:
         Folder of the artifact; by default ``<model>-<target>`` in the working directory.
     weights : "8" or "none"
     activations : "8" or "none"
-    observer : "auto", "minmax", "percentile" or "mse"
+    observer : "auto", or one of `Observer`
         How an activation's range is chosen; ``auto`` measures which serves each tensor best.
     shape : mapping of str to tuple of int
         Inputs to fix.
@@ -59,7 +60,7 @@ class Options:
     output: Path | None = None
     weights: Literal["8", "none"] = "8"
     activations: Literal["8", "none"] = "8"
-    observer: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    observer: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
     shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     min_fidelity: Mapping[str, float] = field(default_factory=dict)
     cache: Path | None = None
@@ -82,10 +83,9 @@ class Options:
         """Return whether weights and whether activations are to be quantized; the latter takes real data."""
         return self.weights == "8", self.activations == "8" and calibrated
 
-    @property
-    def fixed_observer(self) -> Observer | None:
-        """The observer that serves every tensor, or None where each tensor's own is to be chosen."""
-        return None if self.observer == "auto" else Observer(self.observer)
+    def fixed_choice(self, names: Iterable[str]) -> Choice | None:
+        """Return the choice of one observer for all of these tensors, or None where each one's is to be found."""
+        return None if self.observer == "auto" else Choice(dict.fromkeys(names, Observer(self.observer)))
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that the artifact's bytes depend on, JSON-ready; where things lie is not among them."""

@@ -17,6 +17,7 @@ from qcompile.cache import Cache
 from qcompile.calib.collect import Statistics
 from qcompile.calib.data import Sample
 from qcompile.calib.observers import Observer
+from qcompile.calib.sensitivity import Choice
 from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Effect, Pass, Refusal, Rewritten
@@ -41,10 +42,16 @@ class Codec(Generic[T]):
     decode: Callable[[bytes], T]
 
 
+def _choice(content: bytes) -> Choice:
+    entries = json.loads(content)
+    observers = {name: Observer(value) for name, value in entries.pop("observers").items()}
+    return Choice(observers, **entries)
+
+
 STATISTICS = Codec(Statistics.to_bytes, Statistics.from_bytes)
-OBSERVERS: Codec[dict[str, Observer]] = Codec(
-    lambda chosen: json.dumps(chosen).encode(),
-    lambda content: {name: Observer(value) for name, value in json.loads(content).items()},
+CHOICE: Codec[Choice] = Codec(
+    lambda choice: json.dumps(asdict(choice)).encode(),
+    _choice,
 )
 DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
     lambda drift: json.dumps(drift).encode(),

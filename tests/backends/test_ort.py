@@ -34,7 +34,7 @@ def lowered(model: ir.Model, target: Target, folder: Path, activations: bool = T
     data = Dataset("random", lambda: samples, input_specs(model))
     placement = place(model, target, True, activations)
     statistics = collect(model, placement.activations, data, lambda items, total, what: items)
-    plan = allocate_bits(model, placement, statistics, target, Observer.MINMAX)
+    plan = allocate_bits(model, placement, statistics, target, dict.fromkeys(placement.activations, Observer.MINMAX))
     quantized = model.clone()
     InsertQdq(plan)(quantized)
     return OrtBackend().lower(quantized, plan, target, folder), plan, quantized, samples

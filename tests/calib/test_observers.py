@@ -191,3 +191,51 @@ def test_negative_values_only() -> None:
     low, high = value_range(histogram(x), Observer.MSE, "uint8")
     assert numerics.affine_scale(np.float64([low]), np.float64([high]), "uint8")[1] == [255]
     assert low == pytest.approx(-8, rel=0.02)
+
+
+def test_moving_average_is_the_mean_of_each_arrays_extremes() -> None:
+    h = histogram(np.float32([-1, 5]), np.float32([-3, 1]), np.float32([-2, 0]), np.zeros(0, np.float32))
+    assert value_range(h, Observer.MOVING_AVERAGE, "uint8") == pytest.approx((-2.0, 2.0))
+
+
+def test_entropy_cuts_a_thin_tail_off_and_leaves_a_full_range(random: np.random.Generator) -> None:
+    flat = random.uniform(0, 1, 100_000).astype(np.float32)
+    assert value_range(histogram(flat), Observer.ENTROPY, "uint8")[1] > 0.98
+    tailed = np.append(random.standard_normal(100_000), random.uniform(4, 60, 5)).astype(np.float32)
+    assert 3 < value_range(histogram(tailed), Observer.ENTROPY, "uint8")[1] < 0.8 * tailed.max()
+
+
+def test_entropy_is_not_drawn_to_the_peak_at_zero(random: np.random.Generator) -> None:
+    """Behind a Relu half of the values are zero, which every range represents exactly."""
+    x = np.abs(random.standard_normal(100_000)).astype(np.float32)
+    alone = value_range(histogram(x), Observer.ENTROPY, "uint8")[1]
+    peaked = value_range(histogram(np.append(x, np.zeros(100_000, np.float32))), Observer.ENTROPY, "uint8")[1]
+    assert peaked == pytest.approx(alone, rel=0.1)
+    assert peaked > 3
+
+
+def divergence(x: np.ndarray, high: float) -> float:
+    """KL(P‖Q) by loops over the bins: P with the tail at its end, Q each code's mass shared among its occupied bins."""
+    h = histogram(x)
+    step = np.float64(np.float32(high / 255))
+    inside = [i for i, centre in enumerate(h.centres) if centre <= 255.5 * step]
+    p = [float(h.counts[i]) for i in inside]
+    tail = float(h.counts.sum()) - sum(p)
+    groups: dict[int, list[int]] = {}
+    for i in inside:
+        groups.setdefault(min(255, int(np.rint(h.centres[i] / step))), []).append(i)
+    q = [0.0] * len(inside)
+    p[-1] += tail
+    for members in groups.values():
+        occupied = [i for i in members if p[i] > 0]
+        for i in occupied:
+            q[i] = max(0.5, sum(float(h.counts[j]) for j in members) / len(occupied))
+    total_p, total_q = sum(p), sum(q)
+    return sum(a / total_p * np.log(a / total_p / (b / total_q)) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def test_entropy_is_near_the_least_divergence_of_a_brute_force(random: np.random.Generator) -> None:
+    x = (random.gamma(2.0, 1.0, 50_000) + 0.01).astype(np.float32)
+    high = value_range(histogram(x), Observer.ENTROPY, "uint8")[1]
+    least = min(divergence(x, end) for end in np.linspace(2, float(x.max()), 150))
+    assert divergence(x, high) <= 1.05 * least + 1e-5

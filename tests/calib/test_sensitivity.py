@@ -11,7 +11,9 @@ from qcompile.calib import sensitivity
 from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
-from qcompile.calib.sensitivity import OutputError, choose_observers, live_values, spread, typed
+from qcompile.calib.sections import at_scores, live_values, typed
+from qcompile.calib.sensitivity import OWN, Choice, choose_observers, spread
+from qcompile.calib.trials import OutputError
 from qcompile.core import runtime
 
 
@@ -30,9 +32,20 @@ def dataset(model: ir.Model, samples: list[dict[str, np.ndarray]]) -> Dataset:
     return Dataset("test", lambda: iter(samples), input_specs(model))
 
 
-def choose(model: ir.Model, names: list[str], samples: list[dict[str, np.ndarray]], threads: int = 1) -> dict:
+def weigh(
+    model: ir.Model,
+    names: list[str],
+    samples: list[dict[str, np.ndarray]],
+    threads: int = 1,
+    readers: dict[str, set[str]] | None = None,
+) -> Choice:
     data = dataset(model, samples)
-    return choose_observers(model, collect(model, names, data, track), "uint8", data, track, threads)
+    statistics = collect(model, names, data, track)
+    return choose_observers(model, statistics, readers or {}, "uint8", data, track, threads)
+
+
+def choose(model: ir.Model, names: list[str], samples: list[dict[str, np.ndarray]], threads: int = 1) -> dict:
+    return dict(weigh(model, names, samples, threads).observers)
 
 
 def with_outliers() -> list[dict[str, np.ndarray]]:
@@ -126,6 +139,55 @@ def test_a_value_without_a_known_type_can_be_cut() -> None:
     known = typed(model, with_outliers()[0])
     assert ir.convenience.create_value_mapping(known.graph)["g"].dtype is ir.DataType.FLOAT
     assert ir.convenience.create_value_mapping(model.graph)["g"].dtype is None
+
+
+def test_only_those_that_read_codes_see_the_quantized_value() -> None:
+    """What must not lose the outliers reads float values: they may be clipped."""
+    model = parse(
+        "f (float[1,20000] x) => (float[1,20000] y, float[1,20000] z) "
+        f"{CONSTANTS} {{ h = Identity(x) {IGNORES_OUTLIERS} {NEEDS_OUTLIERS} }}"
+    )
+    reader = next(node for node in model.graph if node.op_type == "Clip")
+    readers = {"h": {str(reader.name)}}
+    assert weigh(model, ["h"], with_outliers()).observers == {"h": Observer.MINMAX}
+    assert weigh(model, ["h"], with_outliers(), readers=readers).observers["h"] is not Observer.MINMAX
+
+
+def test_the_choice_says_what_led_to_it() -> None:
+    model = parse(
+        "f (float[1,20000] x) => (float[1,20000] y, float[1,20000] z)"
+        f"{CONSTANTS} {{ g = Identity(x) y = Clip(g, zero, one) h = Identity(x) {NEEDS_OUTLIERS} }}"
+    )
+    choice = weigh(model, ["g", "h"], with_outliers())
+    assert choice.observers["g"] is not Observer.MINMAX and choice.observers["h"] is Observer.MINMAX
+    assert set(choice.together) == {*Observer, OWN} and min(choice.together, key=choice.together.__getitem__) == OWN
+    # One tensor each: quantized together they err as each does alone, on samples that are alike.
+    assert sum(choice.alone.values()) == pytest.approx(choice.together[OWN], rel=0.05)
+
+
+def test_what_is_best_alone_gives_way_to_what_is_best_on_samples_kept_from_the_trials() -> None:
+    """Only the kept samples have the outliers that the output hangs on."""
+    model = parse(f"f (float[1,20000] x) => (float[1,20000] z) {{ h = Identity(x) {NEEDS_OUTLIERS} }}")
+    samples = with_outliers()
+    for sample in samples[:3]:
+        sample["x"][0, 0] = 0.5
+    choice = weigh(model, ["h"], samples)
+    assert choice.together[OWN] > choice.together[Observer.MINMAX] > 0
+    assert choice.observers == {"h": Observer.MINMAX}
+
+
+def test_a_model_of_much_work_gets_one_observer_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse(f"f (float[1,20000] x) => (float[1,20000] z) {{ h = Identity(x) {NEEDS_OUTLIERS} }}")
+    monkeypatch.setattr(sensitivity, "ALONE", 1.0)
+    choice = weigh(model, ["h"], with_outliers())
+    assert choice.observers == {"h": Observer.MINMAX}
+    assert not choice.alone and set(choice.together) == set(Observer)
+
+
+def test_errors_are_those_of_the_scores_in_front_of_a_softmax() -> None:
+    model = parse("f (float[1,4] x) => (float[1,4] y, float[1,4] z) { h = Neg(x) y = Softmax(h) z = Relu(x) }")
+    assert [value.name for value in at_scores(model).graph.outputs] == ["h", "z"]
+    assert [value.name for value in model.graph.outputs] == ["y", "z"]
 
 
 def test_the_model_is_left_as_it_is() -> None:

@@ -81,7 +81,9 @@ def quantized(eager: Target) -> Callable[..., Quantized]:
         prepared(model)
         before = models.serialize(model)
         placement = place(model, target, weights, activations)
-        plan = allocate_bits(model, placement, measured(model, placement), target, Observer.MINMAX)
+        plan = allocate_bits(
+            model, placement, measured(model, placement), target, dict.fromkeys(placement.activations, Observer.MINMAX)
+        )
         assert models.serialize(model) == before, "deciding leaves the graph as it is"
         if dyadic:
             plan = replace(plan, tensors={name: dyadic_scales(quant) for name, quant in plan.tensors.items()})

@@ -57,7 +57,13 @@ def quantize(body: str) -> tuple[ir.Model, ir.Model, QuantPlan, Dataset]:
     model, quantized = parse(body), parse(body)
     data = Dataset("test", lambda: iter(samples(model)), input_specs(model))
     placement = place(model, TARGET, True, True)
-    plan = allocate_bits(model, placement, collect(model, placement.activations, data, track), TARGET, Observer.MINMAX)
+    plan = allocate_bits(
+        model,
+        placement,
+        collect(model, placement.activations, data, track),
+        TARGET,
+        dict.fromkeys(placement.activations, Observer.MINMAX),
+    )
     InsertQdq(plan)(quantized)
     return model, quantized, plan, data
 

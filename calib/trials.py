@@ -1,0 +1,241 @@
+"""Trials: run a model with some of its tensors quantized, one alone or all together, and measure the outputs' error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.calib.data import Sample
+from qcompile.calib.observers import Histogram, Observer, value_range
+from qcompile.calib.sections import Section, live_values, section
+from qcompile.calib.work import Cost
+from qcompile.core import numerics, runtime
+from qcompile.core.contract import Track
+
+#: Names in the graphs that are run: a tensor before and behind its quantization, and what that is.
+_FLOAT, _REAL = "qcompile.trial/float/", "qcompile.trial/real/"
+_SCALE, _ZERO_POINT = "qcompile.trial/scale/", "qcompile.trial/zero_point/"
+
+#: Scale and zero point of a tensor, each of shape ().
+Parameters = tuple[npt.NDArray[np.float32], numerics.IntArray]
+#: What each observer makes of a tensor.
+Quantizations = Mapping[Observer, Parameters]
+
+
+@dataclass
+class OutputError:
+    """Noise power over signal power, summed over a model's outputs so that each counts alike, whatever its size."""
+
+    signal: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+
+    def add(self, reference: runtime.Outputs, candidate: runtime.Outputs) -> None:
+        """Count one sample. Outputs that the candidate does not give are without noise."""
+        for name, expected in reference.items():
+            # A masked score is -inf in both; where the candidate alone is not finite, the error is infinite.
+            finite = np.isfinite(expected)
+            y = np.asarray(expected, np.float64)[finite]
+            difference = y - np.asarray(candidate.get(name, expected), np.float64)[finite]
+            self.signal[name] = self.signal.get(name, 0.0) + float(np.sum(y * y))
+            self.noise[name] = self.noise.get(name, 0.0) + float(np.sum(difference * difference))
+
+    @property
+    def value(self) -> float:
+        """The error: 0 without noise, infinite where a candidate drives an output that is finite to infinity or NaN."""
+        total = 0.0
+        for name, noise in self.noise.items():
+            if noise != 0.0:
+                signal = self.signal[name]
+                total += noise / signal if signal > 0.0 and np.isfinite(noise) else np.inf
+        return total
+
+
+def quantizations(histogram: Histogram, dtype: str) -> dict[Observer, Parameters]:
+    """Return scale and zero point by every observer."""
+    found = {}
+    for observer in Observer:
+        low, high = value_range(histogram, observer, dtype)
+        scale, zero_point = numerics.affine_scale(np.array(low), np.array(high), dtype)
+        found[observer] = np.asarray(scale, np.float32), np.asarray(zero_point, dtype)
+    return found
+
+
+def distinct(candidates: Quantizations) -> dict[Observer, list[Observer]]:
+    """Group the observers that propose the same: each first one with all that agree with it."""
+    groups: dict[tuple[float, int], list[Observer]] = {}
+    for observer, (scale, zero_point) in candidates.items():
+        groups.setdefault((float(scale), int(zero_point)), []).append(observer)
+    return {group[0]: group for group in groups.values()}
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The runs that quantizations of a model's tensors can be tried in.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Topologically sorted, every value's element type known.
+    candidates : mapping of str to Quantizations
+        By value name.
+    readers : mapping of str to collection of str
+        By value name, the nodes that read its codes; all of them where the value is not listed.
+    sample : Sample
+        The work is reckoned by this one.
+    """
+
+    model: ir.Model
+    candidates: Mapping[str, Quantizations]
+    readers: Mapping[str, Collection[str]]
+    sample: Sample
+
+    @cached_property
+    def _cost(self) -> Cost:
+        return Cost.of(self.model, self.sample)
+
+    @property
+    def work(self) -> int:
+        """Multiply-accumulates of one run of the model."""
+        return max(1, sum(self._cost.work))
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes that are held of one sample: its outputs, and what lives between two nodes."""
+        return self._cost.peak_bytes
+
+    @cached_property
+    def work_alone(self) -> int:
+        """Multiply-accumulates of `alone` per sample."""
+        before = np.concatenate([[0], np.cumsum(self._cost.work)])
+        cuts = _cuts(self.model.graph)
+        trials = {name: len(distinct(candidates)) for name, candidates in self.candidates.items()}
+        return sum(
+            int(before[cuts[name]] + count * (before[-1] - before[cuts[name]])) for name, count in trials.items()
+        )
+
+    def together(
+        self,
+        samples: Sequence[Sample],
+        assignments: Mapping[str, Mapping[str, Observer]],
+        track: Track[tuple[str, float]],
+        threads: int,
+    ) -> dict[str, float]:
+        """Quantize all tensors, by one assignment of observers after another; return the outputs' noise over signal."""
+        outputs, session = (
+            self._outputs(samples),
+            runtime.Session(self._quantized(self.candidates)[0], integer_kernels=False),
+        )
+        with ThreadPoolExecutor(threads) as pool:
+            errors = pool.map(partial(self._together, session, samples, outputs), assignments.values())
+            return dict(track(zip(assignments, errors, strict=True), len(assignments), "comparing observers"))
+
+    def alone(
+        self, samples: Sequence[Sample], track: Track[tuple[str, dict[Observer, float]]], threads: int
+    ) -> dict[str, dict[Observer, float]]:
+        """Quantize one tensor at a time; return the outputs' noise over signal by tensor and observer.
+
+        The part of the graph before the tensor runs once per sample, the part behind it once per sample and distinct
+        quantization.
+        """
+        outputs = self._outputs(samples)
+        with ThreadPoolExecutor(threads) as pool:
+            errors = pool.map(partial(self._alone, samples, outputs), self.candidates)
+            return dict(track(zip(self.candidates, errors, strict=True), len(self.candidates), "choosing ranges"))
+
+    def _outputs(self, samples: Sequence[Sample]) -> list[runtime.Outputs]:
+        session = runtime.Session(self.model)
+        return [session.run(feeds) for feeds in samples]
+
+    def _alone(self, samples: Sequence[Sample], outputs: Sequence[runtime.Outputs], name: str) -> dict[Observer, float]:
+        model, cuts = self._quantized([name])
+        before, behind = _split(model, cuts[name])
+        groups = distinct(self.candidates[name])
+        errors = {observer: OutputError() for observer in groups}
+        if behind is not None:
+            for feeds, expected in zip(samples, outputs, strict=True):
+                state = feeds if before is None else {**feeds, **before.run(feeds)}
+                for observer, error in errors.items():
+                    error.add(expected, behind.run({**state, **self._parameters({name: observer})}))
+        return {observer: errors[first].value for first, group in groups.items() for observer in group}
+
+    def _together(
+        self,
+        session: runtime.Session,
+        samples: Sequence[Sample],
+        outputs: Sequence[runtime.Outputs],
+        observers: Mapping[str, Observer],
+    ) -> float:
+        parameters, error = self._parameters(observers), OutputError()
+        for feeds, expected in zip(samples, outputs, strict=True):
+            error.add(expected, session.run({**feeds, **parameters}))
+        return error.value
+
+    def _parameters(self, observers: Mapping[str, Observer]) -> dict[str, npt.NDArray[Any]]:
+        """Return the scales and zero points as what the quantized graph takes them for, its inputs."""
+        parameters: dict[str, npt.NDArray[Any]] = {}
+        for name, observer in observers.items():
+            parameters[_SCALE + name], parameters[_ZERO_POINT + name] = self.candidates[name][observer]
+        return parameters
+
+    def _quantized(self, names: Collection[str]) -> tuple[ir.Model, dict[str, int]]:
+        """Return the model with these tensors quantized, and the number of nodes in front of each's QuantizeLinear."""
+        copy = self.model.clone()
+        values = ir.convenience.create_value_mapping(copy.graph)
+        quantize = {name: _quantize_here(copy.graph, values[name], name, self._dtype, self.readers.get(name))
+                    for name in names}  # fmt: skip
+        copy.graph.sort()
+        positions = {node: index for index, node in enumerate(copy.graph)}
+        return copy, {name: positions[node] for name, node in quantize.items()}
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return next(iter(self.candidates.values()))[Observer.MINMAX][1].dtype
+
+
+def _split(model: ir.Model, cut: int) -> tuple[Section | None, Section | None]:
+    """Return the nodes in front of position `cut` and those from there on, None where the outputs need none of them."""
+    graph, nodes = model.graph, list(model.graph)
+    live = live_values(graph, cut)
+    made = {value.name for node in nodes[:cut] for value in node.outputs}
+    produced = [name for name in live if name in made]
+    before = section(model, live_values(graph, 0, cut), produced) if produced else None
+    later = {value for node in nodes[cut:] for value in node.outputs}
+    outputs = [str(value.name) for value in graph.outputs if value in later]
+    return before, section(model, live, outputs) if outputs else None
+
+
+def _cuts(graph: ir.Graph) -> dict[str, int]:
+    """Return for each value how many nodes of the sorted graph stand before it."""
+    cuts = {str(value.name): 0 for value in graph.inputs}
+    for index, node in enumerate(graph):
+        cuts |= {str(value.name): index + 1 for value in node.outputs}
+    return cuts
+
+
+def _quantize_here(
+    graph: ir.Graph, value: ir.Value, name: str, dtype: np.dtype[Any], readers: Collection[str] | None
+) -> ir.Node:
+    """Put Q → DQ behind a value, for some or all of its readers, and return the Q; the parameters are graph inputs."""
+    scale = ir.val(_SCALE + name, ir.DataType.FLOAT, ())
+    zero_point = ir.val(_ZERO_POINT + name, ir.DataType.from_numpy(dtype), ())
+    graph.inputs.extend([scale, zero_point])
+    uses = [(node, index) for node, index in value.uses() if readers is None or node.name in readers]
+    quantize = ir.node("QuantizeLinear", [value, scale, zero_point])
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero_point])
+    graph.extend([quantize, dequantize])
+    real = dequantize.outputs[0]
+    real.name, real.type, real.shape = _REAL + name, value.type, value.shape
+    for node, index in uses:
+        node.replace_input_with(index, real)
+    if readers is None and value.is_graph_output() and value.producer() is not None:
+        # What the model's caller gets keeps its name.
+        graph.outputs[list(graph.outputs).index(value)] = real
+        real.name, value.name = value.name, _FLOAT + name
+    return quantize
