@@ -26,10 +26,11 @@ from qcompile.core.contract import Refusal, Track
 from qcompile.core.plan import QuantPlan
 from qcompile.evidence import gather
 from qcompile.options import Options
-from qcompile.passes.allocate_bits import allocate_bits, place
+from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.place import place
 from qcompile.pipeline import DRIFT, OBSERVERS, STATISTICS, VERDICT, Pipeline, untracked
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from qcompile.backends.base import find_target
 from qcompile.core import model as models
-from qcompile.passes.allocate_bits import place
 from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.place import place
 
 
 def inspect(path: Path, target_name: str) -> dict[str, Any]:
