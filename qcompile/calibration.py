@@ -1,0 +1,113 @@
+"""The calibration file: what `qcompile calibrate` measured, for `qcompile plan`."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from qcompile.calib.collect import Statistics
+from qcompile.calib.observers import Observer
+from qcompile.core.errors import UsageError, first_line
+
+#: Raised when the file's meaning changes; docs/schemas/calibration.schema.json describes this version.
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and of what.
+
+    Parameters
+    ----------
+    statistics : Statistics
+    observers : mapping of str to Observer
+        By value name, for each that was measured.
+    model : str
+        SHA-256 of the model as it came in.
+    data : str
+        SHA-256 of the calibration samples.
+    calibrated : bool
+        Whether these were real; if not, nothing was measured and weights alone can be quantized.
+    options : mapping
+        What decides a plan, as a recipe has it.
+    """
+
+    statistics: Statistics
+    observers: Mapping[str, Observer]
+    model: str
+    data: str
+    calibrated: bool
+    options: Mapping[str, Any]
+
+    @property
+    def chosen(self) -> dict[str, int]:
+        """How many tensors each observer serves."""
+        counts = Counter(observer.value for observer in self.observers.values())
+        return dict(sorted(counts.items()))
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file, the same bytes for the same measurements."""
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "model_sha256": self.model,
+            "data_sha256": self.data,
+            "calibrated": self.calibrated,
+            "options": self.options,
+            "observers": dict(self.observers),
+        }
+        buffer = io.BytesIO()
+        with np.load(io.BytesIO(self.statistics.to_bytes()), allow_pickle=False) as arrays:
+            np.savez(buffer, header=np.array(json.dumps(header)), **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file that `to_bytes` filled.
+
+        Raises
+        ------
+        UsageError
+            If it is no such file, is cut off, or is from another version of the format.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UsageError(path, f"cannot be read ({error.strerror})", "check the path of the calibration") from error
+        remedy = "make it anew with 'qcompile calibrate'"
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                header = json.loads(str(archive["header"]))
+            if header["schema_version"] != SCHEMA_VERSION:
+                fact = f"has schema version {header['schema_version']}, this release reads {SCHEMA_VERSION}"
+                raise UsageError(path, fact, remedy)
+            statistics = Statistics.from_bytes(content)
+            observers = {name: Observer(value) for name, value in header["observers"].items()}
+            if set(observers) != set(statistics.histograms):
+                raise ValueError("observers and histograms are not of the same tensors")
+            digests = str(header["model_sha256"]), str(header["data_sha256"])
+            return cls(statistics, observers, *digests, bool(header["calibrated"]), dict(header["options"]))
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,
+                AttributeError, IndexError) as error:  # fmt: skip
+            fact = f"is not a calibration, or is cut off ({first_line(error)})"
+            raise UsageError(path, fact, remedy) from error
+
+    def require_model(self, sha256: str, path: object) -> None:
+        """Hold the file to the model that it is used for.
+
+        Raises
+        ------
+        UsageError
+            If it was measured on another one.
+        """
+        if self.model != sha256:
+            fact = f"was measured on another model (SHA-256 {self.model[:12]}…, this one has {sha256[:12]}…)"
+            raise UsageError(path, fact, "calibrate this model")
