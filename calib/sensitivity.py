@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.trials import Trials, distinct, quantizations
+from qcompile.calib.trials import Trials, quantizations
 from qcompile.core.contract import Track
 
 #: More samples than this move no decision that stands, and cost time in proportion.
@@ -27,6 +27,8 @@ SAMPLES = 64
 ALONE, TOGETHER = 5e11, 2e11
 #: With fewer samples than this, tensors are not tried one by one.
 FEWEST = 2
+#: Noise over signal at the outputs, 15 dB, beyond which a model is of no use: what adds most to it is not quantized.
+SPOILT = 10**-1.5
 #: Every so many-th sample is kept from the trials, for comparing what came of them.
 KEPT = 4
 #: Bytes of arrays that are held over all samples; where they would be more, there are fewer samples.
@@ -53,6 +55,19 @@ class Choice:
     alone: Mapping[str, float] = field(default_factory=dict)
     together: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, entries: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` made of one, after a way through JSON."""
+        fields = {key: dict(entries[key]) for key in ("observers", "alone", "together")}
+        return cls(**fields | {"observers": {name: Observer(o) for name, o in fields["observers"].items()}})
+
+    @property
+    def spoilers(self) -> list[str]:
+        """The worst tensors, so many that the errors of the others add up to `SPOILT` at most."""
+        best_first = sorted(self.alone, key=lambda name: self.alone[name])
+        within = np.cumsum([self.alone[name] for name in best_first]) <= SPOILT
+        return best_first[int(np.count_nonzero(within)) :][::-1]
+
 
 #: The choice that gives each tensor the observer that is best for it alone.
 OWN = "each its own"
@@ -62,6 +77,7 @@ def choose_observers(
     model: ir.Model,
     statistics: Statistics,
     readers: Mapping[str, Collection[str]],
+    among: Sequence[Observer],
     dtype: str,
     data: Dataset,
     track: Track[Any],
@@ -85,6 +101,8 @@ def choose_observers(
     readers : mapping of str to collection of str
         By value name, the nodes that read its codes. A value that is not listed is quantized for all its readers (and
         for the caller, where it is an output of the model).
+    among : sequence of Observer
+        To choose from. Of a single one the tensors are tried all the same, for what each does alone.
     dtype : str
         Integer type of the codes.
     data : Dataset
@@ -94,24 +112,33 @@ def choose_observers(
     threads : int
         Trials that run at the same time; the result does not depend on it.
     """
-    candidates = {name: quantizations(histogram, dtype) for name, histogram in statistics.histograms.items()}
-    if all(len(distinct(candidate)) == 1 for candidate in candidates.values()):
-        return Choice(dict.fromkeys(candidates, Observer.MINMAX))
-    if not cuttable(model):
-        return Choice(dict.fromkeys(candidates, Observer.MSE))
+    candidates = {name: quantizations(seen, among, dtype) for name, seen in statistics.histograms.items()}
+    if not candidates or not cuttable(model):
+        return Choice(dict.fromkeys(candidates, among[-1]))
     first = next(iter(data))
     trials = Trials(typed(at_scores(model), first), candidates, readers, first)
     fit, kept = _apart(len(data))
+    choices: dict[str, Mapping[str, Observer]] = {o.value: dict.fromkeys(candidates, o) for o in among}
 
-    choices: dict[str, Mapping[str, Observer]] = {o.value: dict.fromkeys(candidates, o) for o in Observer}
+    def least(positions: Sequence[int]) -> tuple[str, dict[str, float]]:
+        if len(choices) == 1:
+            return next(iter(choices)), {}
+        samples = spread(data, trials.sample_bytes, TOGETHER / (len(choices) * trials.work), positions)
+        errors = trials.together(samples, choices, track, threads)
+        return min(errors, key=lambda name: errors[name]), errors
+
+    tried = candidates
+    each_its_own = len(among) > 1 and trials.work_alone(candidates) * FEWEST <= ALONE
+    if not each_its_own:
+        best, _ = least(fit)
+        tried = {name: {choices[best][name]: found[choices[best][name]]} for name, found in candidates.items()}
     alone: Mapping[str, Mapping[Observer, float]] = {}
-    if trials.work_alone * FEWEST <= ALONE:
-        alone = trials.alone(spread(data, trials.sample_bytes, ALONE / trials.work_alone, fit), track, threads)
-        choices[OWN] = {name: min(found, key=lambda observer: found[observer]) for name, found in alone.items()}
-    samples = spread(data, trials.sample_bytes, TOGETHER / (len(choices) * trials.work), kept)
-    together = trials.together(samples, choices, track, threads)
-    best = choices[min(together, key=lambda name: together[name])]
-    return Choice(best, {name: min(found.values()) for name, found in alone.items()}, together)
+    if (work := trials.work_alone(tried)) <= ALONE:
+        alone = trials.alone(tried, spread(data, trials.sample_bytes, ALONE / work, fit), track, threads)
+    if each_its_own:
+        choices[OWN] = {name: min(errors, key=lambda observer: errors[observer]) for name, errors in alone.items()}
+    best, together = least(kept)
+    return Choice(choices[best], {name: min(errors.values()) for name, errors in alone.items()}, together)
 
 
 def _apart(count: int) -> tuple[Sequence[int], Sequence[int]]:

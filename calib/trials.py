@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -57,10 +57,10 @@ class OutputError:
         return total
 
 
-def quantizations(histogram: Histogram, dtype: str) -> dict[Observer, Parameters]:
-    """Return scale and zero point by every observer."""
+def quantizations(histogram: Histogram, observers: Iterable[Observer], dtype: str) -> dict[Observer, Parameters]:
+    """Return scale and zero point by each observer."""
     found = {}
-    for observer in Observer:
+    for observer in observers:
         low, high = value_range(histogram, observer, dtype)
         scale, zero_point = numerics.affine_scale(np.array(low), np.array(high), dtype)
         found[observer] = np.asarray(scale, np.float32), np.asarray(zero_point, dtype)
@@ -110,12 +110,11 @@ class Trials:
         """Bytes that are held of one sample: its outputs, and what lives between two nodes."""
         return self._cost.peak_bytes
 
-    @cached_property
-    def work_alone(self) -> int:
-        """Multiply-accumulates of `alone` per sample."""
+    def work_alone(self, candidates: Mapping[str, Quantizations]) -> int:
+        """Return the multiply-accumulates that `alone` takes per sample."""
         before = np.concatenate([[0], np.cumsum(self._cost.work)])
         cuts = _cuts(self.model.graph)
-        trials = {name: len(distinct(candidates)) for name, candidates in self.candidates.items()}
+        trials = {name: len(distinct(found)) for name, found in candidates.items()}
         return sum(
             int(before[cuts[name]] + count * (before[-1] - before[cuts[name]])) for name, count in trials.items()
         )
@@ -137,7 +136,11 @@ class Trials:
             return dict(track(zip(assignments, errors, strict=True), len(assignments), "comparing observers"))
 
     def alone(
-        self, samples: Sequence[Sample], track: Track[tuple[str, dict[Observer, float]]], threads: int
+        self,
+        candidates: Mapping[str, Quantizations],
+        samples: Sequence[Sample],
+        track: Track[tuple[str, dict[Observer, float]]],
+        threads: int,
     ) -> dict[str, dict[Observer, float]]:
         """Quantize one tensor at a time; return the outputs' noise over signal by tensor and observer.
 
@@ -146,17 +149,23 @@ class Trials:
         """
         outputs = self._outputs(samples)
         with ThreadPoolExecutor(threads) as pool:
-            errors = pool.map(partial(self._alone, samples, outputs), self.candidates)
-            return dict(track(zip(self.candidates, errors, strict=True), len(self.candidates), "choosing ranges"))
+            errors = pool.map(partial(self._alone, samples, outputs), candidates, candidates.values())
+            return dict(track(zip(candidates, errors, strict=True), len(candidates), "choosing ranges"))
 
     def _outputs(self, samples: Sequence[Sample]) -> list[runtime.Outputs]:
         session = runtime.Session(self.model)
         return [session.run(feeds) for feeds in samples]
 
-    def _alone(self, samples: Sequence[Sample], outputs: Sequence[runtime.Outputs], name: str) -> dict[Observer, float]:
+    def _alone(
+        self,
+        samples: Sequence[Sample],
+        outputs: Sequence[runtime.Outputs],
+        name: str,
+        candidates: Quantizations,
+    ) -> dict[Observer, float]:
         model, cuts = self._quantized([name])
         before, behind = _split(model, cuts[name])
-        groups = distinct(self.candidates[name])
+        groups = distinct(candidates)
         errors = {observer: OutputError() for observer in groups}
         if behind is not None:
             for feeds, expected in zip(samples, outputs, strict=True):
@@ -196,7 +205,8 @@ class Trials:
 
     @property
     def _dtype(self) -> np.dtype[Any]:
-        return next(iter(self.candidates.values()))[Observer.MINMAX][1].dtype
+        some = next(iter(self.candidates.values()))
+        return next(iter(some.values()))[1].dtype
 
 
 def _split(model: ir.Model, cut: int) -> tuple[Section | None, Section | None]:

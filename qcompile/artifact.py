@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,58 @@ def _publish(staging: Path, output: Path) -> None:
             raise
     finally:
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def check_own(path: Path, read: Callable[[Path], object]) -> None:
+    """Refuse a file that holds anything but what an earlier run of the same stage wrote there.
+
+    Parameters
+    ----------
+    path : Path
+    read : callable
+        Reads such a file; raises `UsageError` if it is none.
+
+    Raises
+    ------
+    UsageError
+        Naming what is in the way.
+    """
+    remedy = "remove it or name another file with -o"
+    if (path.parent / MANIFEST).exists():
+        raise UsageError(path, "lies in an artifact, whose manifest would no longer fit", "name another file with -o")
+    if path.is_symlink() or path.is_dir():
+        raise UsageError(path, "is no file", remedy)
+    if path.exists():
+        try:
+            read(path)
+        except UsageError as error:
+            raise UsageError(path, "exists, and is not what would be written there", remedy) from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be written.
+    """
+    staging: Path | None = None
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}-", delete=False) as file:
+            staging = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.chmod(0o666 & ~_umask())
+        staging.replace(path)
+    except OSError as error:
+        fact = f"cannot be written ({error.strerror or error})"
+        raise UsageError(path, fact, "free some space or name another file with -o") from error
+    finally:
+        if staging is not None:
+            staging.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -17,6 +17,10 @@ import qcompile
 from qcompile.calib.observers import Observer
 from qcompile.core.errors import QcompileError, first_line
 from qcompile.options import Options, parse_bound, parse_shape
+
+if TYPE_CHECKING:
+    from qcompile.core.contract import Track
+    from qcompile.driver import CompileResult
 
 INTERRUPTED = 130
 
@@ -45,67 +49,166 @@ def cli() -> None:
     """
 
 
+#: Flags by name. None of them has a default here: what is not given may stand in a recipe, else `Options` knows it.
+FLAGS = {
+    "recipe": click.option("--recipe", type=click.Path(path_type=Path), help="Options from a TOML file; flags win."),
+    "target": click.option("--target", help="Device to compile for; 'qcompile targets' lists them."),
+    "data": click.option("--data", help="Calibration data: .npz, folder of samples, or module:function."),
+    "eval": click.option("--eval", help="Evaluation data; without it a fifth of the calibration data is held out."),
+    "output": click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the artifact."),
+    "weights": click.option(
+        "--weights", type=click.Choice(["8", "none"]), show_default="8", help="Bits of weights.", default=None
+    ),
+    "activations": click.option(
+        "--activations",
+        type=click.Choice(["8", "none"]),
+        show_default="8",
+        help="Bits of activations; 'none' stores weights as integers and computes in float.",
+    ),
+    "observer": click.option(
+        "--observer",
+        type=click.Choice(["auto", *(observer.value for observer in Observer)]),
+        show_default="auto",
+        help="How an activation's range is chosen; 'auto' measures which is best, per tensor.",
+    ),
+    "shape": click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix an input's open axes. Repeatable."),
+    "min_fidelity": click.option(
+        "--min-fidelity",
+        multiple=True,
+        metavar="MEASURE=NUMBER",
+        help="Fail below this: sqnr=20 (dB), cosine=0.99, top1=0.95. Repeatable.",
+    ),
+    "cache": click.option(
+        "--cache", type=click.Path(path_type=Path), help="Keep finished stages here and go on from them."
+    ),
+    "seed": click.option("--seed", type=int, show_default="0", help="For the random inputs used without data."),
+    "threads": click.option(
+        "--threads", type=int, show_default="all cores", help="Threads of the compile; changes no result."
+    ),
+    "as_json": click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON."),
+    "quiet": click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only."),
+    "debug": click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+}
+PRINTING = ("as_json", "quiet", "debug")
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+
+Command = Callable[..., None]
+
+
+def takes(*names: str) -> Callable[[Command], Command]:
+    """Give a command a model, some of `FLAGS`, and those that say what is printed."""
+
+    def decorate(command: Command) -> Command:
+        for name in reversed((*names, *PRINTING)):
+            command = FLAGS[name](command)
+        return MODEL(command)
+
+    return decorate
+
+
+def written_to(name: str, what: str) -> Callable[[Command], Command]:
+    """Give a command the file that it writes."""
+    kind = click.Path(path_type=Path)
+    return click.option("--output", "-o", "file", type=kind, default=name, show_default=True, help=f"File for {what}.")
+
+
 @cli.command("compile")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--target", required=True, help="Device to compile for; 'qcompile targets' lists them.")
-@click.option("--data", help="Calibration data: .npz, folder of samples, or module:function. See docs/data.md.")
-@click.option("--eval", "eval_", help="Evaluation data; without it a fifth of the calibration data is held out.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the artifact.")
-@click.option("--weights", type=click.Choice(["8", "none"]), default="8", show_default=True, help="Bits of weights.")
-@click.option(
-    "--activations",
-    type=click.Choice(["8", "none"]),
-    default="8",
-    show_default=True,
-    help="Bits of activations; 'none' stores weights as integers and computes in float.",
-)
-@click.option(
-    "--observer",
-    type=click.Choice(["auto", *(observer.value for observer in Observer)]),
-    default="auto",
-    show_default=True,
-    help="How an activation's range is chosen; 'auto' measures which is best, per tensor.",
-)
-@click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix the open axes of an input. Repeatable.")
-@click.option(
-    "--min-fidelity",
-    multiple=True,
-    metavar="MEASURE=NUMBER",
-    help="Fail below this: sqnr=20 (dB), cosine=0.99, top1=0.95. Repeatable.",
-)
-@click.option("--cache", type=click.Path(path_type=Path), help="Keep finished stages here and go on from them.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For the random inputs used without data.")
-@click.option(
-    "--threads",
-    type=int,
-    default=lambda: os.cpu_count() or 1,
-    show_default="all cores",
-    help="Threads of the compile; changes no result.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print report and measurements as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def compile_command(model: Path, **flags: Any) -> None:
+@takes(
+    "target", "data", "eval", "output", "weights", "activations", "observer", "shape", "min_fidelity", "recipe",
+    "cache", "seed", "threads",
+)  # fmt: skip
+def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
-    from qcompile import report, terminal
     from qcompile.driver import compile as compile_model
 
-    printing = {name: flags.pop(name) for name in ("as_json", "quiet", "debug")}
-    result = compile_model(model, _options(flags), terminal.ProgressBars(Console(stderr=True)).track)
-    if printing["as_json"]:
+    show(compile_model(model, options(given(flags)), progress()), as_json, quiet)
+
+
+@cli.command("calibrate")
+@takes("target", "data", "eval", "weights", "activations", "observer", "shape", "recipe", "cache", "threads")
+@written_to("calibration.npz", "the measurements")
+def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
+    """Measure what a plan needs to know of MODEL: the first stage of a compile."""
+    from qcompile import stages, terminal
+
+    done = stages.calibrate(model, options(given(flags)), file, progress())
+    if as_json:
+        click.echo(json.dumps(done.summary(), indent=1))
+    elif not quiet:
+        terminal.show_calibration(Console(), done)
+    elif done.caveat:
+        click.echo(f"warning: {done.caveat}", err=True)
+
+
+@cli.command("plan")
+@takes("target", "recipe")
+@click.option("--calibration", required=True, type=click.Path(path_type=Path), help="What 'qcompile calibrate' wrote.")
+@written_to("plan.json", "the plan")
+def plan_command(
+    model: Path, calibration: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any
+) -> None:
+    """Decide what becomes of each operator of MODEL, and with which scales: the second stage of a compile."""
+    from qcompile import stages, terminal
+    from qcompile.calibration import Calibration
+
+    earlier = Calibration.read(calibration).options
+    chosen = options(stages.settled(given(flags), earlier, calibration, free="overrides"))
+    decided = stages.plan(model, chosen, calibration, file)
+    if as_json:
+        click.echo(json.dumps({"output": str(file), "plan": json.loads(decided.to_json())}, indent=1))
+    elif not quiet:
+        terminal.show_plan(Console(), decided, file)
+
+
+@cli.command("apply")
+@takes("target", "data", "eval", "output", "min_fidelity", "recipe", "cache", "seed", "threads")
+@click.option("--plan", required=True, type=click.Path(path_type=Path), help="What 'qcompile plan' wrote; edit it.")
+def apply_command(model: Path, plan: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
+    """Quantize MODEL as a plan says and write the artifact: the last stage of a compile."""
+    from qcompile import stages
+
+    chosen = options(stages.settled(given(flags), stages.read_plan(plan).options, plan))
+    show(stages.apply(model, chosen, plan, progress()), as_json, quiet)
+
+
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Options` that flags and recipe give; flags count more."""
+    from qcompile import recipe
+
+    path = flags["recipe"]
+    fields = {name: value for name, value in flags.items() if name != "recipe" and value not in (None, ())}
+    for name, parse in (("shape", parse_shape), ("min_fidelity", parse_bound)):
+        if name in fields:
+            fields[name] = dict(parse(text) for text in fields[name])
+    return (recipe.read(path) if path is not None else {}) | fields
+
+
+def options(fields: Mapping[str, Any]) -> Options:
+    """Return the options, which cannot do without a target."""
+    if "target" not in fields:
+        raise click.UsageError("Missing option '--target', and no recipe names one", click.get_current_context())
+    return Options(**fields)
+
+
+def show(result: CompileResult, as_json: bool, quiet: bool) -> None:
+    """Print what a compile did."""
+    from qcompile import report, terminal
+
+    if as_json:
         click.echo(json.dumps({"output": str(result.output), "report": result.report,
                                "measurements": result.measurements}, indent=1))  # fmt: skip
-    elif printing["quiet"]:
+    elif quiet:
         for warning in report.warnings(result.report, result.measurements):
             click.echo(f"warning: {warning}", err=True)
     else:
         terminal.show_result(Console(), result)
 
 
-def _options(flags: dict[str, Any]) -> Options:
-    shape = dict(parse_shape(text) for text in flags.pop("shape"))
-    bounds = dict(parse_bound(text) for text in flags.pop("min_fidelity"))
-    return Options(eval=flags.pop("eval_"), shape=shape, min_fidelity=bounds, **flags)
+def progress() -> Track[Any]:
+    """Show progress on the terminal, if there is one."""
+    from qcompile import terminal
+
+    return terminal.ProgressBars(Console(stderr=True)).track
 
 
 @cli.command()
@@ -127,8 +230,9 @@ def targets(as_json: bool) -> None:
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--target", default="cpu", show_default=True, help="Device to judge the operators for.")
+@click.option("--ops", is_flag=True, help="List every operator by the name that overrides match; JSON always does.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(model: Path, target: str, as_json: bool) -> None:
+def inspect(model: Path, target: str, ops: bool, as_json: bool) -> None:
     """Show what MODEL is made of and what a target would make of it; nothing is run."""
     from qcompile import terminal
     from qcompile.inspection import inspect as inspect_model
@@ -137,7 +241,7 @@ def inspect(model: Path, target: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(content, indent=1))
     else:
-        terminal.show_inspection(Console(), content)
+        terminal.show_inspection(Console(), content, ops)
 
 
 def main() -> None:
@@ -152,7 +256,9 @@ def main() -> None:
     except click.ClickException as error:
         # A group without a command shows its help in place of a message.
         message = error.format_message().rstrip(".")
-        one_line = f"error: {message}; 'qcompile compile --help' lists the options"
+        context = getattr(error, "ctx", None)
+        command = context.info_name if context is not None and context.parent is not None else "compile"
+        one_line = f"error: {message}; 'qcompile {command} --help' lists the options"
         click.echo(message if isinstance(error, click.exceptions.NoArgsIsHelpError) else one_line, err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):

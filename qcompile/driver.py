@@ -8,29 +8,38 @@ chosen target runs fastest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import onnx
 import onnx_ir as ir
 
 from qcompile import artifact, report, timing, verify
-from qcompile.backends.base import find_target
-from qcompile.calib.collect import collect
-from qcompile.calib.data import Dataset
+from qcompile.backends.base import Backend, find_target
+from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.drift import helps, measure_drift
-from qcompile.calib.sensitivity import choose_observers
+from qcompile.calib.sensitivity import Choice, choose_observers
+from qcompile.calibration import Calibration
 from qcompile.core import model as models
+from qcompile.core import numerics
 from qcompile.core.contract import Refusal, Track
-from qcompile.core.plan import QuantPlan
-from qcompile.evidence import gather
+from qcompile.core.plan import Precision, QuantPlan
+from qcompile.core.target import Target
+from qcompile.evidence import Evidence, gather
 from qcompile.options import Options
-from qcompile.passes.allocate_bits import allocate_bits, code_readers, place
+from qcompile.override import wishes
+from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.pipeline import CHOICE, DRIFT, STATISTICS, VERDICT, Pipeline, untracked
+
+#: What remains may spoil the outputs as well; so often it is looked at again.
+ATTEMPTS = 4
+#: Every form that a caller may have a model in.
+Source = str | Path | onnx.ModelProto | ir.Model
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,45 @@ class CompileResult:
     measurements: Mapping[str, Any]
 
 
-def compile(
-    source: str | Path | onnx.ModelProto | ir.Model, options: Options, track: Track[Any] = untracked
-) -> CompileResult:
+@dataclass(frozen=True)
+class Job:
+    """What every stage of one compile works with.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        As it came in.
+    target : Target
+    backend : Backend
+    options : Options
+    evidence : Evidence
+    pipeline : Pipeline
+    track : callable
+        Shows progress over samples.
+    """
+
+    model: ir.Model
+    target: Target
+    backend: Backend
+    options: Options
+    evidence: Evidence
+    pipeline: Pipeline
+    track: Track[Any]
+
+    @classmethod
+    def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:
+        """Load what the options name."""
+        target, backend = find_target(options.target)
+        model = models.take(source)
+        evidence = gather(model, options)
+        pipeline = Pipeline.start(model, evidence, target, options)
+        return cls(model, target, backend, options, evidence, pipeline, track)
+
+
+def compile(source: Source, options: Options, track: Track[Any] = untracked) -> CompileResult:
     """Compile a model for a target.
+
+    `stages.py` has the same stages one by one, with files between them.
 
     Parameters
     ----------
@@ -71,56 +115,125 @@ def compile(
     QcompileError
         One line that says where, what, and what to do. Nothing is written then.
     """
-    target, backend = find_target(options.target)
     output = artifact.place(source, options)  # refused before the work rather than after it
-    model = models.take(source)
-    evidence = gather(model, options)
-    data, threads = evidence.calibration, options.threads
-    pipeline = Pipeline.start(model, evidence, target, options)
-
+    job = Job.begin(source, options, track)
     # Only float rewrites stand before the measurements: what is measured must be what is quantized.
-    canonical = pipeline.apply(Canonicalize(target.opset, options.shape), model)
-    placement = place(canonical, target, *options.quantized(evidence.calibrated))
-    wanted = placement.activations
-    statistics = pipeline.measure("statistics", STATISTICS, lambda: collect(canonical, wanted, data, track))
-    readers, dtype = code_readers(canonical, placement), target.activation_dtype
-    choice = options.fixed_choice(wanted) or pipeline.measure(
-        "observers", CHOICE, lambda: choose_observers(canonical, statistics, readers, dtype, data, track, threads)
-    )
-    plan = allocate_bits(canonical, placement, statistics, target, choice.observers)
-    quantized = pipeline.apply(InsertQdq(plan), canonical)
-    # Behind Q/DQ: what is corrected is the mean of the codes as they really come out.
-    operators, refused = correctable(quantized, plan, target)
-    if operators:
-        quantized = _correct_bias(canonical, quantized, operators, refused, data, pipeline, track)
-    elif refused:
-        pipeline.decline(CorrectBias, quantized, refused)
+    canonical = canonicalize(job)
+    calibration = calibrate(job, canonical)
+    plan = decide(canonical, calibration, job.target, options)
+    quantized = quantize(job, canonical, plan)
+    return deliver(job, canonical, quantized, plan, output)
 
+
+def canonicalize(job: Job) -> ir.Model:
+    """Bring the model into the form that the stages behind expect."""
+    return job.pipeline.apply(Canonicalize(job.target.opset, job.options.shape), job.model)
+
+
+def calibrate(job: Job, canonical: ir.Model) -> Calibration:
+    """Measure: a histogram of each activation that gets a scale, and which observer serves it.
+
+    What alone would ruin the outputs is spared, and what is left is measured as it will be then.
+    """
+    calibrated, options, target = job.evidence.calibrated, job.options, job.target
+    spared: dict[str, Wish] = {}
+    for attempt in range(ATTEMPTS):
+        placement = choose_operators(canonical, target, options, calibrated, spared)
+        statistics, choice = _measure(job, canonical, placement, f" {attempt + 1}" if attempt else "")
+        if not choice.spoilers:
+            break
+        # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
+        spared |= sparing(canonical, placement, {name: _spoils(choice.alone[name]) for name in choice.spoilers})
+    return Calibration(
+        statistics,
+        choice,
+        {node: wish.reason for node, wish in spared.items()},
+        model=models.content_hash(job.model),
+        data=job.evidence.calibration.digest,
+        calibrated=calibrated,
+        options=options.as_recipe(),
+    )
+
+
+def choose_operators(
+    canonical: ir.Model, target: Target, options: Options, calibrated: bool, spared: Mapping[str, Wish]
+) -> Placement:
+    """Choose what runs as integers, and thereby what must be measured; activations take real data."""
+    asked = {**spared, **wishes(options.overrides, canonical)}
+    return place(canonical, target, *options.quantized(calibrated), asked)
+
+
+def decide(canonical: ir.Model, calibration: Calibration, target: Target, options: Options) -> QuantPlan:
+    """Turn what was measured into the plan, which says what it was decided with.
+
+    Raises
+    ------
+    UsageError
+        If the options need a measurement that was not made.
+    """
+    spared = {node: Wish(Precision.FLOAT, reason) for node, reason in calibration.spared.items()}
+    placement = choose_operators(canonical, target, options, calibration.calibrated, spared)
+    calibration.require(placement.activations)
+    observers = calibration.choice.observers
+    plan = allocate_bits(canonical, placement, calibration.statistics, target, observers)
+    return replace(plan, options=options.as_recipe())
+
+
+def quantize(job: Job, canonical: ir.Model, plan: QuantPlan) -> ir.Model:
+    """Apply the plan."""
+    quantized = job.pipeline.apply(InsertQdq(plan), canonical)
+    # Behind Q/DQ: what is corrected is the mean of the codes as they really come out.
+    operators, refused = correctable(quantized, plan, job.target)
+    if operators and not job.evidence.calibrated:
+        refused = (Refusal("model", "no biases are corrected: without data nothing tells what they lack"), *refused)
+    elif operators:
+        return _correct_bias(job, canonical, quantized, operators, refused)
+    if refused:
+        job.pipeline.decline(CorrectBias, quantized, refused)
+    return quantized
+
+
+def deliver(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, output: Path) -> CompileResult:
+    """Lower, verify on what calibration did not see, and write the artifact."""
     with artifact.staged(output) as folder:
-        lowered = backend.lower(quantized, plan, target, folder)
-        run = backend.open(folder, lowered.files)
-        proof = verify.prove(model, canonical, quantized, plan, run, evidence.evaluation, track)
-        proof.require(options.min_fidelity)
-        latency = timing.interleave(proof.reference, run, evidence.samples)
-        content = report.build(model, target, options, evidence, plan, pipeline.steps, lowered, proof, folder)
-        measurements = report.measurements(content, latency, pipeline)
+        lowered = job.backend.lower(quantized, plan, job.target, folder)
+        run = job.backend.open(folder, lowered.files)
+        proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track)
+        proof.require(job.options.min_fidelity)
+        latency = timing.interleave(proof.reference, run, job.evidence.samples)
+        content = report.build(
+            job.model, job.target, job.options, job.evidence, plan, job.pipeline.steps, lowered, proof, folder
+        )
+        measurements = report.measurements(content, latency, job.pipeline)
         artifact.write(folder, plan, content, measurements)
     return CompileResult(output, plan, content, measurements)
 
 
+def _measure(job: Job, canonical: ir.Model, placement: Placement, attempt: str) -> tuple[Statistics, Choice]:
+    data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
+    wanted, readers = placement.activations, code_readers(canonical, placement)
+    among, threads = job.options.observers, job.options.threads
+    statistics = pipeline.measure(f"statistics{attempt}", STATISTICS, lambda: collect(canonical, wanted, data, track))
+    choice = pipeline.measure(
+        f"observers{attempt}",
+        CHOICE,
+        lambda: choose_observers(canonical, statistics, readers, among, dtype, data, track, threads),
+    )
+    return statistics, choice
+
+
+def _spoils(error: float) -> str:
+    return f"its codes alone would leave {numerics.decibel(1.0, error):.1f} dB at the outputs"
+
+
 def _correct_bias(
-    reference: ir.Model,
-    quantized: ir.Model,
-    operators: Sequence[str],
-    refused: Sequence[Refusal],
-    data: Dataset,
-    pipeline: Pipeline,
-    track: Track[Any],
+    job: Job, reference: ir.Model, quantized: ir.Model, operators: Sequence[str], refused: Sequence[Refusal]
 ) -> ir.Model:
     """Take the drift of the operators' means back, if that helps on samples that it was not measured on.
 
     A trial on three quarters of the samples decides; what is kept is measured on all of them.
     """
+    data, pipeline, track = job.evidence.calibration, job.pipeline, job.track
     fit, others = data.split(held_out=0.25)
     trial = pipeline.measure("trial", DRIFT, lambda: measure_drift(reference, quantized, operators, fit, track))
     improved = CorrectBias(trial)(quantized.clone()).model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import onnx_ir as ir
@@ -16,6 +16,8 @@ from qcompile.passes.canonicalize.fix_shapes import FixShapes
 HELD_OUT = 0.2
 #: Passes are verified on this many samples; the result is, on all that are held out.
 VERIFIED_ON = 4
+#: The source of the evaluation samples where there are none.
+SYNTHETIC = "one random input"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Evidence:
     source: str
     calibrated: bool
     caveat: str = ""
+
+    def without_calibration(self) -> Evidence:
+        """Return the same for a plan that has scales of activations already: what is missing is missing elsewhere."""
+        caveat = "No data: biases are not corrected."
+        if self.source == SYNTHETIC:
+            caveat += " Fidelity is that on one random input, which says little about real ones."
+        return replace(self, caveat=caveat)
 
     @property
     def samples(self) -> list[Sample]:
@@ -85,4 +94,4 @@ def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset 
         return Evidence(evaluation, evaluation, f"{len(evaluation)} evaluation samples", False, caveat)
     synthetic = Dataset("synthetic", lambda: [synthetic_feeds(model, options.seed)], input_specs(model))
     caveat += " Fidelity is that on one random input, which says little about real ones."
-    return Evidence(synthetic, synthetic, "one random input", False, caveat)
+    return Evidence(synthetic, synthetic, SYNTHETIC, False, caveat)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from qcompile.calib.observers import Observer
-from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError
+from qcompile.override import Override
 
 #: Fidelity measures that --min-fidelity can bound; all are better when larger.
 FIDELITY_MEASURES = ("sqnr", "cosine", "top1")
@@ -47,6 +47,8 @@ class Options:
         For the synthetic inputs that stand in for missing data.
     threads : int
         Threads of the compile, by default as many as the machine has. The artifact does not depend on it.
+    overrides : tuple of Override
+        What is asked of single operators; the later of two that choose the same one counts.
 
     Raises
     ------
@@ -66,6 +68,23 @@ class Options:
     cache: Path | None = None
     seed: int = 0
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    overrides: tuple[Override, ...] = ()
+
+    @classmethod
+    def from_recipe(cls, path: str | Path, **fields: Any) -> Self:
+        """Read a recipe, see docs/recipe.md; fields that are given count more than its keys.
+
+        Raises
+        ------
+        UsageError
+            If the recipe cannot be read, or does not name the target and neither do the fields.
+        """
+        from qcompile import recipe
+
+        options = recipe.read(Path(path)) | fields
+        if "target" not in options:
+            raise UsageError(path, "names no target", 'add target = "cpu"')
+        return cls(**options)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -83,9 +102,10 @@ class Options:
         """Return whether weights and whether activations are to be quantized; the latter takes real data."""
         return self.weights == "8", self.activations == "8" and calibrated
 
-    def fixed_choice(self, names: Iterable[str]) -> Choice | None:
-        """Return the choice of one observer for all of these tensors, or None where each one's is to be found."""
-        return None if self.observer == "auto" else Choice(dict.fromkeys(names, Observer(self.observer)))
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """The observers to choose among."""
+        return tuple(Observer) if self.observer == "auto" else (Observer(self.observer),)
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that the artifact's bytes depend on, JSON-ready; where things lie is not among them."""
@@ -94,7 +114,14 @@ class Options:
         return chosen | {
             "shape": {name: list(shape) for name, shape in self.shape.items()},
             "min_fidelity": dict(self.min_fidelity),
+            "overrides": [override.as_table() for override in self.overrides],
         }
+
+    def as_recipe(self) -> dict[str, Any]:
+        """Return what decides a plan, as a recipe has it; data, places and bounds on the result do not."""
+        decisive = self.decisive()
+        decisive["override"] = decisive.pop("overrides")
+        return {key: value for key, value in decisive.items() if key not in ("min_fidelity", "seed")}
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

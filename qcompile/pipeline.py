@@ -16,7 +16,6 @@ from qcompile import verify
 from qcompile.cache import Cache
 from qcompile.calib.collect import Statistics
 from qcompile.calib.data import Sample
-from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import Choice
 from qcompile.core import model as models
 from qcompile.core import runtime
@@ -42,16 +41,10 @@ class Codec(Generic[T]):
     decode: Callable[[bytes], T]
 
 
-def _choice(content: bytes) -> Choice:
-    entries = json.loads(content)
-    observers = {name: Observer(value) for name, value in entries.pop("observers").items()}
-    return Choice(observers, **entries)
-
-
 STATISTICS = Codec(Statistics.to_bytes, Statistics.from_bytes)
 CHOICE: Codec[Choice] = Codec(
     lambda choice: json.dumps(asdict(choice)).encode(),
-    _choice,
+    lambda content: Choice.from_json(json.loads(content)),
 )
 DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
     lambda drift: json.dumps(drift).encode(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich import box
@@ -12,9 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qcompile.core.plan import QuantPlan, Role
 from qcompile.core.target import Target
 from qcompile.driver import CompileResult
+from qcompile.inspection import by_fate
 from qcompile.report import warnings
+from qcompile.stages import Written
 
 T = TypeVar("T")
 
@@ -109,7 +113,7 @@ def _operators(report: Mapping[str, Any]) -> Table:
     for key, count in sorted(groups.items(), key=lambda item: (order[item[0][0]], -item[1], item[0])):
         precision, op_type, fate = key
         least = f"{worst[key]:.1f}" if key in worst else ""
-        table.add_row(precision.replace("_", "-"), op_type, str(count), least, _plain(fate))
+        table.add_row(_word(precision), op_type, str(count), least, _plain(fate))
     return table
 
 
@@ -132,8 +136,8 @@ def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> No
     console.print(table)
 
 
-def show_inspection(console: Console, content: Mapping[str, Any]) -> None:
-    """Print what a model is and what the target would make of it."""
+def show_inspection(console: Console, content: Mapping[str, Any], ops: bool) -> None:
+    """Print what a model is and what the target would make of it, operator by operator if asked for."""
     table = _table(content["model"], "", "")
     for key in ("opset", "nodes", "nodes_after_canonicalize", "weight_bytes"):
         value = content[key]
@@ -141,10 +145,44 @@ def show_inspection(console: Console, content: Mapping[str, Any]) -> None:
     for key in ("inputs", "outputs"):
         table.add_row(key, _plain("\n".join(content[key])))
     console.print(table)
-    fates = _table(f"operators on {content['target']}", "precision", "operator", "count", "why not integer")
-    for row in content["operators"]:
-        fates.add_row(row["precision"].replace("_", "-"), row["op_type"], str(row["count"]), _plain(row["reason"]))
-    console.print(fates)
+    console.print(_fates(f"operators on {content['target']}", content["operators"]))
+    if ops:
+        names = _table("operators by name", "name", "operator", "precision", "why not integer")
+        for op in content["ops"]:
+            names.add_row(_plain(op["name"]), op["op_type"], _word(op["precision"]), _plain(op["reason"]))
+        console.print(names)
+
+
+def show_calibration(console: Console, done: Written) -> None:
+    """Print what a calibration rests on and which observers serve."""
+    if done.caveat:
+        console.print(f"[yellow]warning:[/] {_plain(done.caveat)}", highlight=False)
+    statistics = done.calibration.statistics
+    table = _table("activations", "observer", "tensors")
+    for observer, count in done.calibration.chosen.items():
+        table.add_row(observer, str(count))
+    console.print(table)
+    measured = f"{len(statistics.histograms)} tensors measured on {statistics.samples} samples"
+    console.print(f"{measured}; wrote {_plain(str(done.output))}", highlight=False, soft_wrap=True)
+
+
+def show_plan(console: Console, plan: QuantPlan, output: Path) -> None:
+    """Print what was decided, and why."""
+    console.print(_fates("operators", by_fate(plan.ops)))
+    roles = Counter(quant.role for quant in plan.tensors.values())
+    scales = f"scales for {roles[Role.ACTIVATION]} activations and {roles[Role.WEIGHT]} weights"
+    console.print(f"{scales}; wrote {_plain(str(output))}", highlight=False, soft_wrap=True)
+
+
+def _fates(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
+    fates = _table(title, "precision", "operator", "count", "why not integer")
+    for row in rows:
+        fates.add_row(_word(row["precision"]), row["op_type"], str(row["count"]), _plain(row["reason"]))
+    return fates
+
+
+def _word(precision: str) -> str:
+    return precision.replace("_", "-")
 
 
 def _plain(text: str) -> str:

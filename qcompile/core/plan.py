@@ -1,6 +1,7 @@
 """The quantization plan: every decision as frozen data, JSON in and out.
 
-`passes/allocate_bits.py` decides and `passes/insert_qdq.py` applies; nothing about precision is kept in the graph.
+`passes/place.py` and `passes/allocate_bits.py` decide and `passes/insert_qdq.py` applies; nothing about precision is
+kept in the graph.
 """
 
 from __future__ import annotations
@@ -117,10 +118,13 @@ class QuantPlan:
     tensors : mapping of str to TensorQuant
     ops : mapping of str to OpPlan
         In the graph's order.
+    options : mapping
+        What it was decided with, JSON-ready, as a recipe has it (docs/recipe.md).
     """
 
     tensors: Mapping[str, TensorQuant] = field(default_factory=dict)
     ops: Mapping[str, OpPlan] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def count(self, precision: Precision) -> int:
         """Return how many operators have this precision."""
@@ -130,6 +134,7 @@ class QuantPlan:
         """Return the plan as JSON text, the same text for the same plan."""
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
+            "options": self.options,
             "tensors": {name: asdict(quant) for name, quant in sorted(self.tensors.items())},
             "ops": {name: asdict(op) for name, op in self.ops.items()},
         }
@@ -151,18 +156,26 @@ class QuantPlan:
                 raise UsageError(place, fact, "write it again with this release")
             return cls(
                 tensors={name: _tensor(entry) for name, entry in content["tensors"].items()},
-                ops={name: OpPlan(**entry | {"precision": Precision(entry["precision"])})
-                     for name, entry in content["ops"].items()},
-            )  # fmt: skip
+                ops={name: _op(entry) for name, entry in content["ops"].items()},
+                options=dict(content.get("options", {}).items()),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(place, f"is not a quantization plan ({error!r})", "write it again") from error
+
+
+def _op(entry: Mapping[str, Any]) -> OpPlan:
+    op = OpPlan(**{**entry, "precision": Precision(entry["precision"])})
+    if not all(isinstance(text, str) for text in (op.op_type, op.reason, op.output)):
+        raise ValueError(f"operator {entry}")
+    return op
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorQuant:
     quant = TensorQuant(
         role=Role(entry["role"]),
         dtype=str(np.dtype(entry["dtype"])),
-        scale=tuple(float(s) for s in entry["scale"]),
+        # What was edited by hand need not be a float32, and has to be what the artifact holds.
+        scale=tuple(float(np.float32(s)) for s in entry["scale"]),
         zero_point=tuple(int(z) for z in entry["zero_point"]),
         axis=entry["axis"],
     )

@@ -20,9 +20,10 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.plan import Precision
 from qcompile.core.target import Target
-from qcompile.passes.allocate_bits import allocate_bits, place
+from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.place import place
 
 Build = Callable[..., Any]
 

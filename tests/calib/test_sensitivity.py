@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
 
 import numpy as np
 import onnx.parser
@@ -11,7 +13,7 @@ from qcompile.calib import sensitivity
 from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
-from qcompile.calib.sections import at_scores, live_values, typed
+from qcompile.calib.sections import Section, at_scores, live_values, typed
 from qcompile.calib.sensitivity import OWN, Choice, choose_observers, spread
 from qcompile.calib.trials import OutputError
 from qcompile.core import runtime
@@ -41,7 +43,7 @@ def weigh(
 ) -> Choice:
     data = dataset(model, samples)
     statistics = collect(model, names, data, track)
-    return choose_observers(model, statistics, readers or {}, "uint8", data, track, threads)
+    return choose_observers(model, statistics, readers or {}, tuple(Observer), "uint8", data, track, threads)
 
 
 def choose(model: ir.Model, names: list[str], samples: list[dict[str, np.ndarray]], threads: int = 1) -> dict:
@@ -107,11 +109,14 @@ def test_only_the_named_tensor_is_quantized(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen and not any(seen)
 
 
-def test_equal_candidates_are_not_run_and_the_first_observer_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_candidates_are_run_once_and_the_first_observer_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    run = Section.run
+    monkeypatch.setattr(Section, "run", lambda self, values: runs.append(self) or run(self, values))
     model = parse("f (float[1,256] x) => (float[1,256] y) { h = Identity(x) y = Relu(h) }")
     x = np.arange(256, dtype=np.float32).reshape(1, 256)  # every code exactly: no observer has a better range
-    monkeypatch.setattr(OutputError, "add", lambda *_: pytest.fail("a run was not needed"))
     assert choose(model, ["h"], [{"x": x}]) == {"h": Observer.MINMAX}
+    assert len(runs) == 2, "one in front of the tensor and one behind it"
 
 
 def test_a_tensor_that_reaches_no_output_gets_the_first_observer() -> None:
@@ -241,3 +246,18 @@ def test_samples_are_spread_evenly_within_count_and_memory(monkeypatch: pytest.M
     monkeypatch.setattr(sensitivity, "MEMORY", 12)
     assert [int(feeds["x"][0]) for feeds in spread(data, 4)] == [0, 100, 200]
     assert len(spread(data, 10**9)) == 1
+
+
+def test_spoilers_are_the_worst_until_the_rest_is_bearable() -> None:
+    errors = {"a": 0.02, "b": 0.3, "c": 0.01, "d": 0.05, "e": 0.001}
+    choice = Choice(dict.fromkeys(errors, Observer.MSE), alone=errors)
+    assert choice.spoilers == ["b", "d"]  # a, c and e leave 15.1 dB together, SPOILT is 15
+    assert Choice(dict.fromkeys(errors, Observer.MSE), alone={"a": 0.03}).spoilers == []
+    assert Choice(dict.fromkeys(errors, Observer.MSE), alone={"a": float("inf"), "b": 0.01}).spoilers == ["a"]
+    assert Choice(dict.fromkeys(errors, Observer.MSE)).spoilers == []
+
+
+def test_a_choice_survives_json() -> None:
+    model = parse("f (float[1,20000] x) => (float[1,20000] y) { h = Identity(x) y = Relu(h) }")
+    choice = weigh(model, ["h", "x"], with_outliers())
+    assert Choice.from_json(json.loads(json.dumps(asdict(choice)))) == choice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from qcompile.core import model as models
 from qcompile.core import runtime, validate
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import Target
-from qcompile.passes.allocate_bits import Placement, allocate_bits, place
+from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.canonicalize.fix_names import FixNames
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
 from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.place import Placement, Wish, place
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -65,6 +66,18 @@ def inserted(model: ir.Model, plan: QuantPlan) -> ir.Model:
     return copy
 
 
+@pytest.fixture
+def w() -> Array:
+    """Return weights of a Conv from three channels to four."""
+    return np.random.default_rng(1).standard_normal((4, 3, 3, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def m() -> Array:
+    """Return a square matrix of weights."""
+    return np.random.default_rng(2).standard_normal((8, 8)).astype(np.float32)
+
+
 @pytest.fixture(scope="session")
 def eager(cpu: Target) -> Target:
     """Return the CPU target, which takes small operators as well, for small operators are what tests have."""
@@ -76,11 +89,16 @@ def quantized(eager: Target) -> Callable[..., Quantized]:
     """Quantize a float model with what random samples measure."""
 
     def quantized(
-        model: ir.Model, target: Target = eager, weights: bool = True, activations: bool = True, dyadic: bool = False
+        model: ir.Model,
+        target: Target = eager,
+        weights: bool = True,
+        activations: bool = True,
+        dyadic: bool = False,
+        wishes: Mapping[str, Wish] | None = None,
     ) -> Quantized:
         prepared(model)
         before = models.serialize(model)
-        placement = place(model, target, weights, activations)
+        placement = place(model, target, weights, activations, wishes)
         plan = allocate_bits(
             model, placement, measured(model, placement), target, dict.fromkeys(placement.activations, Observer.MINMAX)
         )

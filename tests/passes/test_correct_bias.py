@@ -18,9 +18,10 @@ from qcompile.core.contract import Refusal
 from qcompile.core.plan import QuantPlan
 from qcompile.core.target import Target
 from qcompile.passes import structure
-from qcompile.passes.allocate_bits import allocate_bits, place
+from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq, bias_scale
+from qcompile.passes.place import place
 
 CPU = Target.from_toml(importlib.resources.files("qcompile.backends.ort") / "targets" / "cpu.toml")
 #: The CPU target, but for its opinion that the few weights of a test are not worth quantizing.

@@ -1,0 +1,368 @@
+"""Place: which operators the target runs as integers, and which tensors must be measured for that.
+
+All that is read is structure, the target's table, and what is wished for single operators; no number is known yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qcompile.core.plan import OpPlan, Precision
+from qcompile.core.target import OpKind, OpRule, Target
+from qcompile.passes import structure
+from qcompile.passes.read_plan import is_quantized, read_ops
+
+#: A table with fewer rows costs more in scales and nodes than its codes save.
+FEWEST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which operators become what, before any number is known.
+
+    Parameters
+    ----------
+    ops : mapping of str to OpPlan
+        By node name, in the graph's order.
+    activations : tuple of str
+        Values that get a scale of their own and must be measured.
+    same_scale : mapping of str to str
+        Values that take the scale of one of `activations`.
+    """
+
+    ops: Mapping[str, OpPlan]
+    activations: tuple[str, ...]
+    same_scale: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What somebody wants an operator to be, against what structure and target alone would make of it.
+
+    Parameters
+    ----------
+    precision : Precision
+        FLOAT and WEIGHT_ONLY keep its arithmetic in float. INTEGER takes weights in however few they are; what the
+        target cannot run as integers stays in float all the same, for the reason that it has.
+    reason : str
+        Why, as the plan is to say it.
+    """
+
+    precision: Precision
+    reason: str
+
+
+def place(
+    model: ir.Model, target: Target, weights: bool, activations: bool, wishes: Mapping[str, Wish] | None = None
+) -> Placement:
+    """Choose the operators that the target runs as integers.
+
+    Linear operators are quantized for their own sake; elementwise ones where their inputs arrive as codes and a reader
+    takes codes; those that only move codes also where all their readers take codes, because a Q in front of them moves
+    a quarter of the bytes.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Canonical.
+    target : Target
+    weights, activations : bool
+        Whether each may be quantized. Without activations, weights are stored as integers only.
+    wishes : mapping of str to Wish, optional
+        By node name; one for integer weights counts even where `weights` is not set. A model that is quantized already
+        leaves nothing to wish for.
+    """
+    if is_quantized(model):
+        # Somebody else's decisions (QAT, another tool) stand: there is nothing left to place or to measure.
+        return Placement(read_ops(model, target), (), {})
+    placer = _Placer(target, weights, activations, wishes or {})
+    nodes = list(model.graph.all_nodes())
+    for node in nodes:
+        placer.consider(node, inside=node.graph is not model.graph)
+    placer.extend_forward(nodes)
+    placer.extend_backward(nodes)
+    return placer.placement(nodes)
+
+
+def code_readers(model: ir.Model, placement: Placement) -> dict[str, frozenset[str]]:
+    """Return for each measured value the nodes that will read its codes, everything else its float values.
+
+    A value that leaves an integer operator as codes is not listed: all its readers get what is left of it.
+    """
+    written = {op.output for op in placement.ops.values()}
+    values = ir.convenience.create_value_mapping(model.graph)
+    return {
+        name: frozenset(node for node in map(structure.node_name, structure.readers(values[name]))
+                        if placement.ops[node].precision is Precision.INTEGER)
+        for name in placement.activations
+        if name not in written
+    }  # fmt: skip
+
+
+def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> dict[str, Wish]:
+    """Return what to wish for so that these values keep their float values.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    placement : Placement
+        In which they are measured.
+    names : mapping of str to str
+        By value name, the reason, as the plan is to say it of the operators that read the value or write its codes.
+    """
+    writers = {op.output: node for node, op in placement.ops.items() if op.output}
+    readers = code_readers(model, placement)
+    return {
+        node: Wish(Precision.FLOAT, reason)
+        for name, reason in names.items()
+        for node in ([writers[name]] if name in writers else sorted(readers[name]))
+    }
+
+
+class _Placer:
+    """The state of one placement: what is known of each node so far."""
+
+    def __init__(self, target: Target, weights: bool, activations: bool, wishes: Mapping[str, Wish]) -> None:
+        self.target = target
+        self.wishes = wishes
+        self.weights = weights
+        self.activations = activations
+        self.ops: dict[str, OpPlan] = {}
+        self.absorbed: dict[str, ir.Node] = {}
+        self.channel_axes: dict[str, int] = {}
+
+    def rule(self, node: ir.Node) -> OpRule | None:
+        return self.target.ops.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+
+    def kept_in_float(self, node: ir.Node) -> bool:
+        """Tell whether somebody wishes that an operator computes in float."""
+        wish = self.wishes.get(structure.node_name(node))
+        return wish is not None and wish.precision is not Precision.INTEGER
+
+    def consider(self, node: ir.Node, inside: bool) -> None:
+        """Take the operators with weights in; note for the others why they stay in float."""
+        name = structure.node_name(node)
+        if (obstacle := self.obstacle(node, inside)) is not None:
+            self.ops[name] = OpPlan(node.op_type, Precision.FLOAT, obstacle)
+        elif self.target.ops[node.op_type].kind is OpKind.LOOKUP:
+            self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, "a table lookup: rows are dequantized")
+        elif self.kept_in_float(node):
+            self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, self.wishes[name].reason)
+        elif self.activations:
+            self._take(node, self.target.ops[node.op_type])
+        else:
+            self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, "activations stay in float")
+
+    def obstacle(self, node: ir.Node, inside: bool) -> str | None:
+        """Return why a node is not taken for the sake of its weights, or None."""
+        rule, wish = self.rule(node), self.wishes.get(structure.node_name(node))
+        if wish is not None and wish.precision is Precision.FLOAT:
+            return wish.reason
+        if rule is None:
+            absorbable = any(node.op_type in other.fuses for other in self.target.ops.values())
+            fate = "not absorbed by the operator in front of it"
+            reason = fate if absorbable else f"{self.target.name} has no integer {node.op_type}"
+        elif inside:
+            reason = "it stands inside a subgraph"
+        elif rule.kind in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH):
+            reason = "not between integer operators"
+        else:
+            return self._weights_obstacle(node, rule, wish)
+        return wish.reason if wish is not None and self.kept_in_float(node) else reason
+
+    def _weights_obstacle(self, node: ir.Node, rule: OpRule, wish: Wish | None) -> str | None:
+        """Return why constant weights are not stored as integers, or None."""
+        if rule.kind is OpKind.LOOKUP:
+            reason = lookup_obstacle(node, fewest_rows=0 if wish else FEWEST_ROWS)
+        else:
+            reason = self._linear_obstacle(node, 0 if wish else rule.fewest_weights)
+        if not reason and not self.weights and wish is None:
+            reason = "weights stay in float as asked"
+        stays_float = not self.activations or self.kept_in_float(node)
+        if not reason and rule.kind is OpKind.LINEAR and stays_float and not rule.weight_only:
+            fact = f"{self.target.name} takes no integer weights for a {node.op_type} in float"
+            reason = "activations stay in float" if wish is None else fact
+        if reason and wish is not None and self.kept_in_float(node):
+            return f"{wish.reason}, weights too: {reason}"
+        return reason or None
+
+    def _linear_obstacle(self, node: ir.Node, fewest_weights: int) -> str:
+        """Return why a linear operator is not quantized, beside and behind those that were taken in."""
+        if reason := linear_obstacle(node):
+            return reason
+        value = node.inputs[structure.WEIGHT_INPUT]
+        weight = structure.constant_tensor(value)
+        assert value is not None and weight is not None
+        if self.behind_inexact_pool(node.inputs[0]) and not self.kept_in_float(node):
+            return "its input is from a pool that has no faithful integer kernel, which a Q behind it would call"
+        if weight.size < fewest_weights:
+            return f"its {weight.size} weights are too few to gain from integers"
+        axis = self.channel_axes.setdefault(structure.name_of(value), structure.weight_axis(node))
+        return "" if axis == structure.weight_axis(node) else f"weights '{value.name}' are shared along another axis"
+
+    def behind_inexact_pool(self, value: ir.Value | None) -> bool:
+        """Tell whether a value comes, through operators that move codes, from an AveragePool to keep clear of.
+
+        ONNX Runtime takes any pool between DQ and Q to its integer kernel, which knows neither dilations nor how to
+        count the padding of a last window that is cut off.
+        """
+        node = value.producer() if value is not None else None
+        while node is not None and (rule := self.rule(node)) is not None and rule.kind is OpKind.PASSTHROUGH:
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if node is None or node.op_type != "AveragePool":
+            return False
+        dilations = node.attributes.get_ints("dilations", (1,))
+        return node.attributes.get_int("ceil_mode", 0) != 0 or any(step != 1 for step in dilations)
+
+    def _take(self, node: ir.Node, rule: OpRule) -> None:
+        name = structure.node_name(node)
+        output = ""
+        activation = structure.absorbed_activation(node, rule.fuses)
+        if activation is not None and self.kept_in_float(activation):
+            activation = None
+        if not rule.quantized_output and activation is not None and activation.outputs[0].is_graph_output():
+            activation = None
+        if rule.quantized_output or activation is not None:
+            output = structure.name_of((activation or node).outputs[0])
+            if activation is not None:
+                self.absorbed[structure.node_name(activation)] = node
+        self.ops[name] = OpPlan(node.op_type, Precision.INTEGER, output=output)
+
+    def is_integer(self, node: ir.Node) -> bool:
+        return self.ops[structure.node_name(node)].precision is Precision.INTEGER
+
+    def arrives_as_codes(self, value: ir.Value) -> bool:
+        """Tell whether a value leaves an integer operator (or the activation that it absorbs) as codes."""
+        producer = value.producer()
+        if producer is None:
+            return False
+        producer = self.absorbed.get(structure.node_name(producer), producer)
+        return self.ops[structure.node_name(producer)].output == value.name
+
+    def wants_codes(self, value: ir.Value) -> bool:
+        """Tell whether an integer operator reads the value as an activation."""
+        return any(self.is_integer(reader) and value in structure.activation_inputs(reader)
+                   for reader in structure.readers(value))  # fmt: skip
+
+    def extend_forward(self, nodes: list[ir.Node]) -> None:
+        """Take in what lies between integer operators, then give back what no integer operator reads."""
+        taken = []
+        for node in nodes:
+            rule = self.rule(node)
+            if rule is None or rule.kind not in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH) or not self.activations:
+                continue
+            if structure.node_name(node) in self.absorbed or self.kept_in_float(node) or _other_float_inputs(node):
+                continue
+            if any(self.behind_inexact_pool(value) for value in node.outputs):
+                continue
+            inputs = list(structure.activation_inputs(node))
+            if inputs and all(self.arrives_as_codes(value) for value in inputs):
+                self._take(node, rule)
+                taken.append(node)
+        for node in reversed(taken):
+            name = structure.node_name(node)
+            behind = [n for n, source in self.absorbed.items() if source is node]
+            value = node.outputs[0] if not behind else structure.readers(node.outputs[0])[0].outputs[0]
+            if not self.wants_codes(value):
+                for activation in behind:
+                    del self.absorbed[activation]
+                self.ops[name] = OpPlan(node.op_type, Precision.FLOAT, "no integer operator reads its result")
+
+    def extend_backward(self, nodes: list[ir.Node]) -> None:
+        """Take in operators that move codes where all their readers take codes."""
+        for node in reversed(nodes):
+            rule = self.rule(node)
+            if rule is None or rule.kind is not OpKind.PASSTHROUGH or self.is_integer(node) or not self.activations:
+                continue
+            if structure.node_name(node) in self.absorbed or self.kept_in_float(node) or len(node.outputs) != 1:
+                continue
+            value, inputs = node.outputs[0], list(structure.activation_inputs(node))
+            behind = structure.readers(value)
+            if len(inputs) != 1 or value.is_graph_output() or not behind:
+                continue
+            if all(self.is_integer(reader) and value in structure.activation_inputs(reader) for reader in behind):
+                self.ops[structure.node_name(node)] = OpPlan(
+                    node.op_type, Precision.INTEGER, output=structure.name_of(value)
+                )
+
+    def placement(self, nodes: list[ir.Node]) -> Placement:
+        """Say which values must be measured and which share a scale."""
+        own: dict[str, None] = {}
+        same: dict[str, str] = {}
+        ops = dict(self.ops)
+        for node in nodes:
+            name = structure.node_name(node)
+            if name in self.absorbed:
+                source = self.absorbed[name]
+                ops[name] = OpPlan(node.op_type, Precision.INTEGER, f"absorbed by {source.op_type} '{source.name}'")
+                continue
+            if not self.is_integer(node):
+                continue
+            inputs = [structure.name_of(value) for value in structure.activation_inputs(node)]
+            for value in inputs:
+                if value not in same:
+                    own[value] = None
+            rule, output = self.rule(node), ops[name].output
+            if output and rule is not None and rule.kind is OpKind.PASSTHROUGH:
+                same[output] = same.get(inputs[0], inputs[0])
+            elif output:
+                own[output] = None
+        return Placement(ops, tuple(value for value in own if value not in same), same)
+
+
+def _other_float_inputs(node: ir.Node) -> bool:
+    """Tell whether a node reads a float constant: its integer kernel would need that as codes as well."""
+    return any(structure.is_float32(value) and structure.constant_tensor(value) is not None for value in node.inputs)
+
+
+def linear_obstacle(node: ir.Node) -> str:
+    """Return why a linear operator cannot be quantized, or nothing."""
+    weight = structure.constant_tensor(node.inputs[structure.WEIGHT_INPUT])
+    if weight is None:
+        if structure.constant_tensor(node.inputs[0]) is not None:
+            return "its constant is the first operand"
+        return "both operands are activations" if node.op_type == "MatMul" else "its weights are not constant"
+    if weight.dtype is not ir.DataType.FLOAT or not structure.is_float32(node.inputs[0]):
+        return f"its weights are {weight.dtype.name.lower()}, not float32"
+    if node.op_type == "MatMul" and len(weight.shape) != 2:
+        return f"its weights have {len(weight.shape)} axes"
+    if weight.size == 0 or structure.constant_tensor(node.inputs[0]) is not None:
+        return "it computes on constants only"
+    return _gemm_obstacle(node) or _bias_obstacle(node, weight)
+
+
+def _gemm_obstacle(node: ir.Node) -> str:
+    if node.op_type != "Gemm":
+        return ""
+    if node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:
+        return "Gemm with transA or alpha has no integer kernel"
+    if len(node.inputs) > structure.BIAS_INPUT and node.attributes.get_float("beta", 1.0) != 1.0:
+        return "Gemm with beta has no integer kernel"
+    return ""
+
+
+def _bias_obstacle(node: ir.Node, weight: ir.TensorProtocol) -> str:
+    if node.op_type not in structure.BIASED_OPS or len(node.inputs) <= structure.BIAS_INPUT:
+        return ""
+    bias = node.inputs[structure.BIAS_INPUT]
+    constant = structure.constant_tensor(bias)
+    per_channel = constant is not None and tuple(constant.shape) == (weight.shape[structure.weight_axis(node)],)
+    return "" if bias is None or per_channel else "its bias is not a constant per channel"
+
+
+def lookup_obstacle(node: ir.Node, fewest_rows: int) -> str:
+    """Return why a Gather's table cannot be stored as integers, or nothing."""
+    table = structure.constant_tensor(node.inputs[0])
+    if table is None:
+        return "it picks from an activation"
+    if table.dtype is not ir.DataType.FLOAT or len(table.shape) != 2 or node.attributes.get_int("axis", 0) != 0:
+        return "its table is not float32 rows"
+    if table.shape.numpy()[0] < fewest_rows:
+        return "its table is too small to be worth scales"
+    value = node.inputs[0]
+    if value is not None and any(reader is not node for reader in structure.readers(value)):
+        return "its table is read by another operator too"
+    return ""

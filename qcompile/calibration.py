@@ -1,0 +1,137 @@
+"""The calibration file: what `qcompile calibrate` measured, for `qcompile plan`."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from qcompile.calib.collect import Statistics
+from qcompile.calib.sensitivity import Choice
+from qcompile.core.errors import UsageError, first_line
+
+#: Raised when the file's meaning changes; docs/schemas/calibration.schema.json describes this version.
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and of what.
+
+    Parameters
+    ----------
+    statistics : Statistics
+    choice : Choice
+        The observer of each tensor that was measured, and what led to it.
+    spared : mapping of str to str
+        By node name, why an operator stays in float though the target could take it.
+    model : str
+        SHA-256 of the model as it came in.
+    data : str
+        SHA-256 of the calibration samples.
+    calibrated : bool
+        Whether these were real; if not, nothing was measured and weights alone can be quantized.
+    options : mapping
+        What decides a plan, as a recipe has it.
+    """
+
+    statistics: Statistics
+    choice: Choice
+    spared: Mapping[str, str]
+    model: str
+    data: str
+    calibrated: bool
+    options: Mapping[str, Any]
+
+    @property
+    def chosen(self) -> dict[str, int]:
+        """How many tensors each observer serves."""
+        counts = Counter(observer.value for observer in self.choice.observers.values())
+        return dict(sorted(counts.items()))
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file, the same bytes for the same measurements."""
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "model_sha256": self.model,
+            "data_sha256": self.data,
+            "calibrated": self.calibrated,
+            "options": self.options,
+            "choice": asdict(self.choice),
+            "spared": dict(self.spared),
+        }
+        buffer = io.BytesIO()
+        with np.load(io.BytesIO(self.statistics.to_bytes()), allow_pickle=False) as arrays:
+            np.savez(buffer, header=np.array(json.dumps(header)), **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file that `to_bytes` filled.
+
+        Raises
+        ------
+        UsageError
+            If it is no such file, is cut off, or is from another version of the format.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UsageError(path, f"cannot be read ({error.strerror})", "check the path of the calibration") from error
+        remedy = "make it anew with 'qcompile calibrate'"
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                header = json.loads(str(archive["header"]))
+            if header["schema_version"] != SCHEMA_VERSION:
+                fact = f"has schema version {header['schema_version']}, this release reads {SCHEMA_VERSION}"
+                raise UsageError(path, fact, remedy)
+            statistics = Statistics.from_bytes(content)
+            choice = Choice.from_json(header["choice"])
+            if set(choice.observers) != set(statistics.histograms):
+                raise ValueError("observers and histograms are not of the same tensors")
+            digests = str(header["model_sha256"]), str(header["data_sha256"])
+            return cls(
+                statistics,
+                choice,
+                dict(header["spared"]),
+                *digests,
+                bool(header["calibrated"]),
+                dict(header["options"]),
+            )
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,
+                AttributeError, IndexError) as error:  # fmt: skip
+            fact = f"is not a calibration, or is cut off ({first_line(error)})"
+            raise UsageError(path, fact, remedy) from error
+
+    def require(self, names: Iterable[str]) -> None:
+        """Hold the measurements to what a plan needs.
+
+        Raises
+        ------
+        UsageError
+            If one of the tensors was not measured.
+        """
+        if missing := sorted(set(names) - set(self.choice.observers)):
+            remedy = "calibrate again with the overrides of this plan"
+            fact = f"has no measurement of tensor '{missing[0]}', which these options need"
+            raise UsageError("calibration", fact, remedy)
+
+    def require_model(self, sha256: str, path: object) -> None:
+        """Hold the file to the model that it is used for.
+
+        Raises
+        ------
+        UsageError
+            If it was measured on another one.
+        """
+        if self.model != sha256:
+            fact = f"was measured on another model (SHA-256 {self.model[:12]}…, this one has {sha256[:12]}…)"
+            raise UsageError(path, fact, "calibrate this model")

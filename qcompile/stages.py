@@ -1,0 +1,168 @@
+"""The stages of a compile one by one: `qcompile calibrate`, `qcompile plan`, `qcompile apply`.
+
+They are the stages of `driver.compile`, with a file between each and the next; together they write the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qcompile import artifact, driver, recipe
+from qcompile.backends.base import find_target
+from qcompile.calibration import Calibration
+from qcompile.core import model as models
+from qcompile.core.contract import Track
+from qcompile.core.errors import UsageError
+from qcompile.core.plan import QuantPlan, Role
+from qcompile.driver import CompileResult, Job, Source
+from qcompile.options import Options
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.check_plan import check_plan
+from qcompile.pipeline import untracked
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `calibrate` wrote, and what is to be said of it.
+
+    Parameters
+    ----------
+    output : Path
+    calibration : Calibration
+    caveat : str
+        What the measurements do not show; empty where they stand on their own.
+    """
+
+    output: Path
+    calibration: Calibration
+    caveat: str
+
+    def summary(self) -> dict[str, Any]:
+        """Return what there is to tell, JSON-ready."""
+        return {
+            "output": str(self.output),
+            "warnings": [self.caveat] if self.caveat else [],
+            "samples": self.calibration.statistics.samples,
+            "tensors": len(self.calibration.statistics.histograms),
+            "observers": self.calibration.chosen,
+            "options": dict(self.calibration.options),
+        }
+
+
+def calibrate(source: Source, options: Options, output: Path, track: Track[Any] = untracked) -> Written:
+    """Measure what a plan needs to know of a model, and write it to a file.
+
+    Raises
+    ------
+    QcompileError
+        Nothing is written then.
+    """
+    artifact.check_own(output, Calibration.read)
+    job = Job.begin(source, options, track)
+    canonical = driver.canonicalize(job)
+    calibration = driver.calibrate(job, canonical)
+    artifact.write_file(output, calibration.to_bytes())
+    return Written(output, calibration, job.evidence.caveat)
+
+
+def plan(source: Source, options: Options, measured: Path, output: Path) -> QuantPlan:
+    """Decide, by what a calibration file holds, and write the plan to a file. Nothing is run.
+
+    Parameters
+    ----------
+    source : path, onnx.ModelProto or onnx_ir.Model
+    options : Options
+        Overrides may be others than those that the calibration was made with, as long as what they need was measured.
+    measured : Path
+        The calibration file.
+    output : Path
+
+    Raises
+    ------
+    QcompileError
+        Nothing is written then.
+    """
+    artifact.check_own(output, read_plan)
+    calibration = Calibration.read(measured)
+    target, _ = find_target(options.target)
+    model = models.take(source)
+    calibration.require_model(models.content_hash(model), measured)
+    canonical = Canonicalize(target.opset, options.shape)(model).model
+    decided = driver.decide(canonical, calibration, target, options)
+    artifact.write_file(output, decided.to_json().encode())
+    return decided
+
+
+def apply(source: Source, options: Options, planned: Path, track: Track[Any] = untracked) -> CompileResult:
+    """Apply a plan, which may have been edited: quantize, correct biases, lower, verify, write the artifact.
+
+    Parameters
+    ----------
+    source : path, onnx.ModelProto or onnx_ir.Model
+    options : Options
+        Without data no bias is corrected, which the report says first.
+    planned : Path
+        The plan.
+    track : callable
+        Shows progress over samples.
+
+    Raises
+    ------
+    QcompileError
+        Nothing is written then.
+    """
+    output = artifact.place(source, options)
+    decided = read_plan(planned)
+    job = Job.begin(source, options, track)
+    canonical = driver.canonicalize(job)
+    decided = check_plan(canonical, replace(decided, options=options.as_recipe()), job.target, planned)
+    if not job.evidence.calibrated and any(quant.role is Role.ACTIVATION for quant in decided.tensors.values()):
+        job = replace(job, evidence=job.evidence.without_calibration())
+    quantized = driver.quantize(job, canonical, decided)
+    return driver.deliver(job, canonical, quantized, decided, output)
+
+
+def read_plan(path: Path) -> QuantPlan:
+    """Read a plan from a file.
+
+    Raises
+    ------
+    UsageError
+        If there is none.
+    """
+    try:
+        return QuantPlan.from_json(path.read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise UsageError(path, f"cannot be read ({error.strerror})", "check the path of the plan") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(path, "is not a quantization plan", "name a plan.json") from error
+
+
+def settled(given: Mapping[str, Any], stored: Mapping[str, Any], place: Path, free: str = "") -> dict[str, Any]:
+    """Join the options that are given with those that an earlier stage was run with, which stand.
+
+    Parameters
+    ----------
+    given : mapping
+        Fields of `Options`, from flags and recipe.
+    stored : mapping
+        What the file of the earlier stage holds, as a recipe has it.
+    place : Path
+        That file.
+    free : str
+        The field in which the given one counts after all.
+
+    Raises
+    ------
+    UsageError
+        If both have an option and they differ.
+    """
+    fields = recipe.parse(stored, place, Path())
+    for name in sorted(set(given) & set(fields) - {free}):
+        if given[name] != fields[name]:
+            fact = f"was made with another '{name}' than is asked for now"
+            raise UsageError(place, fact, "make it anew with that, or leave it out here")
+    return {**given, **fields, **({free: given[free]} if free in given else {})}

@@ -1,0 +1,134 @@
+"""A plan that comes back as it was made is left as it is; one that was edited is settled, or refused with one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompile.core.errors import UsageError
+from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role, TensorQuant
+from qcompile.core.target import OpKind, OpRule, Target
+from qcompile.passes.check_plan import check_plan
+
+Build = Callable[..., Any]
+
+RESIDUAL = """(float[1,3,6,6] x) => (float[1,4,6,6] y) {
+    [conv] c = Conv <pads = [1,1,1,1]> (x, w)
+    [relu] r = Relu (c)
+    [second] d = Conv <pads = [1,1,1,1]> (r, v)
+    [add] a = Add (r, d)
+    [last] s = Relu (a)
+    [third] y = Conv <pads = [1,1,1,1]> (s, v)
+}"""
+MOVED = """(float[8,1] x) => (float[1,8] y) {
+    [turn] t = Transpose <perm = [1,0]> (x) [mm] u = MatMul (t, m) [soft] s = Softmax (u) [gemm] y = Gemm (s, m)
+}"""
+LOOKUP = "(int64[1,5] i) => (float[1,5,4] y) { [gather] g = Gather (table, i) y = Exp (g) }"
+BRANCHES = """(bool b, float[1,8] x) => (float[1,8] y) {
+    [if] y = If (b) <then_branch = t () => (float[1,8] p) { [inner] p = MatMul (x, m) },
+                     else_branch = e () => (float[1,8] q) { [add] q = Add (x, x) }>
+}"""
+
+
+@pytest.fixture
+def made(model_of: Build, quantized: Build, w: np.ndarray, m: np.ndarray) -> Callable[..., tuple[ir.Model, QuantPlan]]:
+    """Make a model and its plan, as that comes back from JSON."""
+
+    def made(text: str, **options: Any) -> tuple[ir.Model, QuantPlan]:
+        v = np.random.default_rng(3).standard_normal((4, 4, 3, 3)).astype(np.float32)
+        table = np.random.default_rng(4).standard_normal((300, 4)).astype(np.float32)
+        weights = {"w": w, "v": v, "m": m, "table": table}
+        used = {name: array for name, array in weights.items() if f" {name})" in text or f"({name}," in text}
+        result = quantized(model_of(text, **used), **options)
+        return result.float_model, QuantPlan.from_json(result.plan.to_json())
+
+    return made
+
+
+def with_op(plan: QuantPlan, name: str, **fields: Any) -> QuantPlan:
+    return replace(plan, ops={**plan.ops, name: replace(plan.ops[name], **fields)})
+
+
+@pytest.mark.parametrize("options", [{}, {"activations": False}, {"weights": False}])
+@pytest.mark.parametrize("text", [RESIDUAL, MOVED, LOOKUP, BRANCHES])
+def test_a_plan_that_nobody_edited_comes_back_as_it_is(
+    text: str, options: dict[str, bool], made: Build, eager: Target
+) -> None:
+    model, plan = made(text, **options)
+    assert check_plan(model, plan, eager) == plan
+
+
+def test_what_follows_from_an_operator_in_float(made: Build, eager: Target) -> None:
+    model, plan = made(RESIDUAL)
+    found = check_plan(model, with_op(plan, "conv", precision=Precision.FLOAT), eager)
+    assert found.ops["conv"] == OpPlan("Conv", Precision.FLOAT, "as the plan asks")
+    assert found.ops["relu"].precision is Precision.FLOAT
+    assert {name: found.ops[name] for name in ("second", "add", "last", "third")} == {
+        name: plan.ops[name] for name in ("second", "add", "last", "third")
+    }
+    assert set(plan.tensors) - set(found.tensors) == {"x", "w"}, "r is still read as codes"
+    assert check_plan(model, found, eager) == found
+
+
+def test_weights_that_another_operator_has_as_integers_keep_their_scales(made: Build, eager: Target) -> None:
+    model, plan = made(RESIDUAL)
+    found = check_plan(model, with_op(plan, "third", precision=Precision.FLOAT), eager)
+    assert "v" in found.tensors and set(plan.tensors) - set(found.tensors) == {"y"}
+
+
+def test_a_reason_that_was_written_is_kept(made: Build, eager: Target) -> None:
+    model, plan = made(MOVED)
+    found = check_plan(model, with_op(plan, "mm", precision=Precision.FLOAT, reason="I know better"), eager)
+    assert found.ops["mm"].reason == "I know better"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "fields", "fact"),
+    [
+        (MOVED, "soft", {"precision": Precision.INTEGER}, "cpu has no integer Softmax"),
+        (MOVED, "turn", {"precision": Precision.WEIGHT_ONLY}, "it has no constant weights"),
+        (LOOKUP, "gather", {"precision": Precision.INTEGER}, "it looks rows up"),
+        (BRANCHES, "inner", {"precision": Precision.INTEGER}, "it stands inside a subgraph"),
+        (RESIDUAL, "relu", {"precision": Precision.FLOAT}, "the operator in front of it absorbs it"),
+        (RESIDUAL, "conv", {"output": "s"}, "lets 's' leave operator 'conv' as codes, which is not its result"),
+        (RESIDUAL, "conv", {"output": "c"}, "has no scale for tensor 'c', which operator 'conv' needs as codes"),
+    ],
+)
+def test_what_an_operator_cannot_be(
+    text: str, name: str, fields: dict[str, Any], fact: str, made: Build, eager: Target
+) -> None:
+    model, plan = made(text)
+    with pytest.raises(UsageError, match=fact):
+        check_plan(model, with_op(plan, name, **fields), eager)
+
+
+def test_an_operator_without_a_faithful_integer_kernel(model_of: Build, quantized: Build, eager: Target) -> None:
+    text = "(float[1,8] x) => (float[1,8] y) { [n] y = Gemm <alpha = 0.5> (x, m) }"
+    result = quantized(model_of(text, m=np.ones((8, 8), np.float32)))
+    plan = with_op(result.plan, "n", precision=Precision.INTEGER)
+    with pytest.raises(UsageError, match=r"'n' \(Gemm\) cannot be integer: Gemm with transA or alpha"):
+        check_plan(result.float_model, plan, eager)
+
+
+def test_integer_weights_in_float_arithmetic_where_the_target_takes_none(made: Build, eager: Target) -> None:
+    model, plan = made(RESIDUAL)
+    target = replace(eager, ops={**eager.ops, "Conv": OpRule(OpKind.LINEAR, fuses=("Relu",))})
+    assert check_plan(model, plan, target) == plan
+    with pytest.raises(UsageError, match="cpu takes no integer weights for a Conv in float"):
+        check_plan(model, with_op(plan, "third", precision=Precision.WEIGHT_ONLY), target)
+
+
+def test_a_shape_that_the_scales_do_not_fit(made: Build, eager: Target) -> None:
+    model, plan = made(MOVED)
+    for axis, count, fact in (
+        (0, 3, "3 scales for 8 channels along axis 0"),
+        (2, 8, r"no axis 2, its shape is \[8, 8\]"),
+    ):
+        quant = TensorQuant(Role.WEIGHT, "int8", (0.5,) * count, (0,) * count, axis)
+        with pytest.raises(UsageError, match=fact):
+            check_plan(model, replace(plan, tensors={**plan.tensors, "m": quant}), eager)
