@@ -133,7 +133,7 @@ def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> No
 
 
 def show_inspection(console: Console, content: Mapping[str, Any]) -> None:
-    """Print what a model is and what the target would make of it."""
+    """Print what a model is, what was recognised in it, and what the target would make of it."""
     table = _table(content["model"], "", "")
     for key in ("opset", "nodes", "nodes_after_canonicalize", "weight_bytes"):
         value = content[key]
@@ -141,10 +141,35 @@ def show_inspection(console: Console, content: Mapping[str, Any]) -> None:
     for key in ("inputs", "outputs"):
         table.add_row(key, _plain("\n".join(content[key])))
     console.print(table)
+    _show_structure(console, content)
     fates = _table(f"operators on {content['target']}", "precision", "operator", "count", "why not integer")
     for row in content["operators"]:
         fates.add_row(row["precision"].replace("_", "-"), row["op_type"], str(row["count"]), _plain(row["reason"]))
     console.print(fates)
+
+
+def _show_structure(console: Console, content: Mapping[str, Any]) -> None:
+    if content["patterns"]:
+        patterns = _table("recognised", "pattern", "count", "details")
+        for row in content["patterns"]:
+            patterns.add_row(row["pattern"], str(row["count"]), _plain(row["detail"]))
+        console.print(patterns)
+    if content["not_recognised"]:
+        missed = _table("not recognised", "where", "why")
+        for row in content["not_recognised"]:
+            missed.add_row(_plain(row["node"]), _plain(row["reason"]))
+        console.print(missed)
+    if content["streams"]:
+        keys = ("kind", "width", "segments", "sums", "writers", "readers")
+        streams = _table("residual streams", "kind", "count", *keys[1:], "against folding a rotation")
+        alike = Counter((*(row[key] for key in keys), _against(row["obstacles"])) for row in content["streams"])
+        for (kind, *numbers, against), count in alike.items():
+            streams.add_row(kind, str(count), *map(str, numbers), _plain(against))
+        console.print(streams)
+
+
+def _against(obstacles: list[dict[str, str]]) -> str:
+    return "\n".join(dict.fromkeys(obstacle["reason"] for obstacle in obstacles))
 
 
 def _plain(text: str) -> str:
