@@ -77,14 +77,17 @@ def _computed(node: ir.Node, unknown: float, depth: int) -> Numbers | None:
     known = [array for array in inputs if array is not None]
     if len(known) < len(inputs):
         return None
-    with np.errstate(all="ignore"):
-        if node.op_type == "Concat":
-            return np.concatenate(known, node.attributes.get_int("axis", 0))
-        if node.op_type == "Div":
-            dtype = node.outputs[0].dtype
-            quotient = known[0] / known[1]
-            return quotient if dtype is not None and dtype.is_floating_point() else np.trunc(quotient)
-        return np.asarray(_ARITHMETIC[node.op_type](*known), np.float64)
+    try:
+        with np.errstate(all="ignore"):
+            if node.op_type == "Concat":
+                return np.concatenate(known, node.attributes.get_int("axis", 0))
+            if node.op_type == "Div":
+                dtype = node.outputs[0].dtype
+                quotient = known[0] / known[1]
+                return quotient if dtype is not None and dtype.is_floating_point() else np.trunc(quotient)
+            return np.asarray(_ARITHMETIC[node.op_type](*known), np.float64)
+    except ValueError:  # lengths that the graph does not tell do not fit one another
+        return None
 
 
 def scalar(value: ir.Value | None) -> float | None:
@@ -116,9 +119,11 @@ def labels(value: ir.Value, axis: int) -> Labels | None:
 def moved(node: ir.Node, array: npt.NDArray[Any], depth: int = 0) -> tuple[npt.NDArray[Any], ...] | None:
     """Return what an operator of `MOVES` makes of an array in place of its first input; None if that is not known."""
     extra: list[list[int] | None] = []
+    # Where a part starts and ends must be known; a length that is open may count as 1 like that of the array.
+    unknown = 1.0 if is_standard(node, "Expand", "Reshape", "Tile") else math.nan
     for value in node.inputs[1:]:
-        numbers = evaluate(value, 1.0, depth)
-        if value is not None and numbers is None:
+        numbers = evaluate(value, unknown, depth)
+        if value is not None and (numbers is None or np.isnan(numbers).any()):
             return None
         extra.append(None if numbers is None else _integers(numbers))
     try:
@@ -139,7 +144,7 @@ def _lengths(node: ir.Node, unknown: float) -> Numbers | None:
 
 def _integers(numbers: Numbers) -> list[int]:
     far = float(1 << 31)  # the ends of Slice are as far as an int64 reaches, which a float rounds up
-    return [int(number) for number in np.clip(np.nan_to_num(numbers.reshape(-1), nan=1.0), -far, far)]
+    return [int(number) for number in np.clip(numbers.reshape(-1), -far, far)]
 
 
 _Extra = Sequence[list[int] | None]

@@ -99,6 +99,9 @@ def test_what_is_not_known_moves_nothing(model_of: Build) -> None:
     assert moved(model.graph[0], np.arange(6).reshape(2, 3)) is None
     model = model_of("(float[A,4] x) => (float[a,b] y) { y = Reshape (x, s) }", s=np.int64([-1, 8]))
     assert moved(model.graph[0], np.arange(4).reshape(1, 4)) is None, "an open axis of 1 cannot be cut"
+    text = "(float[A,4] x) => (float[a,b] y) { s = Shape <end = 1> (x) y = Slice (x, s, e, one) }"
+    model = model_of(text, e=np.int64([4]), one=np.int64([1]))
+    assert moved(model.graph[1], np.arange(4).reshape(1, 4)) is None, "where the slice starts is not known"
     model = model_of("(float[1,3] x) => (float[3] y) { y = Squeeze (x) }")
     assert moved(model.graph[0], np.arange(3).reshape(1, 3)) is None
 
