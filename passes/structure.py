@@ -58,6 +58,51 @@ def readers(value: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(value.consumers()))
 
 
+def data_readers(value: ir.Value) -> list[ir.Node]:
+    """Return the nodes that read what a value holds, not only its shape; each once."""
+    return [node for node in readers(value) if not is_standard(node, "Shape", "Size")]
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """Return the one node of the same graph that reads what a value holds, else None."""
+    nodes = data_readers(value)
+    if len(nodes) != 1 or value.is_graph_output():
+        return None
+    producer = value.producer()
+    return nodes[0] if producer is None or nodes[0].graph is producer.graph else None
+
+
+def produced_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """Return the node behind a value if it is one of these operators of the default domain, else None."""
+    node = None if value is None else value.producer()
+    return node if node is not None and is_standard(node, *op_types) else None
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """Return an input that the operator requires."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """Return the other one of a node's two inputs, None if the node does not have two or does not read the value."""
+    if len(node.inputs) != 2 or value not in node.inputs:
+        return None
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def is_shared(nodes: Collection[ir.Node], result: ir.Value) -> bool:
+    """Tell whether what stands between a pattern's nodes, but for its result, is read elsewhere too."""
+    for node in nodes:
+        for value in node.outputs:
+            if value is result:
+                continue
+            if value.is_graph_output() or any(reader not in nodes for reader in data_readers(value)):
+                return True
+    return False
+
+
 def activation_inputs(node: ir.Node) -> Iterator[ir.Value]:
     """Yield the float32 inputs of a node that are no constants."""
     for value in node.inputs:

@@ -1,4 +1,4 @@
-"""`qcompile inspect`: what a model is, and what a target would make of its operators, without running it."""
+"""`qcompile inspect`: what a model is made of, and what a target would make of its operators, without running it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from qcompile.backends.base import find_target
 from qcompile.core import model as models
 from qcompile.core.plan import OpPlan
 from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.patterns import Attention, Norm, Patterns, recognise
 from qcompile.passes.place import place
+from qcompile.passes.streams import Stream, residual_streams
 
 
 def inspect(path: Path, target_name: str) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def inspect(path: Path, target_name: str) -> dict[str, Any]:
     model = models.load(path)
     canonical = model.clone()
     Canonicalize(target.opset)(canonical)
+    patterns = recognise(canonical.graph)
     placement = place(canonical, target, weights=True, activations=True)
     return {
         "model": str(path),
@@ -35,6 +38,9 @@ def inspect(path: Path, target_name: str) -> dict[str, Any]:
         "weight_bytes": models.initializer_bytes(model),
         "inputs": [models.describe(value) for value in model.graph.inputs],
         "outputs": [models.describe(value) for value in model.graph.outputs],
+        "patterns": _patterns(patterns),
+        "not_recognised": [{"node": refusal.node, "reason": refusal.reason} for refusal in patterns.refusals],
+        "streams": [_stream(stream) for stream in residual_streams(canonical.graph, patterns)],
         "target": target.name,
         "operators": by_fate(placement.ops),
         "ops": [
@@ -59,3 +65,38 @@ def by_fate(ops: Mapping[str, OpPlan]) -> list[dict[str, Any]]:
 def _general(reason: str) -> str:
     """Drop the name from a reason that names another operator, so that equal fates count together."""
     return reason.split(" '")[0]
+
+
+def _patterns(patterns: Patterns) -> list[dict[str, Any]]:
+    """Count what was recognised, equal ones together."""
+    rows = [(f"{norm.kind} norm", _norm(norm)) for norm in patterns.norms]
+    rows += [(str(activation.kind), "") for activation in patterns.activations]
+    rows += [("rope", "interleaved" if rope.interleaved else "halves") for rope in patterns.ropes]
+    rows += [("attention", _attention(attention)) for attention in patterns.attentions]
+    return [{"pattern": name, "detail": detail, "count": count} for (name, detail), count in Counter(rows).items()]
+
+
+def _norm(norm: Norm) -> str:
+    length = norm.source.shape[norm.axes[0]] if norm.source.shape is not None else None
+    over = f"over {length}" if len(norm.axes) == 1 and isinstance(length, int) else f"over axes {norm.axes}"
+    return over if norm.fused else f"{over}, decomposed"
+
+
+def _attention(attention: Attention) -> str:
+    heads, shared = attention.heads, attention.kv_heads
+    detail = [f"{heads} heads" if heads == shared else f"{heads} heads on {shared}", f"of {attention.head_dim}"]
+    extra = ["RoPE"] * (attention.rope is not None) + ["masked"] * bool(attention.masks)
+    return " ".join(detail) + "".join(f", {word}" for word in extra)
+
+
+def _stream(stream: Stream) -> dict[str, Any]:
+    return {
+        "kind": str(stream.kind),
+        "width": stream.width,
+        "segments": len(stream.segments),
+        "sums": sum(len(segment.sums) for segment in stream.segments),
+        "writers": len(stream.writers),
+        "readers": len(stream.readers),
+        "norms": sum(len(segment.norms) for segment in stream.segments),
+        "obstacles": [{"node": obstacle.node, "reason": obstacle.reason} for obstacle in stream.obstacles],
+    }

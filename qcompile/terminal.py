@@ -137,7 +137,7 @@ def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> No
 
 
 def show_inspection(console: Console, content: Mapping[str, Any], ops: bool) -> None:
-    """Print what a model is and what the target would make of it, operator by operator if asked for."""
+    """Print what a model is, what was recognised in it, and what the target would make of it, by operator if asked."""
     table = _table(content["model"], "", "")
     for key in ("opset", "nodes", "nodes_after_canonicalize", "weight_bytes"):
         value = content[key]
@@ -145,6 +145,7 @@ def show_inspection(console: Console, content: Mapping[str, Any], ops: bool) -> 
     for key in ("inputs", "outputs"):
         table.add_row(key, _plain("\n".join(content[key])))
     console.print(table)
+    _show_structure(console, content)
     console.print(_fates(f"operators on {content['target']}", content["operators"]))
     if ops:
         names = _table("operators by name", "name", "operator", "precision", "why not integer")
@@ -183,6 +184,30 @@ def _fates(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def _word(precision: str) -> str:
     return precision.replace("_", "-")
+
+
+def _show_structure(console: Console, content: Mapping[str, Any]) -> None:
+    if content["patterns"]:
+        patterns = _table("recognised", "pattern", "count", "details")
+        for row in content["patterns"]:
+            patterns.add_row(row["pattern"], str(row["count"]), _plain(row["detail"]))
+        console.print(patterns)
+    if content["not_recognised"]:
+        missed = _table("not recognised", "where", "why")
+        for row in content["not_recognised"]:
+            missed.add_row(_plain(row["node"]), _plain(row["reason"]))
+        console.print(missed)
+    if content["streams"]:
+        keys = ("kind", "width", "segments", "sums", "writers", "readers")
+        streams = _table("residual streams", "kind", "count", *keys[1:], "against folding a rotation")
+        alike = Counter((*(row[key] for key in keys), _against(row["obstacles"])) for row in content["streams"])
+        for (kind, *numbers, against), count in alike.items():
+            streams.add_row(kind, str(count), *map(str, numbers), _plain(against))
+        console.print(streams)
+
+
+def _against(obstacles: list[dict[str, str]]) -> str:
+    return "\n".join(dict.fromkeys(obstacle["reason"] for obstacle in obstacles))
 
 
 def _plain(text: str) -> str:

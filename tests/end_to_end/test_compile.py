@@ -265,6 +265,45 @@ def test_targets_and_inspect(qcompile, resnet8):
     assert content["nodes"] == 32 and content["nodes_after_canonicalize"] == 25
     assert {"precision": "integer", "op_type": "Conv", "count": 9, "reason": ""} in content["operators"]
     assert "QLinear" not in qcompile("inspect", resnet8[0]).out
+    assert content["patterns"] == [] and content["not_recognised"] == []
+    kinds = [(stream["kind"], stream["width"], stream["sums"]) for stream in content["streams"]]
+    assert kinds == [("CNN residual", 16, 1), ("sum of branches", 32, 1), ("sum of branches", 64, 1)]
+
+
+def test_inspect_shows_what_is_recognised(qcompile, root):
+    model = root / "tests" / "passes" / "exports" / "llama.dynamo20.onnx"
+    content = json.loads(qcompile("inspect", model, "--json").out)
+    assert content["patterns"] == [
+        {"pattern": "rms norm", "detail": "over 16, decomposed", "count": 3},
+        {"pattern": "silu", "detail": "", "count": 1},
+        {"pattern": "rope", "detail": "halves", "count": 2},
+        {"pattern": "attention", "detail": "4 heads on 2 of 4, RoPE", "count": 1},
+    ]
+    assert content["streams"] == [
+        {
+            "kind": "pre-norm",
+            "width": 16,
+            "segments": 1,
+            "sums": 2,
+            "writers": 4,
+            "readers": 3,
+            "norms": 3,
+            "obstacles": [],
+        }
+    ]
+    text = qcompile("inspect", model).out
+    assert "4 heads on 2 of 4, RoPE" in text and "pre-norm" in text
+
+
+def test_inspect_says_what_looks_like_attention_but_is_none(qcompile, tmp_path):
+    text = """<ir_version: 10, opset_import: ["": 17]>
+    g (float[2,3,4] q, float[2,3,4] k, float[2,3,4] v) => (float[2,3,4] y) {
+        s = Einsum <equation = "bid,bjd->bij"> (q, k) p = Softmax (s) y = MatMul (p, v)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "einsum.onnx")
+    [missed] = json.loads(qcompile("inspect", tmp_path / "einsum.onnx", "--json").out)["not_recognised"]
+    assert "Einsum" in missed["reason"]
+    assert "Einsum" in qcompile("inspect", tmp_path / "einsum.onnx").out
 
 
 def test_progress_is_for_terminals_and_for_what_takes_long(monkeypatch):
