@@ -22,12 +22,14 @@ from qcompile.calib.data import Dataset
 from qcompile.calib.drift import helps, measure_drift
 from qcompile.calib.sensitivity import choose_observers
 from qcompile.core import model as models
+from qcompile.core import runtime
 from qcompile.core.contract import Refusal, Track
 from qcompile.core.plan import QuantPlan
 from qcompile.evidence import gather
 from qcompile.options import Options
 from qcompile.passes.allocate_bits import allocate_bits, place
 from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.canonicalize.lower_opset import LowerOpset
 from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.pipeline import DRIFT, OBSERVERS, STATISTICS, VERDICT, Pipeline, untracked
@@ -73,7 +75,8 @@ def compile(
     """
     target, backend = find_target(options.target)
     output = artifact.place(source, options)  # refused before the work rather than after it
-    model = models.take(source)
+    # A model newer than the runtime has nothing to be held against: it is lowered before anything looks at it.
+    model = LowerOpset(*runtime.newest_versions())(models.take(source)).model
     evidence = gather(model, options)
     data, threads = evidence.calibration, options.threads
     pipeline = Pipeline.start(model, evidence, target, options)

@@ -189,10 +189,10 @@ def test_wrong_dtype(fails, small):
     fails(4, "is float64", "takes float32", data=small.feed(x=small.samples.astype(np.float64)))
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_data_that_are_not_finite(fails, small, number):
+@pytest.mark.parametrize(("number", "fact"), [(np.nan, "holds NaN"), (np.inf, "a number that is not finite")])
+def test_data_that_are_not_finite(fails, small, number, fact):
     small.samples[5, 0, 1, 2, 3] = number
-    fails(4, "sample 5", "'x'", "not finite")
+    fails(4, "sample 5", "'x'", fact)
 
 
 def test_empty_data(fails, small):
