@@ -46,8 +46,6 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     for value in model.graph.inputs:
         if value.name in model.graph.initializers or value.name is None or value.dtype is None:
             continue
-        if value.dtype is ir.DataType.STRING:
-            raise DataError(f"input '{value.name}'", "holds strings", "cut the model behind its tokenizer")
         shape = None if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
         specs.append(InputSpec(value.name, np.dtype(value.dtype.numpy()), shape))
     return tuple(specs)
@@ -144,7 +142,7 @@ def check_sample(feeds: Sample, specs: tuple[InputSpec, ...], place: str) -> Non
     Raises
     ------
     DataError
-        For a missing or unknown name, another type or shape, a number that is not finite, an empty array.
+        For a missing or unknown name, another type or shape, a NaN, an empty array.
     """
     expected = ", ".join(map(str, specs))
     names = {spec.name for spec in specs}
@@ -164,9 +162,9 @@ def check_sample(feeds: Sample, specs: tuple[InputSpec, ...], place: str) -> Non
             raise DataError(place, fact, remedy)
         if array.size == 0 and 0 not in (spec.shape or ()):
             raise DataError(place, f"'{spec.name}' is empty (shape {list(array.shape)})", "leave the sample out")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            fact = f"'{spec.name}' holds a number that is not finite"
-            raise DataError(place, fact, "leave the sample out, or repair its preprocessing")
+        # Infinities have a meaning in masks; where one reaches a tensor that is measured, `collect` refuses it.
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise DataError(place, f"'{spec.name}' holds NaN", "leave the sample out, or repair its preprocessing")
 
 
 def _shape_fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:

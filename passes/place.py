@@ -322,9 +322,7 @@ def linear_obstacle(node: ir.Node) -> str:
     """Return why a linear operator cannot be quantized, or nothing."""
     weight = structure.constant_tensor(node.inputs[structure.WEIGHT_INPUT])
     if weight is None:
-        if structure.constant_tensor(node.inputs[0]) is not None:
-            return "its constant is the first operand"
-        return "both operands are activations" if node.op_type == "MatMul" else "its weights are not constant"
+        return _activation_obstacle(node)
     if weight.dtype is not ir.DataType.FLOAT or not structure.is_float32(node.inputs[0]):
         return f"its weights are {weight.dtype.name.lower()}, not float32"
     if node.op_type == "MatMul" and len(weight.shape) != 2:
@@ -332,6 +330,16 @@ def linear_obstacle(node: ir.Node) -> str:
     if weight.size == 0 or structure.constant_tensor(node.inputs[0]) is not None:
         return "it computes on constants only"
     return _gemm_obstacle(node) or _bias_obstacle(node, weight)
+
+
+def _activation_obstacle(node: ir.Node) -> str:
+    """Return what stands where a linear operator's constant weights should."""
+    if structure.constant_tensor(node.inputs[0]) is not None:
+        return "its constant is the first operand"
+    value = node.inputs[structure.WEIGHT_INPUT]
+    if value is not None and value.is_initializer():
+        return "its weights are an input with a default, which a caller may replace"
+    return "both operands are activations" if node.op_type == "MatMul" else "its weights are not constant"
 
 
 def _gemm_obstacle(node: ir.Node) -> str:

@@ -22,7 +22,7 @@ from qcompile.calib.drift import helps, measure_drift
 from qcompile.calib.sensitivity import Choice, choose_observers
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
-from qcompile.core import numerics
+from qcompile.core import numerics, runtime
 from qcompile.core.contract import Refusal, Track
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.target import Target
@@ -31,6 +31,7 @@ from qcompile.options import Options
 from qcompile.override import wishes
 from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.canonicalize.lower_opset import LowerOpset
 from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
@@ -92,7 +93,7 @@ class Job:
     def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:
         """Load what the options name."""
         target, backend = find_target(options.target)
-        model = models.take(source)
+        model = take(source)
         evidence = gather(model, options)
         pipeline = Pipeline.start(model, evidence, target, options)
         return cls(model, target, backend, options, evidence, pipeline, track)
@@ -125,6 +126,11 @@ def compile(source: Source, options: Options, track: Track[Any] = untracked) -> 
     return deliver(job, canonical, quantized, plan, output)
 
 
+def take(source: Source) -> ir.Model:
+    """Return the model; one newer than the runtime is lowered first, or there would be nothing to hold it against."""
+    return LowerOpset(*runtime.newest_versions())(models.take(source)).model
+
+
 def canonicalize(job: Job) -> ir.Model:
     """Bring the model into the form that the stages behind expect."""
     return job.pipeline.apply(Canonicalize(job.target.opset, job.options.shape), job.model)
@@ -140,7 +146,7 @@ def calibrate(job: Job, canonical: ir.Model) -> Calibration:
     for attempt in range(ATTEMPTS):
         placement = choose_operators(canonical, target, options, calibrated, spared)
         statistics, choice = _measure(job, canonical, placement, f" {attempt + 1}" if attempt else "")
-        if not choice.spoilers:
+        if not choice.spoilers or attempt + 1 == ATTEMPTS:
             break
         # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
         spared |= sparing(canonical, placement, {name: _spoils(choice.alone[name]) for name in choice.spoilers})

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample, input_specs, open_data
 from qcompile.core.runtime import synthetic_feeds
+from qcompile.core.validate import check_interface
 from qcompile.options import Options
 from qcompile.passes.canonicalize.fix_shapes import FixShapes
 
@@ -67,9 +68,12 @@ def gather(model: ir.Model, options: Options) -> Evidence:
     ------
     DataError
         If they do not fit the model.
+    ModelError
+        If the model has inputs or outputs that no data fit.
     """
     # Data have the shapes that the compiled model takes, not those that it could have taken.
     model = FixShapes(options.shape)(model.clone()).model
+    check_interface(model)
     specs = input_specs(model)
     given = open_data(options.data, specs) if options.data is not None else None
     evaluation = open_data(options.eval, specs) if options.eval is not None else None

@@ -144,7 +144,11 @@ class Pipeline:
         except Exception as error:
             fact = f"left a model that does not run ({first_line(error)})"
             raise VerificationError(f"pass {name}", fact, "report it with the model") from error
-        moved = verify.check_equivalence(name, pass_.effect, expected, found)
+        try:
+            moved = verify.check_equivalence(name, pass_.effect, expected, found)
+        except VerificationError:
+            verify.require_repeatable(self.reference, self.samples, self._outputs)
+            raise
         step = Step(name, pass_.effect.value, before, len(result.model.graph), float(f"{moved:.3g}"), refusals)
         return result.model, step
 

@@ -88,7 +88,7 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     artifact.check_own(output, read_plan)
     calibration = Calibration.read(measured)
     target, _ = find_target(options.target)
-    model = models.take(source)
+    model = driver.take(source)
     calibration.require_model(models.content_hash(model), measured)
     canonical = Canonicalize(target.opset, options.shape)(model).model
     decided = driver.decide(canonical, calibration, target, options)

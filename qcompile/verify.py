@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompile.calib.data import Dataset, Sample
 from qcompile.core import numerics, runtime
 from qcompile.core.contract import Effect, Track
-from qcompile.core.errors import BudgetError, VerificationError
+from qcompile.core.errors import BudgetError, ModelError, VerificationError
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.passes import structure
 from qcompile.passes.insert_qdq import dequantized_name
@@ -33,6 +33,23 @@ def outputs_of(model: ir.Model, samples: Sequence[Sample]) -> list[runtime.Outpu
     """Run a model node by node as written, without the runtime's rewrites, and return its outputs per sample."""
     session = runtime.Session(model, optimize=False)
     return [session.run(feeds) for feeds in samples]
+
+
+def require_repeatable(model: ir.Model, samples: Sequence[Sample], outputs: Sequence[runtime.Outputs]) -> None:
+    """Run a model again: if it differs from itself, no pass is to blame.
+
+    Raises
+    ------
+    ModelError
+        If the model draws random numbers.
+    """
+    for before, after in zip(outputs, outputs_of(model, samples), strict=True):
+        for name, y in before.items():
+            if not np.array_equal(y, after[name], equal_nan=y.dtype.kind == "f"):
+                fact = f"output '{name}' differs each time the model runs: it draws random numbers"
+                raise ModelError(
+                    "model", fact, "export it for inference, out of training mode, and feed noise as an input"
+                )
 
 
 def check_equivalence(

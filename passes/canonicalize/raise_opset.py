@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import onnx
 import onnx_ir as ir
 from onnxscript.version_converter import ConvertVersionPass
 
@@ -17,6 +18,7 @@ from qcompile.core.errors import ModelError, first_line
 
 #: The first opset whose DequantizeLinear has a scale per channel.
 LOWEST_USABLE = 13
+FIRST_SCAN_WITHOUT_BATCH = 9
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class RaiseOpset(ir.passes.InPlacePass):
     Raises
     ------
     ModelError
-        If the conversion fails below opset 13, where Q/DQ per channel cannot be expressed.
+        If the conversion fails below opset 13, where Q/DQ per channel cannot be expressed, or would change a meaning.
     """
 
     opset: int
@@ -37,14 +39,25 @@ class RaiseOpset(ir.passes.InPlacePass):
         before = models.opset(model)
         if before >= self.opset:
             return Rewritten(model, False)
+        if "" not in model.opset_imports:  # a model of another domain only: nothing in it depends on the version
+            model.opset_imports[""] = self.opset
+            return Rewritten(model, True)
+        if before < FIRST_SCAN_WITHOUT_BATCH and any(node.op_type == "Scan" for node in model.graph.all_nodes()):
+            # The converters keep such a Scan as it is, and it would scan another axis.
+            fact = f"has a Scan of opset {before}, whose inputs have a batch axis that later ones do not have"
+            raise ModelError("model", fact, f"export it with opset {FIRST_SCAN_WITHOUT_BATCH} or newer")
         reason = ""
         try:
-            with _silenced("onnxscript.version_converter"):
+            with silenced("onnxscript.version_converter"):
                 ConvertVersionPass(self.opset, fallback=True)(model)
         except Exception as error:  # the converter raises whatever its adapters do
             reason = first_line(error)
         after = models.opset(model)
         if after >= self.opset:
+            # Runtimes read any pair of versions, the standard wants the format that knows the opset's types.
+            entries = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+            needed = onnx.helper.find_min_ir_version_for(entries, ignore_unknown=True)
+            model.ir_version = max(model.ir_version or 0, needed)
             return Rewritten(model, True)
         if after < LOWEST_USABLE:
             fact = f"opset {before} cannot be raised to {self.opset} ({reason or 'onnx has no adapter for it'})"
@@ -54,7 +67,7 @@ class RaiseOpset(ir.passes.InPlacePass):
 
 
 @contextlib.contextmanager
-def _silenced(name: str) -> Iterator[None]:
+def silenced(name: str) -> Iterator[None]:
     """Keep a library from logging which of its two converters it takes; what comes of it is checked anyway."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True

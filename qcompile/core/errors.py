@@ -69,5 +69,9 @@ class TargetError(QcompileError):
 def first_line(error: BaseException, limit: int = 240) -> str:
     """Return the first line with content of another library's error, cut to `limit` characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    return shortened(lines[0] if lines else type(error).__name__, limit)
+
+
+def shortened(text: str, limit: int = 240) -> str:
+    """Return a text cut to `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -10,6 +10,7 @@ from pathlib import Path
 import google.protobuf.message
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 
 from qcompile.core import validate
 from qcompile.core.errors import ModelError, QcompileError, first_line
@@ -18,6 +19,8 @@ from qcompile.core.errors import ModelError, QcompileError, first_line
 INLINE_LIMIT = 1 << 30
 #: Tensors with more elements than this stay on disk until they are read; onnx's checker is handed the smaller ones.
 LAZY_ELEMENTS = 4096
+#: The first IR version in which an initializer need not be an input of the graph.
+FIRST_WITH_CONSTANTS = 4
 
 
 def load(path: Path) -> ir.Model:
@@ -45,6 +48,7 @@ def take(source: str | Path | onnx.ModelProto | ir.Model) -> ir.Model:
     """Take a model in any form that a caller may have it in, with the checks of `load`."""
     if isinstance(source, ir.Model):
         model = source.clone()  # sorting must not touch the caller's
+        _close_weights(model)
         validate.check_model(model, "model")
         return model
     return from_proto(source) if isinstance(source, onnx.ModelProto) else load(Path(source))
@@ -66,6 +70,7 @@ def _checked(proto: onnx.ModelProto, folder: Path | None, place: object) -> ir.M
             ir.external_data.set_base_dir(model.graph, folder)
         if "ai.onnx" in model.opset_imports:  # the long name of the default domain, which nodes have the short one of
             model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+        _close_weights(model)
     except QcompileError:
         raise
     except Exception as error:
@@ -88,6 +93,16 @@ def _open_negative_axes(proto: onnx.ModelProto) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_value") and dim.dim_value < 0:
                 dim.Clear()  # no name either: two axes of one name would be taken for equally long
+
+
+def _close_weights(model: ir.Model) -> None:
+    """Make weights of a model of IR version 3 constants, as runtimes do: the format had every weight be an input too.
+
+    From version 4 on, an initializer that is also an input is one by intent, a default that a caller may replace.
+    """
+    if model.ir_version is not None and model.ir_version < FIRST_WITH_CONSTANTS:
+        common_passes.RemoveInitializersFromInputsPass()(model)
+        model.ir_version = FIRST_WITH_CONSTANTS
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +18,20 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.core import model as models
-from qcompile.core.errors import ModelError, QcompileError, TargetError, first_line
+from qcompile.core.errors import ModelError, QcompileError, TargetError, shortened
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 Outputs = dict[str, npt.NDArray[Any]]
 
+#: What the runtime wraps its messages in, and what is left of that: codes, source files, C++ signatures, conditions.
+WRAPPINGS = (
+    (r"\[ONNXRuntimeError\] : \d+ : \w+ : ", ""),
+    (r"/onnxruntime_src/\S+ .*?\)(?: \[[^\]]*\])? (?=\S)", ""),
+    (r"^(?:Fatal error|Exception during initialization): ", ""),
+    (r"^Non-zero status code returned while running (\S+) node\. Name:'([^']*)' Status Message: ", r"\1 '\2': "),
+    (r"^This is an invalid model\. In Node, \(\"([^\"]*)\", (\w+), .*, Error ", r"\2 '\1': "),
+    (r"(^|: )(?:(?!: ).)* was false\. ", r"\1"),
+)
 #: Distributions that all install the one import package `onnxruntime`.
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
@@ -53,6 +64,38 @@ def load_onnxruntime() -> ModuleType:
         raise TargetError("onnxruntime", "is not installed", remedy) from error
     module: ModuleType = onnxruntime
     return module
+
+
+@functools.cache
+def newest_versions() -> tuple[int, int, str]:
+    """Return the newest opset and IR version that the runtime loads, found by trying, and the runtime's name."""
+
+    def loads(opset: int, ir_version: int) -> bool:
+        text = (
+            f'<ir_version: {ir_version}, opset_import: ["": {opset}]> g (float[1] x) => (float[1] y) {{ y = Neg (x) }}'
+        )
+        try:
+            Session(ir.from_proto(onnx.parser.parse_model(text)))
+        except ModelError:
+            return False
+        return True
+
+    oldest, known = 7, onnx.defs.onnx_opset_version()
+    opset = next((version for version in range(known, oldest, -1) if loads(version, 8)), oldest)
+    formats = range(onnx.IR_VERSION, 8, -1)
+    return opset, next((version for version in formats if loads(oldest, version)), 8), _name()
+
+
+def _name() -> str:
+    return f"onnxruntime {load_onnxruntime().__version__}"
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the runtime says was the matter, without its codes, its source files and its C++ signatures."""
+    text = " ".join(str(error).split())
+    for pattern, rest in WRAPPINGS:
+        text = re.sub(pattern, rest, text)
+    return shortened(text)
 
 
 class Session:
@@ -107,7 +150,7 @@ class Session:
         except QcompileError:
             raise
         except Exception as error:
-            fact = f"onnxruntime {ort.__version__} does not load it ({first_line(error)})"
+            fact = f"{_name()} does not load it ({_reason(error)})"
             remedy = "export it with standard operators, in an opset that this runtime takes"
             raise ModelError(place, fact, remedy) from error
         self.output_names: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
@@ -123,7 +166,7 @@ class Session:
         try:
             values = self._session.run(None, dict(feeds))
         except Exception as error:  # the runtime raises a class of its own for each kind of failure
-            fact = f"onnxruntime fails on a sample ({first_line(error)})"
+            fact = f"onnxruntime fails on a sample ({_reason(error)})"
             raise ModelError(self._place, fact, "check that the model runs with these inputs") from error
         outputs: Outputs = {}
         for name, value in zip(self.output_names, values, strict=True):

@@ -14,7 +14,7 @@ import onnx_ir.passes.common as common_passes
 
 from qcompile.core.errors import ModelError, first_line
 
-OLDEST_OPSET = 9
+OLDEST_OPSET = 7
 
 #: Operators of the QOperator format: they compute on codes, so there is no float model to start from.
 QOPERATORS = frozenset({
@@ -37,12 +37,12 @@ def check_proto(proto: onnx.ModelProto, folder: Path | None, place: object) -> N
         raise ModelError(place, "holds no graph", "export the model again")
     versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
     newest = onnx.defs.onnx_opset_version()
-    if not versions:
-        raise ModelError(place, "imports no ONNX opset", "export the model again")
-    if min(versions) < OLDEST_OPSET:
+    if not proto.opset_import:
+        raise ModelError(place, "imports no opset", "export the model again")
+    if min(versions, default=newest) < OLDEST_OPSET:
         fact = f"has opset {min(versions)}, older than {OLDEST_OPSET}"
         raise ModelError(place, fact, f"export it again with an opset from {OLDEST_OPSET} to {newest}")
-    if max(versions) > newest:
+    if max(versions, default=newest) > newest:
         fact = f"has opset {max(versions)}; the newest that the installed onnx {onnx.__version__} knows is {newest}"
         raise ModelError(place, fact, "export it with an older opset, or upgrade onnx")
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
@@ -142,6 +142,33 @@ def _check_graph(model: ir.Model, place: object) -> None:
         version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
         fact = f"is no valid opset {version} model ({first_line(error)})"
         raise ModelError(place, fact, "export it again; is its opset labelled rightly?") from error
+
+
+def check_interface(model: ir.Model) -> None:
+    """Refuse inputs that data cannot hold and outputs that cannot be compared: NumPy's numbers can.
+
+    Raises
+    ------
+    ModelError
+        Naming the input or output.
+    """
+    for value in model.graph.inputs:
+        place = f"input '{value.name}'"
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            fact = f"is no tensor but {value.type.__class__.__name__.removesuffix('Type').lower()}"
+            raise ModelError(place, fact, "cut the model so that its inputs are tensors")
+        if value.dtype is ir.DataType.STRING:
+            raise ModelError(place, "holds strings", "cut the model behind its tokenizer")
+        if not _in_numpy(value):
+            raise ModelError(place, f"is {value.dtype}, which NumPy does not have", "feed float32 through a Cast")
+    for value in model.graph.outputs:
+        if not _in_numpy(value):
+            fact = f"is {value.dtype}, which NumPy does not have"
+            raise ModelError(f"output '{value.name}'", fact, "put a Cast to float32 behind it")
+
+
+def _in_numpy(value: ir.Value) -> bool:
+    return value.dtype is None or value.dtype.numpy().type.__module__ == "numpy"
 
 
 def _float_tensors(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:

@@ -229,3 +229,14 @@ def test_an_axis_of_minus_one_is_open(proto_of: Callable[..., onnx.ModelProto]) 
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
         assert value.shape.is_unknown_dim(0) and value.shape[1] == 3
+
+
+def test_weights_of_a_model_of_ir_version_3_are_constants(proto_of: Callable[..., onnx.ModelProto]) -> None:
+    proto = proto_of("(float[2,3] x, float[3,2] w) => (float[2,2] y) { y = MatMul (x, w) }", w=np.eye(3, 2))
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.eye(3, 2, dtype=np.float32), "w"))
+    newer = models.from_proto(proto)
+    proto.ir_version = 3
+    for model in (models.from_proto(proto), models.take(ir.from_proto(proto))):
+        assert [value.name for value in model.graph.inputs] == ["x"]
+        assert model.graph.initializers["w"].const_value is not None and model.ir_version == 4
+    assert [value.name for value in newer.graph.inputs] == ["x", "w"], "a default that a caller may replace"

@@ -3,6 +3,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -89,3 +90,31 @@ def test_a_missing_onnx_runtime_is_a_target_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(TargetError, match=r"^onnxruntime: is not installed; pip install 'qcompile\[cpu\]'"):
         runtime.load_onnxruntime()
+
+
+def test_the_newest_versions_load_and_the_next_do_not() -> None:
+    opset, ir_version, name = runtime.newest_versions()
+    text = '<ir_version: {}, opset_import: ["": {}]> g (float[1] x) => (float[1] y) {{ y = Neg (x) }}'
+    runtime.Session(ir.from_proto(onnx.parser.parse_model(text.format(ir_version, opset))))
+    for beyond in ((ir_version, opset + 1), (ir_version + 1, opset)):
+        with pytest.raises(ModelError, match=f"{name} does not load it"):
+            runtime.Session(ir.from_proto(onnx.parser.parse_model(text.format(*beyond))))
+
+
+@pytest.mark.parametrize(
+    ("text", "weights", "fact"),
+    [
+        ("(int16[2] x) => (int16[2] y) { [m] y = Max (x, x) }", {}, "implementation for Max(13) node with name 'm')"),
+        ("(float[2] x) => (float[N] y) { [r] y = Reshape (x, s) }", {"s": np.int64([3])}, "(Reshape 'r': "),
+        ('(float[1,2,2] x) => (float[1,2,N] y) { y, h, c = LSTM <hidden_size = 1, layout = 1> (x, w, r) }',
+         {"w": np.ones((1, 4, 2), np.float32), "r": np.ones((1, 4, 1), np.float32)}, "(Batchwise recurrent operations"),
+    ],
+)  # fmt: skip
+def test_what_the_runtime_says_is_told_without_its_codes_and_source_files(
+    text: str, weights: dict[str, np.ndarray], fact: str, proto_of: Callable[..., onnx.ModelProto]
+) -> None:
+    model = ir.from_proto(proto_of(text, **weights))
+    with pytest.raises(ModelError) as caught:
+        runtime.Session(model, optimize=False).run(runtime.synthetic_feeds(model, 0))
+    message = str(caught.value)
+    assert fact in message and "ONNXRuntimeError" not in message and "onnxruntime_src" not in message

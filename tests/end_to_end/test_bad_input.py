@@ -189,10 +189,10 @@ def test_wrong_dtype(fails, small):
     fails(4, "is float64", "takes float32", data=small.feed(x=small.samples.astype(np.float64)))
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_data_that_are_not_finite(fails, small, number):
+@pytest.mark.parametrize(("number", "fact"), [(np.nan, "holds NaN"), (np.inf, "a number that is not finite")])
+def test_data_that_are_not_finite(fails, small, number, fact):
     small.samples[5, 0, 1, 2, 3] = number
-    fails(4, "sample 5", "'x'", "not finite")
+    fails(4, "sample 5", "'x'", fact)
 
 
 def test_empty_data(fails, small):
@@ -304,3 +304,10 @@ def test_the_python_interface_checks_its_options_too():
 
     with pytest.raises(QcompileError, match="--weights: there is no choice '3'; use one of 8, none"):
         Options("cpu", weights="3")
+
+
+def test_a_model_in_training_mode_is_not_blamed_on_a_pass(fails, small, proto_of):
+    text = "(float[1,64] x) => (float[1,64] y) { y = Dropout (x, ratio, training) }"
+    model = small.save(proto_of(text, 21, ratio=np.float32(0.5), training=np.bool_(True)))
+    data = small.feed(x=np.full((4, 1, 64), 0.5, np.float32))
+    fails(3, "output 'y' differs each time", "draws random numbers", model=model, data=data)

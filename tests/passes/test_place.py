@@ -124,7 +124,7 @@ def test_a_gemm_without_bias_may_have_any_beta(m: np.ndarray, model_of: Build, d
 
 def test_weights_that_a_caller_may_replace_are_not_constant(m: np.ndarray, model_of: Build, decided: Build) -> None:
     model = model_of(rows("[n] y = Gemm (x, m)", "float[1,8] x, float[8,8] m"), m=m)
-    assert decided(model)["n"] == (FLOAT, "its weights are not constant")
+    assert decided(model)["n"] == (FLOAT, "its weights are an input with a default, which a caller may replace")
 
 
 def test_an_operator_of_another_domain_stays(m: np.ndarray, proto_of: Build, decided: Build) -> None:

@@ -20,6 +20,11 @@ def squeeze(op: str) -> str:
 @pytest.mark.parametrize(
     ("opset", "text", "weights"),
     [
+        (7, UNARY % "y = Relu (x)", {}),
+        (7, UNARY % "y = Dropout <ratio = 0.5> (x)", {}),
+        (7, UNARY % "y = Sum (x, x, x)", {}),
+        (7, UNARY % "y = PRelu (x, a)", {"a": np.float32([[0.2]])}),
+        (8, UNARY % "e = Expand (x, s) y = Max (x, e)", {"s": np.int64([2, 3, 4])}),
         (9, UNARY % "y = Relu (x)", {}),
         (9, UNARY % "y = Clip <min = -0.5, max = 0.5> (x)", {}),
         (9, UNARY % "y = Dropout <ratio = 0.5> (x)", {}),
@@ -137,3 +142,32 @@ def test_an_opset_that_stays_is_a_refusal_with_its_reason(model_of: Build, monke
     assert refusal.reason == "opset 13 stays, onnx cannot raise it: no adapter for Odd"
     with pytest.raises(ModelError, match=r"^model: opset 11 cannot be raised to 21 \(no adapter for Odd\); export it"):
         RaiseOpset(21)(model_of(UNARY % "y = Relu (x)", 11))
+
+
+def test_the_format_is_one_that_knows_the_opset(model_of: Build, rewritten: Build) -> None:
+    model = model_of(UNARY % "y = Relu (x)", 9)
+    model.ir_version = 4
+    raised, _ = rewritten(RaiseOpset(21), model)
+    assert raised.ir_version == 10
+    newer = model_of(UNARY % "y = Relu (x)", 9)
+    newer.ir_version = 11
+    assert rewritten(RaiseOpset(21), newer)[0].ir_version == 11
+
+
+def test_a_model_of_another_domain_only_gets_the_opset() -> None:
+    text = '<ir_version: 10, opset_import: ["ai.onnx.ml": 3]> g (float[2] x) => (float[2] y) '
+    text += "{ y = ai.onnx.ml.Scaler <offset = [1.0], scale = [2.0]> (x) }"
+    model = models.from_proto(onnx.parser.parse_model(text))
+    assert RaiseOpset(21)(model).modified and models.opset(model) == 21
+    assert not RaiseOpset(21)(model).modified
+
+
+def test_a_scan_of_opset_8_is_refused_as_what_it_is(proto_of: Build) -> None:
+    body = onnx.parser.parse_graph(
+        "b (float[2] a, float[2] n) => (float[2] s, float[2] t) { s = Add (a, n) t = Identity (s) }"
+    )
+    proto = proto_of("(float[1,2] x, float[1,3,2] y) => (float[1,2] s, float[1,3,2] t) { }", 8)
+    node = onnx.helper.make_node("Scan", ["", "x", "y"], ["s", "t"], num_scan_inputs=1, body=body)
+    proto.graph.node.append(node)
+    with pytest.raises(ModelError, match=r"has a Scan of opset 8, .*; export it with opset 9 or newer"):
+        RaiseOpset(21)(models.from_proto(proto))
