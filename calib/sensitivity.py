@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,8 @@ from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.trials import Trials, quantizations
 from qcompile.core.contract import Track
+
+Key = TypeVar("Key", str, Observer)
 
 #: More samples than this move no decision that stands, and cost time in proportion.
 SAMPLES = 64
@@ -47,8 +49,9 @@ class Choice:
         Noise over signal at the outputs when only that tensor is quantized, by its best observer. Empty where tensors
         were not tried one by one.
     together : mapping of str to float
-        Noise over signal at the outputs with all tensors quantized, on other samples: by an observer's name, which then
-        serves all tensors, and ``"each its own"``. The least of them was chosen.
+        Noise over signal at the outputs with all tensors quantized, on the samples that the tensors were tried on or on
+        others, whichever is worse: by an observer's name, which then serves all tensors, and ``"each its own"``. The
+        least of them was chosen.
     """
 
     observers: Mapping[str, Observer]
@@ -87,7 +90,7 @@ def choose_observers(
 
     First each tensor is quantized alone and everything else stays in float: the part of the graph before the tensor
     runs once per sample, the part behind it once per sample and distinct range. What comes of it, and each observer for
-    all tensors, are then held against one another with all tensors quantized, on samples that were kept from the
+    all tensors, are then held against one another with all tensors quantized, also on samples that were kept from the
     trials: what is best alone need not be best together, and a choice among many can fit its samples.
 
     Memory holds the samples, the float outputs and one sample's values per thread. The number of samples follows from
@@ -120,25 +123,28 @@ def choose_observers(
     fit, kept = _apart(len(data))
     choices: dict[str, Mapping[str, Observer]] = {o.value: dict.fromkeys(candidates, o) for o in among}
 
-    def least(positions: Sequence[int]) -> tuple[str, dict[str, float]]:
-        if len(choices) == 1:
-            return next(iter(choices)), {}
-        samples = spread(data, trials.sample_bytes, TOGETHER / (len(choices) * trials.work), positions)
-        errors = trials.together(samples, choices, track, threads)
-        return min(errors, key=lambda name: errors[name]), errors
+    def compare(positions: Sequence[int], halves: int) -> dict[str, float]:
+        samples = spread(data, trials.sample_bytes, TOGETHER / halves / (len(choices) * trials.work), positions)
+        return trials.together(samples, choices, track, threads) if len(choices) > 1 else {among[0].value: 0.0}
 
     tried = candidates
     each_its_own = len(among) > 1 and trials.work_alone(candidates) * FEWEST <= ALONE
     if not each_its_own:
-        best, _ = least(fit)
-        tried = {name: {choices[best][name]: found[choices[best][name]]} for name, found in candidates.items()}
+        best = choices[_least(compare(fit, 1))]
+        tried = {name: {best[name]: found[best[name]]} for name, found in candidates.items()}
     alone: Mapping[str, Mapping[Observer, float]] = {}
     if (work := trials.work_alone(tried)) <= ALONE:
         alone = trials.alone(tried, spread(data, trials.sample_bytes, ALONE / work, fit), track, threads)
     if each_its_own:
-        choices[OWN] = {name: min(errors, key=lambda observer: errors[observer]) for name, errors in alone.items()}
-    best, together = least(kept)
-    return Choice(choices[best], {name: min(errors.values()) for name, errors in alone.items()}, together)
+        choices[OWN] = {name: _least(errors) for name, errors in alone.items()}
+    first_half, second_half = compare(fit, 2), compare(kept, 2)
+    # Few samples hold most of what is clipped: a range that happens to suit one half is found out by the other.
+    together = {name: max(error, second_half[name]) for name, error in first_half.items()}
+    return Choice(choices[_least(together)], {name: min(found.values()) for name, found in alone.items()}, together)
+
+
+def _least(errors: Mapping[Key, float]) -> Key:
+    return min(errors, key=lambda key: errors[key])
 
 
 def _apart(count: int) -> tuple[Sequence[int], Sequence[int]]:
