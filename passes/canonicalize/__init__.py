@@ -11,13 +11,22 @@ import onnx_ir as ir
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.passes.canonicalize.fix_names import FixNames
 from qcompile.passes.canonicalize.fix_shapes import FixShapes
+from qcompile.passes.canonicalize.fold_affine import FoldAffine
 from qcompile.passes.canonicalize.fold_batch_norm import FoldBatchNorm
 from qcompile.passes.canonicalize.fold_constants import FoldConstants
 from qcompile.passes.canonicalize.fold_pad import FoldPad
+from qcompile.passes.canonicalize.fold_shapes import FoldShapes
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
+from qcompile.passes.canonicalize.join_clips import JoinClips
 from qcompile.passes.canonicalize.join_matmul_add import JoinMatMulAdd
+from qcompile.passes.canonicalize.merge_casts import MergeCasts
+from qcompile.passes.canonicalize.merge_views import MergeViews
+from qcompile.passes.canonicalize.move_transposes import MoveTransposes
+from qcompile.passes.canonicalize.plain_gemm import PlainGemm
 from qcompile.passes.canonicalize.raise_opset import RaiseOpset
 from qcompile.passes.canonicalize.remove_no_ops import RemoveNoOps
+from qcompile.passes.canonicalize.remove_trivial_moves import RemoveTrivialMoves
+from qcompile.passes.canonicalize.share_results import ShareResults
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,25 @@ class Canonicalize(ir.passes.InPlacePass):
             RaiseOpset(self.opset),
             InferShapes(),
             FoldConstants(),
+            # Constants that were folded tell more shapes, and shapes more constants.
+            InferShapes(),
+            FoldShapes(),
+            FoldConstants(),
+            InferShapes(),
             RemoveNoOps(),
+            RemoveTrivialMoves(),
+            MergeCasts(),
+            JoinClips(),
+            ShareResults(),
             # Refusals name the nodes.
             FixNames(),
+            MoveTransposes(),
+            MergeViews(),
+            PlainGemm(),
             JoinMatMulAdd(),
             FoldPad(),
             FoldBatchNorm(),
+            FoldAffine(),
             # Folding renames and adds values.
             InferShapes(),
             FixNames(),
