@@ -18,6 +18,7 @@ from qcompile.passes.canonicalize.fold_pad import FoldPad
 from qcompile.passes.canonicalize.fold_shapes import FoldShapes
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
 from qcompile.passes.canonicalize.join_clips import JoinClips
+from qcompile.passes.canonicalize.join_factors import JoinFactors
 from qcompile.passes.canonicalize.join_matmul_add import JoinMatMulAdd
 from qcompile.passes.canonicalize.merge_casts import MergeCasts
 from qcompile.passes.canonicalize.merge_views import MergeViews
@@ -71,6 +72,7 @@ class Canonicalize(ir.passes.InPlacePass):
             FoldPad(),
             FoldBatchNorm(),
             FoldAffine(),
+            JoinFactors(),
             # Folding renames and adds values.
             InferShapes(),
             FixNames(),

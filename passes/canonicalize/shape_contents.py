@@ -171,6 +171,33 @@ def _arithmetic(compute: Callable[[int, int], int], neutral: int | None) -> Call
     return evaluate
 
 
+def _equal(node: ir.Node, known: Known) -> Content | None:
+    a, b = known.content_of(node.inputs[0]), known.content_of(node.inputs[1])
+    if a is None or b is None or len(a.elements) != len(b.elements):
+        return None
+    return Content(tuple(map(_same_length, a.elements, b.elements)), a.scalar and b.scalar)
+
+
+def _same_length(left: Element, right: Element) -> Element:
+    if left is None or right is None:
+        return None
+    if isinstance(left, int) == isinstance(right, int):
+        # Two names may well stand for one length.
+        return int(left == right) if left == right or isinstance(left, int) else None
+    number = left if isinstance(left, int) else right
+    return 0 if isinstance(number, int) and number < 0 else None
+
+
+def _where(node: ir.Node, known: Known) -> Content | None:
+    condition, *sides = (known.content_of(value) for value in node.inputs)
+    if condition is None or condition.numbers is None or sides[0] is None or sides[1] is None:
+        return None
+    if not len(condition.elements) == len(sides[0].elements) == len(sides[1].elements):
+        return None
+    choices = zip(condition.numbers, sides[0].elements, sides[1].elements, strict=True)
+    return Content(tuple(left if chosen else right for chosen, left, right in choices), condition.scalar)
+
+
 def _quotient(left: int, right: int) -> int:
     # Division of integers rounds toward zero in ONNX, not down as in Python.
     return left // right if (left < 0) == (right < 0) else -(-left // right)
@@ -185,6 +212,8 @@ RULES: dict[str, Callable[[ir.Node, Any], Content | None]] = {
     "Squeeze": _view,
     "Reshape": _view,
     "Concat": _concat,
+    "Equal": _equal,
+    "Where": _where,
     "Identity": _same,
     "Cast": _cast,
     "Add": _arithmetic(lambda left, right: left + right, 0),
