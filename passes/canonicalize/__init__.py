@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -48,6 +48,10 @@ class Canonicalize(ir.passes.InPlacePass):
 
     def rules(self) -> tuple[ir.passes.PassBase, ...]:
         """Return the rules in the order in which they run."""
+        return (*self.prepare(), *tidy(), *FINISH)
+
+    def prepare(self) -> tuple[ir.passes.PassBase, ...]:
+        """Return the rules that bring any model to one opset, with shapes, constants and names."""
         return (
             FixShapes(self.shapes),
             RaiseOpset(self.opset),
@@ -59,31 +63,52 @@ class Canonicalize(ir.passes.InPlacePass):
             FoldConstants(),
             InferShapes(),
             RemoveNoOps(),
-            RemoveTrivialMoves(),
-            MergeCasts(),
-            JoinClips(),
-            ShareResults(),
             # Refusals name the nodes.
-            FixNames(),
-            MoveTransposes(),
-            MergeViews(),
-            PlainGemm(),
-            JoinMatMulAdd(),
-            FoldPad(),
-            FoldBatchNorm(),
-            FoldAffine(),
-            JoinFactors(),
-            # Folding renames and adds values.
-            InferShapes(),
             FixNames(),
         )
 
     def call(self, model: ir.Model) -> Rewritten:
-        """Apply every rule once, in place."""
-        modified = False
-        refusals: list[Refusal] = []
-        for rule in self.rules():
-            result = rule(model)
-            modified |= result.modified
-            refusals.extend(result.refusals if isinstance(result, Rewritten) else ())
-        return Rewritten(model, modified, tuple(refusals))
+        """Apply the rules in place; those that make work for one another run until nothing changes."""
+        modified, refusals = _apply(self.prepare(), model)
+        for _ in range(ROUNDS):
+            changed, left = _apply(tidy(), model)
+            modified |= changed
+            if not changed:
+                break
+        finished, last = _apply(FINISH, model)
+        return Rewritten(model, modified or finished, (*refusals, *left, *last))
+
+
+def tidy() -> tuple[ir.passes.PassBase, ...]:
+    """Return the rules that each may leave work for another."""
+    return (
+        RemoveTrivialMoves(),
+        MergeCasts(),
+        # In front of what folds into Conv: channels must come to stand where it has them.
+        MoveTransposes(),
+        MergeViews(),
+        JoinClips(),
+        ShareResults(),
+        PlainGemm(),
+        JoinMatMulAdd(),
+        FoldPad(),
+        FoldBatchNorm(),
+        FoldAffine(),
+        JoinFactors(),
+    )
+
+
+#: Folding renames and adds values.
+FINISH = (InferShapes(), FixNames())
+#: Two do for every model of the catalogue, the second to see that nothing is left.
+ROUNDS = 6
+
+
+def _apply(rules: Iterable[ir.passes.PassBase], model: ir.Model) -> tuple[bool, tuple[Refusal, ...]]:
+    modified = False
+    refusals: list[Refusal] = []
+    for rule in rules:
+        result = rule(model)
+        modified |= result.modified
+        refusals.extend(result.refusals if isinstance(result, Rewritten) else ())
+    return modified, tuple(refusals)

@@ -30,9 +30,9 @@ def only_reader(value: ir.Value | None) -> ir.Node | None:
 
 
 def bypass(node: ir.Node, source: ir.Value) -> bool:
-    """Let the readers of a node's first result read `source` instead and remove the node, if that is possible.
+    """Let the readers of a node's first result read `source` instead, remove the node, and tell if anything changed.
 
-    It is not where the node gives a second name to what has to keep its own: an input, a constant, a value of an outer
+    The node stays where it gives a second name to what has to keep its own: an input, a constant, a value of an outer
     graph, or another output. (A loop whose body has one value as two outputs makes ONNX Runtime read freed memory.)
     """
     copy, graph = node.outputs[0], node.graph
@@ -40,7 +40,10 @@ def bypass(node: ir.Node, source: ir.Value) -> bool:
     if copy.is_graph_output():
         producer = source.producer()
         if source.is_graph_output() or producer is None or producer.graph is not graph:
-            return False
+            read = bool(copy.uses())
+            for use in list(copy.uses()):
+                use.node.replace_input_with(use.idx, source)
+            return read
         # The interface keeps what it declares.
         source.name, copy.name = copy.name, None
         source.type = copy.type if copy.type is not None else source.type

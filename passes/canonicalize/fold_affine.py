@@ -166,6 +166,8 @@ def _fold_in_front(node: ir.Node) -> bool:
     if not _apply(node, new, _bias(node, outputs), moved, weights):
         return False
     node.replace_input_with(0, affine.source)
+    assert node.graph is not None
+    node.graph.remove(producer, safe=True)  # as long as it stands it counts as a reader
     return True
 
 

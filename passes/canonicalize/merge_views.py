@@ -35,10 +35,12 @@ class MergeViews(ir.passes.InPlacePass):
                 continue
             value = node.inputs[0]
             assert value is not None
-            before, after = declared_axes(value), declared_axes(node.outputs[0])
-            if before is not None and before == after and None not in before:
-                modified |= bypass(node, value)
-            elif (source := _origin(value, graph)) is not None and (shape := _spelled(node, source)) is not None:
+            source = _origin(value, graph)
+            after = declared_axes(node.outputs[0])
+            same = [v for v in (source, value) if v is not None and after == declared_axes(v)]
+            if same and after is not None and None not in after:
+                modified |= bypass(node, same[0])
+            elif source is not None and (shape := _spelled(node, source)) is not None:
                 constant = add_constant(graph, f"{node.outputs[0].name}_shape", np.array(shape, np.int64))
                 replace(node, ir.node("Reshape", [source, constant]))
                 modified = True

@@ -15,6 +15,8 @@ from qcompile.passes.canonicalize.editing import bypass
 from qcompile.passes.canonicalize.permute import ABSORBING, MOVABLE, absorb, movable, permute
 
 Permutation = tuple[int, ...]
+#: Regions that were turned may join others; each round leaves fewer Transposes, and few rounds find any.
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,14 @@ class MoveTransposes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the main graph in place."""
         modified = _cancel(model.graph)
-        changed = True
-        while changed:
+        for _ in range(ROUNDS):
             changed = False
             for region in list(_regions(model.graph)):
                 changed |= _turn(model.graph, region)
             _cancel(model.graph)
             modified |= changed
+            if not changed:
+                break
         return ir.passes.PassResult(model, modified)
 
 
