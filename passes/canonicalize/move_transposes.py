@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
@@ -41,6 +42,7 @@ class MoveTransposes(ir.passes.InPlacePass):
             modified |= changed
             if not changed:
                 break
+        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
         return ir.passes.PassResult(model, modified)
 
 
@@ -198,6 +200,11 @@ def _rewrite(graph: ir.Graph, region: list[ir.Node], border: Border, p: Permutat
                 value.shape = ir.Shape([value.shape[index] for index in back])
     for value in border.leaving:
         _transpose_result(graph, border, value, p, absorbing)
+    for value in sources:
+        # Nobody's Transpose would pass for one that a region could read, and the region would turn back for it.
+        producer = value.producer()
+        if permutation(producer) and producer is not None and not value.uses() and not value.is_graph_output():
+            graph.remove(producer, safe=True)
 
 
 def _untransposed(graph: ir.Graph, border: Border, value: ir.Value, p: Permutation) -> ir.Value:
