@@ -55,14 +55,21 @@ def hold_rules(proto: onnx.ModelProto) -> None:
         content, outputs = after, found
 
 
+def _structure(model: ir.Model) -> bytes:
+    """Return a model's bytes without its notes on shapes, which inference may still refine."""
+    proto = onnx.ModelProto.FromString(models.serialize(model))
+    del proto.graph.value_info[:]
+    return proto.SerializeToString(deterministic=True)
+
+
 def hold_whole(proto: onnx.ModelProto) -> None:
     """Canonicalize twice: the second time changes nothing, and all rules together keep the function."""
     original = models.from_proto(proto)
     model = original.clone()
     Canonicalize(21)(model)
-    once = models.serialize(model)
+    once = _structure(model)
     Canonicalize(21)(model)
-    assert models.serialize(model) == once
+    assert _structure(model) == once
     assert [value.name for value in model.graph.outputs] == [value.name for value in original.graph.outputs]
 
 
