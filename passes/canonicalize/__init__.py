@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,13 +11,23 @@ import onnx_ir as ir
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.passes.canonicalize.fix_names import FixNames
 from qcompile.passes.canonicalize.fix_shapes import FixShapes
+from qcompile.passes.canonicalize.fold_affine import FoldAffine
 from qcompile.passes.canonicalize.fold_batch_norm import FoldBatchNorm
 from qcompile.passes.canonicalize.fold_constants import FoldConstants
 from qcompile.passes.canonicalize.fold_pad import FoldPad
+from qcompile.passes.canonicalize.fold_shapes import FoldShapes
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
+from qcompile.passes.canonicalize.join_clips import JoinClips
+from qcompile.passes.canonicalize.join_factors import JoinFactors
 from qcompile.passes.canonicalize.join_matmul_add import JoinMatMulAdd
+from qcompile.passes.canonicalize.merge_casts import MergeCasts
+from qcompile.passes.canonicalize.merge_views import MergeViews
+from qcompile.passes.canonicalize.move_transposes import MoveTransposes
+from qcompile.passes.canonicalize.plain_gemm import PlainGemm
 from qcompile.passes.canonicalize.raise_opset import RaiseOpset
 from qcompile.passes.canonicalize.remove_no_ops import RemoveNoOps
+from qcompile.passes.canonicalize.remove_trivial_moves import RemoveTrivialMoves
+from qcompile.passes.canonicalize.share_results import ShareResults
 
 
 @dataclass(frozen=True)
@@ -38,28 +48,67 @@ class Canonicalize(ir.passes.InPlacePass):
 
     def rules(self) -> tuple[ir.passes.PassBase, ...]:
         """Return the rules in the order in which they run."""
+        return (*self.prepare(), *tidy(), *FINISH)
+
+    def prepare(self) -> tuple[ir.passes.PassBase, ...]:
+        """Return the rules that bring any model to one opset, with shapes, constants and names."""
         return (
             FixShapes(self.shapes),
             RaiseOpset(self.opset),
             InferShapes(),
             FoldConstants(),
+            # Constants that were folded tell more shapes, and shapes more constants.
+            InferShapes(),
+            FoldShapes(),
+            FoldConstants(),
+            InferShapes(),
             RemoveNoOps(),
             # Refusals name the nodes.
-            FixNames(),
-            JoinMatMulAdd(),
-            FoldPad(),
-            FoldBatchNorm(),
-            # Folding renames and adds values.
-            InferShapes(),
             FixNames(),
         )
 
     def call(self, model: ir.Model) -> Rewritten:
-        """Apply every rule once, in place."""
-        modified = False
-        refusals: list[Refusal] = []
-        for rule in self.rules():
-            result = rule(model)
-            modified |= result.modified
-            refusals.extend(result.refusals if isinstance(result, Rewritten) else ())
-        return Rewritten(model, modified, tuple(refusals))
+        """Apply the rules in place; those that make work for one another run until nothing changes."""
+        modified, refusals = _apply(self.prepare(), model)
+        for _ in range(ROUNDS):
+            changed, left = _apply(tidy(), model)
+            modified |= changed
+            if not changed:
+                break
+        finished, last = _apply(FINISH, model)
+        return Rewritten(model, modified or finished, (*refusals, *left, *last))
+
+
+def tidy() -> tuple[ir.passes.PassBase, ...]:
+    """Return the rules that each may leave work for another."""
+    return (
+        RemoveTrivialMoves(),
+        MergeCasts(),
+        # In front of what folds into Conv: channels must come to stand where it has them.
+        MoveTransposes(),
+        MergeViews(),
+        JoinClips(),
+        ShareResults(),
+        PlainGemm(),
+        JoinMatMulAdd(),
+        FoldPad(),
+        FoldBatchNorm(),
+        FoldAffine(),
+        JoinFactors(),
+    )
+
+
+#: Folding renames and adds values.
+FINISH = (InferShapes(), FixNames())
+#: Two do for every model of the catalogue, the second to see that nothing is left.
+ROUNDS = 6
+
+
+def _apply(rules: Iterable[ir.passes.PassBase], model: ir.Model) -> tuple[bool, tuple[Refusal, ...]]:
+    modified = False
+    refusals: list[Refusal] = []
+    for rule in rules:
+        result = rule(model)
+        modified |= result.modified
+        refusals.extend(result.refusals if isinstance(result, Rewritten) else ())
+    return modified, tuple(refusals)

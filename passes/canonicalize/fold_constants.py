@@ -34,9 +34,13 @@ class FoldConstants(ir.passes.InPlacePass):
         refusals: tuple[Refusal, ...] = ()
         folded = model.clone()  # a failure in the middle must not leave a graph half folded
         try:
-            optimizer.fold_constants_ir(
-                folded, input_size_limit=SIZE_LIMIT, output_size_limit=SIZE_LIMIT, should_fold=_should_fold
-            )
+            count = -1
+            while count != (count := sum(node.op_type != "Constant" for node in folded.graph.all_nodes())):
+                optimizer.fold_constants_ir(
+                    folded, input_size_limit=SIZE_LIMIT, output_size_limit=SIZE_LIMIT, should_fold=_should_fold
+                )
+                remove_identities(folded)
+                common_passes.RemoveUnusedNodesPass()(folded)
             model.graph = folded.graph
         except Exception as error:  # onnxscript computes with onnx's reference operators, which raise what they like
             refusals = (Refusal("model", f"constants are not folded: {first_line(error)}"),)

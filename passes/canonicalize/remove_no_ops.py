@@ -13,6 +13,7 @@ from onnxscript.rewriter.rules import common as rules
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
+from qcompile.passes.canonicalize.editing import bypass
 
 
 def _neutral(op_type: str, number: float) -> RewriteRule:
@@ -56,27 +57,14 @@ class RemoveNoOps(ir.passes.InPlacePass):
 
 
 def remove_identities(model: ir.Model) -> bool:
-    """Remove Identity nodes and tell whether there were any.
+    """Remove Identity nodes, but for those that an interface needs, and tell whether anything changed.
 
-    One stays that gives a second name to what has to keep its own: an input, a constant, a value of an outer graph, or
-    another output. onnx-ir's own pass makes one value two outputs of a graph, and a loop whose body is such a graph
-    makes ONNX Runtime read freed memory.
+    onnx-ir's own pass makes one value two outputs of a graph; see `bypass`.
     """
     modified = False
     for graph in model.graphs():
         for node in list(graph):
             if not structure.is_standard(node, "Identity") or node.inputs[0] is None:
                 continue
-            source, copy = node.inputs[0], node.outputs[0]
-            if copy.is_graph_output():
-                producer = source.producer()
-                if source.is_graph_output() or producer is None or producer.graph is not graph:
-                    continue
-                # The interface keeps what it declares.
-                source.name, copy.name = copy.name, None
-                source.type = copy.type if copy.type is not None else source.type
-                source.shape = copy.shape if copy.shape is not None else source.shape
-            ir.convenience.replace_all_uses_with(copy, source, replace_graph_outputs=True)
-            graph.remove(node, safe=True)
-            modified = True
+            modified |= bypass(node, node.inputs[0])
     return modified

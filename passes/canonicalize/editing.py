@@ -1,0 +1,70 @@
+"""The few edits that all rules share: a constant more, an operator less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.passes import structure
+
+
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """Return a new initializer of a graph; its name is made to differ from those that are taken."""
+    taken = graph.initializers
+    while name in taken:
+        name += "_"
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)  # type: ignore[union-attr]
+    graph.register_initializer(value)
+    return value
+
+
+def only_reader(value: ir.Value | None) -> ir.Node | None:
+    """Return the node that alone reads a value, once and in the graph of the value's own producer, or None."""
+    if value is None or value.is_graph_output() or len(uses := list(value.uses())) != 1:
+        return None
+    producer, reader = value.producer(), uses[0].node
+    return reader if producer is None or producer.graph is reader.graph else None
+
+
+def bypass(node: ir.Node, source: ir.Value) -> bool:
+    """Let the readers of a node's first result read `source` instead, remove the node, and tell if anything changed.
+
+    The node stays where it gives a second name to what has to keep its own: an input, a constant, a value of an outer
+    graph, or another output. (A loop whose body has one value as two outputs makes ONNX Runtime read freed memory.)
+    """
+    copy, graph = node.outputs[0], node.graph
+    assert isinstance(graph, ir.Graph)
+    if copy.is_graph_output():
+        producer = source.producer()
+        if source.is_graph_output() or producer is None or producer.graph is not graph:
+            read = bool(copy.uses())
+            for use in list(copy.uses()):
+                use.node.replace_input_with(use.idx, source)
+            return read
+        # The interface keeps what it declares.
+        source.name, copy.name = copy.name, None
+        source.type = copy.type if copy.type is not None else source.type
+        source.shape = copy.shape if copy.shape is not None else source.shape
+    ir.convenience.replace_all_uses_with(copy, source, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return True
+
+
+def replace(node: ir.Node, *new: ir.Node) -> None:
+    """Put nodes in the place of one; the last has the same results, by name, type and shape, and the node's name."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    new[-1].name = node.name
+    ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, new[-1].outputs)
+
+
+def tensor_of(value: ir.Value | None, dtype: type[Any] | None = None) -> list[Any] | None:
+    """Return a constant vector or number as a list, or None."""
+    array = structure.constant(value)
+    if array is None or array.ndim > 1:
+        return None
+    numbers: list[Any] = (array if dtype is None else array.astype(dtype)).reshape(-1).tolist()
+    return numbers

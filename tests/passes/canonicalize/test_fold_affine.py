@@ -1,0 +1,110 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcompile.passes.canonicalize.fold_affine import FoldAffine
+from qcompile.passes.canonicalize.infer_shapes import InferShapes
+
+Build = Callable[..., Any]
+BEHIND = "(float[1,4,6,6] x) => (float[1,4,N,M] y) { [conv] c = Conv <group = %d> (x, w) y = %s (c, k) }"
+FRONT = "(float[1,4,6,6] x) => (float[1,4,N,M] y) { m = %s (x, k) [conv] y = Conv <%s> (m, w) }"
+
+
+@pytest.fixture
+def w(random: np.random.Generator) -> np.ndarray:
+    return random.standard_normal((4, 4, 3, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def k(random: np.random.Generator) -> np.ndarray:
+    return (0.5 + random.random((4, 1, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "Div", "Add", "Sub"])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_behind_a_conv(
+    op_type: str, group: int, w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    model, _ = rewritten(FoldAffine(), model_of(BEHIND % (group, op_type), w=w[:, : 4 // group], k=k))
+    assert types(model) == ["Conv"] and model.graph[0].name == "conv"
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "Div"])
+def test_a_factor_in_front_folds_whatever_the_padding(
+    op_type: str, w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    model, _ = rewritten(FoldAffine(), model_of(FRONT % (op_type, "pads = [1,1,1,1]"), w=w, k=k))
+    assert types(model) == ["Conv"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "left"), [("group = 1", 1), ("pads = [1,1,1,1]", 2), ('auto_pad = "SAME_UPPER"', 2)]
+)
+def test_a_shift_in_front_folds_only_without_padding(
+    attributes: str, left: int, w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    model, _ = rewritten(FoldAffine(), model_of(FRONT % ("Add", attributes), w=w, k=k))
+    assert len(types(model)) == left
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (4, 6, 6), (2, 1, 1, 1)])
+def test_what_is_not_per_channel_stays(
+    shape: tuple[int, ...], w: np.ndarray, model_of: Build, rewritten: Build
+) -> None:
+    text = (BEHIND % (1, "Mul")).replace("float[1,4,N,M] y", "float[K,4,N,M] y").replace("(x, w)", "(x, w1)")
+    number = np.full(shape, 2, np.float32) + np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    model, _ = rewritten(FoldAffine(), model_of(text, w1=w[:, :, :1, :1], k=number))
+    assert [node.op_type for node in model.graph] == ["Conv", "Mul"]
+
+
+def test_a_single_channel_is_not_broadcast_away(
+    w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build
+) -> None:
+    text = "(float[1,4,6,6] x) => (float[1,4,N,M] y) { c = Conv (x, w) y = Mul (c, k) }"
+    model, _ = rewritten(FoldAffine(), model_of(text, w=w[:1], k=k))
+    assert [node.op_type for node in model.graph] == ["Conv", "Mul"]
+
+
+def test_a_result_that_is_read_twice_or_is_an_output_stays(
+    w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    twice = "(float[1,4,6,6] x) => (float[1,4,N,M] y, float[1,4,N,M] z) { c = Conv (x, w) y = Mul (c, k) z = Relu (c) }"
+    output = "(float[1,4,6,6] x) => (float[1,4,N,M] y, float[1,4,N,M] c) { c = Conv (x, w) y = Mul (c, k) }"
+    for text in (twice, output):
+        assert "Mul" in types(rewritten(FoldAffine(), model_of(text, w=w, k=k))[0])
+
+
+def test_weights_that_others_read_and_overflow_stay(
+    w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    shared = """(float[1,4,6,6] x) => (float[1,4,N,M] y, float[1,4,N,M] z) {
+        c = Conv (x, w) y = Mul (c, k) d = Conv (x, w) z = Relu (d) }"""
+    assert "Mul" in types(rewritten(FoldAffine(), model_of(shared, w=w, k=k))[0])
+    divided = "(float[1,4,6,6] x) => (float[1,4,N,M] y) { c = Conv (x, w) y = Div (c, k) }"
+    model = model_of(divided, w=w, k=np.zeros((4, 1, 1), np.float32))
+    FoldAffine()(model)
+    assert types(model) == ["Conv", "Div"]
+
+
+def test_batch_normalization_written_out(w: np.ndarray, model_of: Build, rewritten: Build, types: Build) -> None:
+    text = """(float[1,4,6,6] x) => (float[1,4,N,M] y) {
+        c = Conv (x, w, b) s = Sub (c, m) f = Mul (s, g) y = Add (f, h) }"""
+    constants = {name: np.linspace(0.5, 2, 4, dtype=np.float32).reshape(4, 1, 1) for name in "mgh"}
+    model, _ = rewritten(FoldAffine(), model_of(text, w=w, b=np.ones(4, np.float32), **constants))
+    assert types(model) == ["Conv"]
+
+
+def test_gemm_and_matmul(w: np.ndarray, model_of: Build, rewritten: Build, types: Build) -> None:
+    flat, row = w[:, :, 0, 0], np.linspace(0.5, 2, 4, dtype=np.float32)
+    gemm = "(float[2,4] x) => (float[2,4] y) { a = Add (x, k) m = Mul (a, k) g = Gemm (m, w) y = Sub (g, k) }"
+    model = model_of(gemm, w=flat, k=row)
+    InferShapes()(model)
+    assert types(rewritten(FoldAffine(), model)[0]) == ["Gemm"]
+    matmul = "(float[2,3,4] x) => (float[2,3,4] y) { m = Mul (x, k) g = MatMul (m, w) y = Div (g, k) }"
+    model = model_of(matmul, w=flat, k=row)
+    InferShapes()(model)
+    assert types(rewritten(FoldAffine(), model)[0]) == ["MatMul"]
+    bias = "(float[2,3,4] x) => (float[2,3,4] y) { g = MatMul (x, w) y = Add (g, k) }"
+    assert types(rewritten(FoldAffine(), model_of(bias, w=flat, k=row))[0]) == ["MatMul", "Add"]
