@@ -22,11 +22,14 @@ from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.sections import Section, live_values, section, typed
 from qcompile.calib.sensitivity import spread
 from qcompile.calib.trials import OutputError
+from qcompile.calib.work import Cost
 from qcompile.core import runtime
 from qcompile.core.contract import Track
 
 #: Share of the mean variance that is added to every position's: a flat patch must not decide for all others.
 FLOOR = 1e-2
+#: Multiply-accumulates (`work.Cost`) that one walk through the quantized graph, node by node, may take.
+WORK = 1e11
 
 
 def measure_drift(
@@ -36,8 +39,8 @@ def measure_drift(
 
     The operators come in topological order, and each is measured with all earlier corrections in force. The quantized
     graph is walked from operator to operator, all samples abreast, so that every node runs once per sample. What a
-    later stage reads is held for every sample; the number of samples is bounded so that it fits into
-    `sensitivity.MEMORY`, reckoned by the first sample.
+    later stage reads is held for every sample; the number of samples is bounded, reckoned by the first one, so that
+    this fits into `sensitivity.MEMORY` and the walk takes no more than `WORK`.
 
     Parameters
     ----------
@@ -60,8 +63,10 @@ def measure_drift(
         result), one number per output channel.
     """
     first = next(iter(data))
-    stages = _stages(typed(quantized, first), operators)
-    samples = spread(data, _peak_bytes(stages, first))
+    quantized = typed(quantized, first)
+    cost = Cost.of(quantized, first)
+    stages = _stages(quantized, operators)
+    samples = spread(data, cost.peak_bytes, WORK / cost.total)
     means, weights = _expected_means(reference, stages, samples)
     states: list[runtime.Outputs] = [dict(feeds) for feeds in samples]
     drift: dict[str, tuple[float, ...]] = {}
@@ -86,7 +91,9 @@ def helps(reference: ir.Model, before: ir.Model, after: ir.Model, data: Dataset,
     """
     expected, *sessions = (runtime.Session(model, optimize=False) for model in (reference, before, after))
     errors = [OutputError() for _ in sessions]
-    for feeds in track(data, len(data), "checking the correction"):
+    cost = Cost.of(after, next(iter(data)))
+    samples = spread(data, cost.peak_bytes, WORK / (3 * cost.total))
+    for feeds in track(samples, len(samples), "checking the correction"):
         outputs = expected.run(feeds)
         for error, session in zip(errors, sessions, strict=True):
             error.add(outputs, session.run(feeds))
@@ -136,19 +143,6 @@ def _stages(model: ir.Model, operators: Sequence[str]) -> list[Stage]:
         axis = 1 if node.op_type in ("Conv", "ConvTranspose") else -1
         stages.append(Stage(node.name, result, axis, part, frozenset(needed)))
     return stages
-
-
-def _peak_bytes(stages: Sequence[Stage], feeds: Sample) -> int:
-    """Return the most bytes that a sample holds between two stages."""
-    state, peak = dict(feeds), _nbytes(feeds)
-    for stage in stages:
-        stage.advance(state)
-        peak = max(peak, _nbytes(state))
-    return peak
-
-
-def _nbytes(values: runtime.Feeds) -> int:
-    return sum(array.nbytes for array in values.values())
 
 
 def _expected_means(

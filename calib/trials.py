@@ -103,7 +103,7 @@ class Trials:
     @property
     def work(self) -> int:
         """Multiply-accumulates of one run of the model."""
-        return max(1, sum(self._cost.work))
+        return self._cost.total
 
     @property
     def sample_bytes(self) -> int:

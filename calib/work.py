@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.data import Sample
+from qcompile.calib.sections import cuttable
 from qcompile.core import runtime
 
 #: Multiply-accumulates that take as long as one element of an operator that has none: it is memory that takes time.
@@ -49,12 +50,19 @@ class Cost:
         shapes = _shapes(model, feeds)
         return cls(tuple(_node_work(node, shapes) for node in model.graph), _peak_bytes(model.graph, shapes))
 
+    @property
+    def total(self) -> int:
+        """Multiply-accumulates of all nodes, 1 at least."""
+        return max(1, sum(self.work))
+
 
 def _shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor, by a run that gives out the shapes alone."""
     copy = model.clone()
+    # What has no type behind an operator of another domain is a tensor, unless the graph deals in sequences.
+    known = cuttable(model)
     values = [value for node in copy.graph for value in node.outputs
-              if value.name and not isinstance(value.type, (ir.SequenceType, ir.OptionalType))]  # fmt: skip
+              if value.name and (isinstance(value.type, ir.TensorType) or (value.type is None and known))]  # fmt: skip
     asked = [ir.node("Shape", [value], outputs=[ir.val(_SHAPE + str(value.name), ir.DataType.INT64)])
              for value in values]  # fmt: skip
     copy.graph.extend(asked)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.work import Cost
 from qcompile.core import numerics, runtime
 from qcompile.core.contract import Effect, Track
 from qcompile.core.errors import BudgetError, ModelError, VerificationError
@@ -24,8 +25,9 @@ CLOSE_BOUND = {8: 1e-4, 4: 1e-4, 2: 2e-2}
 KERNEL_BOUND = 20.0
 #: What a kernel may make of an output that is all zero, where a ratio to the signal has no meaning.
 KERNEL_ZERO = 1e-3
-#: Samples on which the QDQ model itself and its layers are looked at.
-INSPECTED = 32
+#: Samples on which the QDQ model itself and its layers are looked at: so many, and no more than this many
+#: multiply-accumulates (`work.Cost`) take, but two at least.
+INSPECTED, INSPECTION = 32, 1e11
 Array = npt.NDArray[Any]
 
 
@@ -292,7 +294,7 @@ def prove(
     """Hold the artifact against the float model and against the QDQ model, on data that calibration did not see.
 
     The QDQ model runs as written, which is its definition and lets every layer be looked at; that is slow, so the
-    samples beyond the first `INSPECTED` only compare the artifact with the float model.
+    samples beyond the first few only compare the artifact with the float model.
 
     Raises
     ------
@@ -303,10 +305,11 @@ def prove(
     floats = runtime.Session(runtime.with_outputs(canonical, [before for before, _ in pairs.values()]))
     codes = runtime.Session(runtime.with_outputs(quantized, [after for _, after in pairs.values()]), optimize=False)
     proof = Proof(runtime.Session(model).run, layers={name: Comparison() for name in pairs})
+    inspected = min(INSPECTED, max(2, INSPECTION / Cost.of(quantized, next(iter(data))).total))
     for index, (feeds, label) in enumerate(track(data.labelled(), len(data), "verifying")):
         expected, found = proof.reference(feeds), run(feeds)
         proof.fidelity.add(expected, found, label)
-        if index < INSPECTED:
+        if index < inspected:
             before, after = floats.run(feeds), codes.run(feeds)
             simulated = {name: after[name] for name in expected}
             proof.quantization.add(expected, simulated)

@@ -118,9 +118,9 @@ def test_fewer_samples_are_held_where_memory_is_short(monkeypatch: pytest.Monkey
     asked: list[int] = []
     original = drift.spread
 
-    def spy(data: Dataset, sample_bytes: int) -> list:
+    def spy(data: Dataset, sample_bytes: int, most: float) -> list:
         asked.append(sample_bytes)
-        chosen = original(data, sample_bytes)
+        chosen = original(data, sample_bytes, most)
         asked.append(len(chosen))
         return chosen
 
@@ -129,6 +129,15 @@ def test_fewer_samples_are_held_where_memory_is_short(monkeypatch: pytest.Monkey
     result = measured(convs([0, 0, 0], [0, 0, 0]), convs([1, 0, 0], [0, 0, 0]), ["conv", "conv2"], images(9))
     assert asked[1] == 4000 // asked[0] < 9
     np.testing.assert_allclose(result["conv"], [-1, 0, 0], atol=1e-5)
+
+
+def test_fewer_samples_are_run_where_they_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    monkeypatch.setattr(drift, "WORK", 1.0)
+    monkeypatch.setattr(drift, "_expected_means", lambda reference, stages, samples: ran.append(len(samples)))
+    with pytest.raises(TypeError):  # there is nothing to unpack: the samples are all that is looked at
+        measured(convs([0, 0, 0], [0, 0, 0]), convs([1, 0, 0], [0, 0, 0]), ["conv"], images(9))
+    assert ran == [1]
 
 
 def test_helps_compares_with_the_float_outputs() -> None:

@@ -253,6 +253,8 @@ def test_spoilers_are_the_worst_until_the_rest_is_bearable() -> None:
     choice = Choice(dict.fromkeys(errors, Observer.MSE), alone=errors)
     assert choice.spoilers == ["b", "d"]  # a, c and e leave 15.1 dB together, SPOILT is 15
     assert Choice(dict.fromkeys(errors, Observer.MSE), alone={"a": 0.03}).spoilers == []
+    many = {str(index): 0.004 for index in range(100)} | {"a": 0.01}
+    assert Choice(dict.fromkeys(many, Observer.MSE), alone=many).spoilers == ["a"]
     assert Choice(dict.fromkeys(errors, Observer.MSE), alone={"a": float("inf"), "b": 0.01}).spoilers == ["a"]
     assert Choice(dict.fromkeys(errors, Observer.MSE)).spoilers == []
 
