@@ -16,6 +16,8 @@ from qcompile.core import numerics
 #: Bins of a histogram. Widths are powers of two, so at least half of the bins are used: with 256 codes over them, a bin
 #: is a quarter of a step or finer.
 BINS = 2048
+#: Where each channel has one of its own, a bin is a code or finer.
+CHANNEL_BINS = 512
 #: Share of the values that the percentile observer keeps inside the range.
 PERCENTILE = 0.9999
 

@@ -81,6 +81,7 @@ OWN = "each its own"
 
 def choose_observers(
     model: ir.Model,
+    rounded: ir.Model,
     statistics: Statistics,
     readers: Mapping[str, Collection[str]],
     among: Sequence[Observer],
@@ -103,6 +104,8 @@ def choose_observers(
     ----------
     model : onnx_ir.Model
         The float model that `statistics` were collected from, topologically sorted.
+    rounded : onnx_ir.Model
+        The same graph with the values that its weights will have.
     statistics : Statistics
     readers : mapping of str to collection of str
         By value name, the nodes that read its codes. A value that is not listed is quantized for all its readers (and
@@ -122,7 +125,7 @@ def choose_observers(
     if not candidates or not cuttable(model):
         return Choice(dict.fromkeys(candidates, among[-1]))
     first = next(iter(data))
-    trials = Trials(typed(at_scores(model), first), candidates, readers, first)
+    trials = Trials(typed(at_scores(model), first), typed(at_scores(rounded), first), candidates, readers, first)
     fit, kept = _apart(len(data))
     choices: dict[str, Mapping[str, Observer]] = {o.value: dict.fromkeys(candidates, o) for o in among}
 

@@ -23,6 +23,9 @@ from qcompile.core.contract import Track
 _FLOAT, _REAL = "qcompile.trial/float/", "qcompile.trial/real/"
 _SCALE, _ZERO_POINT = "qcompile.trial/scale/", "qcompile.trial/zero_point/"
 
+#: Part of the mean signal that is added to every sample's, and the least noise over signal that makes a difference.
+QUIET, EXACT = 1e-3, 1e-9
+
 #: Scale and zero point of a tensor, each of shape ().
 Parameters = tuple[npt.NDArray[np.float32], numerics.IntArray]
 #: What each observer makes of a tensor.
@@ -31,10 +34,14 @@ Quantizations = Mapping[Observer, Parameters]
 
 @dataclass
 class OutputError:
-    """Noise power over signal power, summed over a model's outputs so that each counts alike, whatever its size."""
+    """Noise power over signal power at a model's outputs: the geometric mean over samples, summed over the outputs.
 
-    signal: dict[str, float] = field(default_factory=dict)
-    noise: dict[str, float] = field(default_factory=dict)
+    Each sample counts alike. In a ratio of sums, one sample that loses an outlier would decide for all others, and
+    which samples those are is chance.
+    """
+
+    signal: dict[str, list[float]] = field(default_factory=dict)
+    noise: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, reference: runtime.Outputs, candidate: runtime.Outputs) -> None:
         """Count one sample. Outputs that the candidate does not give are without noise."""
@@ -43,18 +50,23 @@ class OutputError:
             finite = np.isfinite(expected)
             y = np.asarray(expected, np.float64)[finite]
             difference = y - np.asarray(candidate.get(name, expected), np.float64)[finite]
-            self.signal[name] = self.signal.get(name, 0.0) + float(np.sum(y * y))
-            self.noise[name] = self.noise.get(name, 0.0) + float(np.sum(difference * difference))
+            self.signal.setdefault(name, []).append(float(np.mean(y * y)) if y.size else 0.0)
+            self.noise.setdefault(name, []).append(float(np.mean(difference * difference)) if y.size else 0.0)
 
     @property
     def value(self) -> float:
         """The error: 0 without noise, infinite where a candidate drives an output that is finite to infinity or NaN."""
-        total = 0.0
-        for name, noise in self.noise.items():
-            if noise != 0.0:
-                signal = self.signal[name]
-                total += noise / signal if signal > 0.0 and np.isfinite(noise) else np.inf
-        return total
+        return sum((self._of(name) for name in self.noise), 0.0)
+
+    def _of(self, name: str) -> float:
+        noise, signal = np.array(self.noise[name]), np.array(self.signal[name])
+        if not noise.any():
+            return 0.0
+        if not np.isfinite(noise).all() or not signal.any():
+            return float("inf")
+        # A sample that says nothing is judged by what the others say.
+        ratio = noise / (signal + QUIET * signal.mean())
+        return float(np.exp(np.mean(np.log(np.maximum(ratio, EXACT)))))
 
 
 def quantizations(histogram: Histogram, observers: Iterable[Observer], dtype: str) -> dict[Observer, Parameters]:
@@ -83,6 +95,8 @@ class Trials:
     ----------
     model : onnx_ir.Model
         Topologically sorted, every value's element type known.
+    rounded : onnx_ir.Model
+        The same with its weights rounded: what quantized tensors meet in the end.
     candidates : mapping of str to Quantizations
         By value name.
     readers : mapping of str to collection of str
@@ -92,6 +106,7 @@ class Trials:
     """
 
     model: ir.Model
+    rounded: ir.Model
     candidates: Mapping[str, Quantizations]
     readers: Mapping[str, Collection[str]]
     sample: Sample
@@ -126,10 +141,10 @@ class Trials:
         track: Track[tuple[str, float]],
         threads: int,
     ) -> dict[str, float]:
-        """Quantize all tensors, by one assignment of observers after another; return the outputs' noise over signal."""
+        """Quantize all tensors and weights, by one choice of observers after another; return the outputs' error."""
         outputs, session = (
             self._outputs(samples),
-            runtime.Session(self._quantized(self.candidates)[0], integer_kernels=False),
+            runtime.Session(self._quantized(self.rounded, self.candidates)[0], integer_kernels=False),
         )
         with ThreadPoolExecutor(threads) as pool:
             errors = pool.map(partial(self._together, session, samples, outputs), assignments.values())
@@ -163,7 +178,7 @@ class Trials:
         name: str,
         candidates: Quantizations,
     ) -> dict[Observer, float]:
-        model, cuts = self._quantized([name])
+        model, cuts = self._quantized(self.model, [name])
         before, behind = _split(model, cuts[name])
         groups = distinct(candidates)
         errors = {observer: OutputError() for observer in groups}
@@ -193,9 +208,9 @@ class Trials:
             parameters[_SCALE + name], parameters[_ZERO_POINT + name] = self.candidates[name][observer]
         return parameters
 
-    def _quantized(self, names: Collection[str]) -> tuple[ir.Model, dict[str, int]]:
+    def _quantized(self, model: ir.Model, names: Collection[str]) -> tuple[ir.Model, dict[str, int]]:
         """Return the model with these tensors quantized, and the number of nodes in front of each's QuantizeLinear."""
-        copy = self.model.clone()
+        copy = model.clone()
         values = ir.convenience.create_value_mapping(copy.graph)
         quantize = {name: _quantize_here(copy.graph, values[name], name, self._dtype, self.readers.get(name))
                     for name in names}  # fmt: skip

@@ -69,6 +69,18 @@ def allocate_bits(
     return QuantPlan(tensors, placement.ops)
 
 
+def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
+    """Return the model with its weights as they will be dequantized from their codes, everything else in float."""
+    copy = model.clone()
+    for name, quant in plan.tensors.items():
+        if quant.role is Role.WEIGHT and name in copy.graph.initializers:
+            value = copy.graph.initializers[name]
+            weight = structure.constant(value)
+            assert weight is not None
+            value.const_value = ir.tensor(quant.dequantize(quant.quantize(weight)), name=name)
+    return copy
+
+
 def _weight_quant(
     node: ir.Node, value: ir.Value, target: Target, lookup: bool, tensors: Mapping[str, TensorQuant]
 ) -> TensorQuant:

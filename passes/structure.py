@@ -36,6 +36,11 @@ def is_standard(node: ir.Node, *op_types: str) -> bool:
     return node.domain in ("", "ai.onnx") and node.op_type in op_types
 
 
+def is_linear(node: ir.Node) -> bool:
+    """Tell whether a node multiplies an activation by constant weights."""
+    return is_standard(node, "MatMul", *BIASED_OPS) and constant_tensor(node.inputs[WEIGHT_INPUT]) is not None
+
+
 def is_float32(value: ir.Value | None) -> bool:
     """Tell whether a value is known to be float32."""
     return value is not None and value.dtype is ir.DataType.FLOAT

@@ -231,13 +231,14 @@ def targets(as_json: bool) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--target", default="cpu", show_default=True, help="Device to judge the operators for.")
 @click.option("--ops", is_flag=True, help="List every operator by the name that overrides match; JSON always does.")
+@click.option("--data", help="Calibration data: show which channels of which activations are outliers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(model: Path, target: str, ops: bool, as_json: bool) -> None:
-    """Show what MODEL is made of and what a target would make of it; nothing is run."""
+def inspect(model: Path, target: str, ops: bool, data: str | None, as_json: bool) -> None:
+    """Show what MODEL is made of and what a target would make of it; without --data nothing is run."""
     from qcompile import terminal
     from qcompile.inspection import inspect as inspect_model
 
-    content = inspect_model(model, target)
+    content = inspect_model(model, target, data, progress())
     if as_json:
         click.echo(json.dumps(content, indent=1))
     else:

@@ -29,7 +29,7 @@ from qcompile.core.target import Target
 from qcompile.evidence import Evidence, gather
 from qcompile.options import Options
 from qcompile.override import wishes
-from qcompile.passes.allocate_bits import allocate_bits
+from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.canonicalize.lower_opset import LowerOpset
 from qcompile.passes.correct_bias import CorrectBias, correctable
@@ -220,10 +220,13 @@ def _measure(job: Job, canonical: ir.Model, placement: Placement, attempt: str) 
     wanted, readers = placement.activations, code_readers(canonical, placement)
     among, threads = job.options.observers, job.options.threads
     statistics = pipeline.measure(f"statistics{attempt}", STATISTICS, lambda: collect(canonical, wanted, data, track))
+    # How wide an activation's range is hardly bears on the weights' scales: the first observer serves for these.
+    plan = allocate_bits(canonical, placement, statistics, job.target, dict.fromkeys(wanted, among[0]))
+    rounded = round_to_codes(canonical, plan)
     choice = pipeline.measure(
         f"observers{attempt}",
         CHOICE,
-        lambda: choose_observers(canonical, statistics, readers, among, dtype, data, track, threads),
+        lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, threads),
     )
     return statistics, choice
 

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from qcompile.backends.base import find_target
+from qcompile.calib.collect import collect_channels
+from qcompile.calib.data import input_specs, open_data
+from qcompile.calib.outliers import outliers
 from qcompile.core import model as models
-from qcompile.core.plan import OpPlan
+from qcompile.core.contract import Track
+from qcompile.core.plan import OpPlan, Precision
+from qcompile.core.target import Target
+from qcompile.passes import structure
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.patterns import Attention, Norm, Patterns, recognise
-from qcompile.passes.place import place
+from qcompile.passes.place import Placement, place
 from qcompile.passes.streams import Stream, residual_streams
+from qcompile.pipeline import untracked
 
 
-def inspect(path: Path, target_name: str) -> dict[str, Any]:
+def inspect(path: Path, target_name: str, data: str | None = None, track: Track[Any] = untracked) -> dict[str, Any]:
     """Return the facts, JSON-ready.
+
+    Parameters
+    ----------
+    path : Path
+    target_name : str
+    data : str, optional
+        Calibration data. With them the model is run, and the outliers among the channels of activations are shown.
+    track : callable
+        Shows progress over samples.
 
     Raises
     ------
@@ -47,7 +66,27 @@ def inspect(path: Path, target_name: str) -> dict[str, Any]:
             {"name": name, "op_type": op.op_type, "precision": op.precision.value, "reason": op.reason}
             for name, op in placement.ops.items()
         ],
+        "outliers": [] if data is None else _outliers(canonical, placement, target, data, track),
     }
+
+
+def _outliers(
+    canonical: ir.Model, placement: Placement, target: Target, data: str, track: Track[Any]
+) -> list[dict[str, Any]]:
+    """Return the activations of linear operators, those that lose most to their outliers first."""
+    readers: dict[str, ir.Node] = {}
+    for node in canonical.graph:
+        if placement.ops[structure.node_name(node)].precision is Precision.INTEGER and structure.is_linear(node):
+            readers.setdefault(structure.name_of(next(structure.activation_inputs(node))), node)
+    axes = {name: 1 if node.op_type.startswith("Conv") else -1 for name, node in readers.items()}
+    samples = open_data(data, input_specs(canonical))
+    found = collect_channels(canonical, axes, samples, track)
+    rows = [
+        {"tensor": name, "reader": readers[name].name, "op_type": readers[name].op_type,
+         **asdict(outliers(histograms, target.activation_dtype))}
+        for name, histograms in found.items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["per_tensor"] - row["per_channel"])
 
 
 def by_fate(ops: Mapping[str, OpPlan]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 #: Progress is shown for what takes longer than this, in seconds.
 PATIENCE = 2.0
+#: Tensors in a table of outliers; --json has all.
+MOST_OUTLIERS = 20
 
 
 class ProgressBars:
@@ -147,6 +149,8 @@ def show_inspection(console: Console, content: Mapping[str, Any], ops: bool) -> 
     console.print(table)
     _show_structure(console, content)
     console.print(_fates(f"operators on {content['target']}", content["operators"]))
+    if content["outliers"]:
+        console.print(_outliers(content["outliers"]))
     if ops:
         names = _table("operators by name", "name", "operator", "precision", "why not integer")
         for op in content["ops"]:
@@ -184,6 +188,15 @@ def _fates(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def _word(precision: str) -> str:
     return precision.replace("_", "-")
+
+
+def _outliers(rows: Sequence[Mapping[str, Any]]) -> Table:
+    keys = ("channels", "largest", "of the median", "SQNR, dB", "with a scale each")
+    table = _table("activations by what their outliers cost", "tensor", *keys)
+    for row in rows[:MOST_OUTLIERS]:
+        numbers = (f"{row['ratio']:.1f}x", f"{row['per_tensor']:.1f}", f"{row['per_channel']:.1f}")
+        table.add_row(_plain(row["tensor"]), str(row["channels"]), str(row["worst"]), *numbers)
+    return table
 
 
 def _show_structure(console: Console, content: Mapping[str, Any]) -> None:

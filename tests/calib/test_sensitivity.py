@@ -15,7 +15,7 @@ from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import Section, at_scores, live_values, typed
 from qcompile.calib.sensitivity import OWN, Choice, choose_observers, spread
-from qcompile.calib.trials import OutputError
+from qcompile.calib.trials import QUIET, OutputError
 from qcompile.core import runtime
 
 
@@ -43,7 +43,7 @@ def weigh(
 ) -> Choice:
     data = dataset(model, samples)
     statistics = collect(model, names, data, track)
-    return choose_observers(model, statistics, readers or {}, tuple(Observer), "uint8", data, track, threads)
+    return choose_observers(model, model, statistics, readers or {}, tuple(Observer), "uint8", data, track, threads)
 
 
 def choose(model: ir.Model, names: list[str], samples: list[dict[str, np.ndarray]], threads: int = 1) -> dict:
@@ -102,7 +102,7 @@ def test_only_the_named_tensor_is_quantized(monkeypatch: pytest.MonkeyPatch) -> 
 
     def spy(self: OutputError, reference: runtime.Outputs, candidate: runtime.Outputs) -> None:
         add(self, reference, candidate)
-        seen.append(self.noise["w"])
+        seen.extend(self.noise["w"])
 
     monkeypatch.setattr(OutputError, "add", spy)
     assert choose(model, ["h"], with_outliers())["h"] is not Observer.MINMAX
@@ -205,7 +205,21 @@ def test_the_model_is_left_as_it_is() -> None:
 def test_output_error_sums_outputs_each_relative_to_its_signal() -> None:
     error = OutputError()
     error.add({"a": np.array([3.0, 4.0]), "b": np.array([100.0])}, {"a": np.array([3.0, 5.0]), "b": np.array([90.0])})
-    assert error.value == pytest.approx(1 / 25 + 100 / 10000)
+    assert error.value == pytest.approx(1 / 25 + 100 / 10000, rel=2 * QUIET)
+
+
+def test_output_error_lets_each_sample_count_alike() -> None:
+    error = OutputError()
+    for noise in (1e-4, 1e-4, 1e2):
+        error.add({"y": np.array([1.0, -1.0])}, {"y": np.array([1.0 + noise**0.5, -1.0 - noise**0.5])})
+    assert error.value == pytest.approx(1e-2, rel=0.01)
+
+
+def test_output_error_judges_a_silent_sample_by_the_others() -> None:
+    error = OutputError()
+    error.add({"y": np.array([0.0, 0.0])}, {"y": np.array([0.0, 0.001])})
+    error.add({"y": np.array([1.0, 1.0])}, {"y": np.array([1.0, 1.001])})
+    assert 0 < error.value < 1e-3
 
 
 @pytest.mark.parametrize(

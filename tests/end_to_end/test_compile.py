@@ -398,3 +398,13 @@ def test_a_bias_that_nothing_can_correct_is_reported(qcompile, small, body, node
     assert done.code == 0, done.err
     refusals = json.loads(done.out)["report"]["refusals"]
     assert [r for r in refusals if r["stage"] == "CorrectBias" and node in r["node"] and word in r["reason"]]
+
+
+def test_inspect_shows_what_outliers_cost(qcompile, resnet8):
+    model, calibration, _ = resnet8
+    rows = json.loads(qcompile("inspect", model, "--data", calibration, "--json").out)["outliers"]
+    assert {row["op_type"] for row in rows} == {"Conv"} and len(rows) == 7, "two pairs of Convs share their input"
+    gains = [row["per_channel"] - row["per_tensor"] for row in rows]
+    assert gains == sorted(gains, reverse=True) and gains[0] > 3 and all(row["ratio"] >= 1 for row in rows)
+    assert "with a scale each" in qcompile("inspect", model, "--data", calibration).out
+    assert json.loads(qcompile("inspect", model, "--json").out)["outliers"] == []
