@@ -40,6 +40,11 @@ class Moments:
     deviation: Array
     reach: float
 
+    def drawn(self, noise: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return standard normal noise of any shape as values with these moments, where these are one for all."""
+        inside = np.clip(noise, -self.reach, self.reach)
+        return np.asarray(inside * self.deviation + self.mean, noise.dtype)
+
     def brought(self, values: npt.NDArray[Any], axis: int | None, generator: np.random.Generator) -> npt.NDArray[Any]:
         """Return the values with these moments: shifted and scaled, and the outermost moved to the reach.
 

@@ -8,6 +8,7 @@ from itertools import islice
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample, input_specs, open_data
+from qcompile.calib.moments import known_moments
 from qcompile.core.plan import QuantPlan, Role
 from qcompile.core.runtime import synthetic_feeds
 from qcompile.core.validate import check_interface
@@ -109,5 +110,10 @@ def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset 
     )
     if evaluation is not None:
         return Evidence(evaluation, evaluation, f"{len(evaluation)} evaluation samples", False, caveat)
-    synthetic = Dataset("synthetic", lambda: [synthetic_feeds(model, options.seed)], input_specs(model))
+    known = known_moments(model)
+    feeds = {
+        name: known[name].drawn(array) if name in known else array
+        for name, array in synthetic_feeds(model, options.seed).items()
+    }
+    synthetic = Dataset("synthetic", lambda: [feeds], input_specs(model))
     return Evidence(synthetic, synthetic, SYNTHETIC, False, caveat + RANDOM_ONLY)
