@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -21,6 +22,8 @@ INPUT_REACH = 3.5
 NEIGHBOURS, CHANNELS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99), (0.0, 0.5, 0.9, 0.99)
 #: Scatter of log variance over the filters beyond which an input's moments are not believed, and the fewest filters.
 SCATTER, FEWEST = 1.0, 4
+#: Numbers that are brought to moments at once.
+BLOCK = 1 << 22
 #: Operators in front of a first Conv that only move elements.
 _MOVES = frozenset({"Flatten", "Identity", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
@@ -45,33 +48,41 @@ class Moments:
         inside = np.clip(noise, -self.reach, self.reach)
         return np.asarray(inside * self.deviation + self.mean, noise.dtype)
 
-    def brought(self, values: npt.NDArray[Any], axis: int | None, generator: np.random.Generator) -> npt.NDArray[Any]:
-        """Return the values with these moments: shifted and scaled, and the outermost moved to the reach.
+    def bring(self, arrays: Sequence[npt.NDArray[Any]], generator: np.random.Generator) -> None:
+        """Give these moments to values, in place: shifted and scaled, and the outermost moved to the reach.
 
         Parameters
         ----------
-        values : ndarray
-        axis : int or None
-            Of the channels; None takes all values together.
+        arrays : sequence of ndarray
+            One a sample, all of one shape, contiguous. Channels are on axis 1; one channel is all values together.
         generator : numpy.random.Generator
             For channels that have no variance to scale: these become noise.
         """
-        rows = np.moveaxis(values, axis, 0) if axis is not None else values[None]
-        flat = rows.reshape(rows.shape[0], -1).astype(np.float64)
-        mean, deviation = flat.mean(axis=1, keepdims=True), flat.std(axis=1, keepdims=True)
-        flat -= mean
-        constant = (deviation <= 1e-6 * np.abs(mean) + float(np.finfo(np.float32).tiny))[:, 0]
-        flat[constant] = generator.standard_normal((int(constant.sum()), flat.shape[1]))
-        deviation[constant] = 1.0
-        flat /= deviation
-        np.clip(flat, -self.reach, self.reach, out=flat)
-        channels = np.arange(flat.shape[0])
-        flat[channels, flat.argmin(axis=1)] = -self.reach
-        flat[channels, flat.argmax(axis=1)] = self.reach
-        flat *= self.deviation[:, None]
-        flat += self.mean[:, None]
-        shaped = flat.astype(values.dtype).reshape(rows.shape)
-        return np.moveaxis(shaped, 0, axis) if axis is not None else shaped[0]
+        channels = self.mean.size
+        block = max(1, BLOCK * channels // max(1, sum(array.size for array in arrays)))
+        rows = [array.reshape(1, -1) if channels == 1 else np.moveaxis(array, 1, 0) for array in arrays]
+        for start in range(0, channels, block):
+            part = slice(start, start + block)
+            flat = np.concatenate([row[part].reshape(len(row[part]), -1) for row in rows], axis=1, dtype=np.float64)
+            _standardize(flat, self.reach, generator)
+            flat *= self.deviation[part, None]
+            flat += self.mean[part, None]
+            for row, brought in zip(rows, np.split(flat, len(rows), axis=1), strict=True):
+                row[part] = brought.reshape(row[part].shape)
+
+
+def _standardize(flat: Array, reach: float, generator: np.random.Generator) -> None:
+    """Bring rows to mean 0 and variance 1 in place, and their outermost values to the reach."""
+    mean, deviation = flat.mean(axis=1, keepdims=True), flat.std(axis=1, keepdims=True)
+    constant = (deviation <= 1e-6 * np.abs(mean) + float(np.finfo(np.float32).tiny))[:, 0]
+    flat -= mean
+    deviation[constant] = 1.0
+    flat /= deviation
+    flat[constant] = generator.standard_normal((int(constant.sum()), flat.shape[1]))
+    np.clip(flat, -reach, reach, out=flat)
+    rows = np.arange(flat.shape[0])
+    flat[rows, flat.argmin(axis=1)] = -reach
+    flat[rows, flat.argmax(axis=1)] = reach
 
 
 def known_moments(model: ir.Model) -> dict[str, Moments]:

@@ -205,10 +205,5 @@ def _bring(
     states: Sequence[runtime.Outputs], name: str, known: Mapping[str, Moments], generator: np.random.Generator
 ) -> None:
     """Give a value the moments that it is known to have, over all samples and per channel."""
-    if name not in known:
-        return
-    values = np.stack([state[name] for state in states])
-    axis = 2 if known[name].mean.size > 1 else None
-    brought = known[name].brought(values, axis, generator)
-    for state, array in zip(states, brought, strict=True):
-        state[name] = array
+    if name in known:
+        known[name].bring([state[name] for state in states], generator)
