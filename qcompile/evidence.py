@@ -27,6 +27,7 @@ GUESSED = (
     "No calibration data: the ranges of activations are GUESSED from what BatchNormalization remembers of the training "
     "data, and biases are not corrected. What real inputs make of that is not known; pass --data."
 )
+GUESSED_ELSEWHERE = "The plan's ranges of activations are GUESSED, whatever data are given now; calibrate on them anew."
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Evidence:
     caveat: str = ""
 
     def told(self, plan: QuantPlan) -> Evidence:
-        """Return the same with what there is to say of a plan with scales of activations where there are no data."""
+        """Return the same with what there is to say of a plan with scales of activations that no data here led to."""
+        if self.calibrated and plan.guessed:
+            return replace(self, caveat=" ".join(filter(None, (GUESSED_ELSEWHERE, self.caveat))))
         if self.calibrated or not any(quant.role is Role.ACTIVATION for quant in plan.tensors.values()):
             return self
         return self.guessing() if plan.guessed else self._with("No data: biases are not corrected.")

@@ -72,6 +72,14 @@ def test_the_artifact_is_the_same_bytes_whatever_the_seed_of_the_random_input(qc
     assert "one random input" in report(small.folder / "0")["data"]["caveat"]
 
 
+def test_data_that_come_later_do_not_make_a_guess_a_measurement(qcompile, small):
+    model, plan = small.save(normalized(1.0)), small.folder / "p.json"
+    assert qcompile(model, "--target", "cpu", "-o", small.folder / "first").code == 0
+    (small.folder / "first/plan.json").rename(plan)
+    done = qcompile("apply", model, "--plan", plan, "--data", small.data, "-o", small.folder / "out")
+    assert done.code == 0 and done.out.startswith("warning: The plan's ranges of activations are GUESSED")
+
+
 @pytest.mark.parametrize(("observer", "same"), [("minmax", True), ("mse", False)])
 def test_the_observer_that_is_asked_for_serves(qcompile, small, observer, same):
     model = small.save(normalized(1.0))
