@@ -38,7 +38,7 @@ class Calibration:
     data : str
         SHA-256 of the calibration samples.
     calibrated : bool
-        Whether these were real; if not, nothing was measured and weights alone can be quantized.
+        Whether activations have ranges; if not, weights alone can be quantized.
     options : mapping
         What decides a plan, as a recipe has it.
     """
@@ -50,6 +50,11 @@ class Calibration:
     data: str
     calibrated: bool
     options: Mapping[str, Any]
+
+    @property
+    def guessed(self) -> bool:
+        """Whether the ranges were derived without data: they are of no sample."""
+        return self.calibrated and not self.statistics.samples
 
     @property
     def chosen(self) -> dict[str, int]:

@@ -8,6 +8,8 @@ from itertools import islice
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample, input_specs, open_data
+from qcompile.calib.moments import known_moments
+from qcompile.core.plan import QuantPlan, Role
 from qcompile.core.runtime import synthetic_feeds
 from qcompile.core.validate import check_interface
 from qcompile.options import Options
@@ -19,6 +21,13 @@ HELD_OUT = 0.2
 VERIFIED_ON = 4
 #: The source of the evaluation samples where there are none.
 SYNTHETIC = "one random input"
+RANDOM_ONLY = " Fidelity is that on one random input, which says little about real ones."
+#: What must be said first of ranges that no sample was measured for.
+GUESSED = (
+    "No calibration data: the ranges of activations are GUESSED from what BatchNormalization remembers of the training "
+    "data, and biases are not corrected. What real inputs make of that is not known; pass --data."
+)
+GUESSED_ELSEWHERE = "The plan's ranges of activations are GUESSED, whatever data are given now; calibrate on them anew."
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Evidence:
     source : str
         Where the evaluation samples come from, in words for the report.
     calibrated : bool
-        Whether the calibration samples are real. If not, activations cannot be quantized.
+        Whether the calibration samples are real. If not, activations are quantized where their ranges can be derived.
     caveat : str
         What the figures do not show; empty where they stand on their own.
     """
@@ -43,12 +52,20 @@ class Evidence:
     calibrated: bool
     caveat: str = ""
 
-    def without_calibration(self) -> Evidence:
-        """Return the same for a plan that has scales of activations already: what is missing is missing elsewhere."""
-        caveat = "No data: biases are not corrected."
-        if self.source == SYNTHETIC:
-            caveat += " Fidelity is that on one random input, which says little about real ones."
-        return replace(self, caveat=caveat)
+    def told(self, plan: QuantPlan) -> Evidence:
+        """Return the same with what there is to say of a plan with scales of activations that no data here led to."""
+        if self.calibrated and plan.guessed:
+            return replace(self, caveat=" ".join(filter(None, (GUESSED_ELSEWHERE, self.caveat))))
+        if self.calibrated or not any(quant.role is Role.ACTIVATION for quant in plan.tensors.values()):
+            return self
+        return self.guessing() if plan.guessed else self._with("No data: biases are not corrected.")
+
+    def guessing(self) -> Evidence:
+        """Return the same for activations whose ranges are derived instead of measured."""
+        return self._with(GUESSED)
+
+    def _with(self, caveat: str) -> Evidence:
+        return replace(self, caveat=caveat + (RANDOM_ONLY if self.source == SYNTHETIC else ""))
 
     @property
     def samples(self) -> list[Sample]:
@@ -96,6 +113,10 @@ def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset 
     )
     if evaluation is not None:
         return Evidence(evaluation, evaluation, f"{len(evaluation)} evaluation samples", False, caveat)
-    synthetic = Dataset("synthetic", lambda: [synthetic_feeds(model, options.seed)], input_specs(model))
-    caveat += " Fidelity is that on one random input, which says little about real ones."
-    return Evidence(synthetic, synthetic, SYNTHETIC, False, caveat)
+    known = known_moments(model)
+    feeds = {
+        name: known[name].drawn(array) if name in known else array
+        for name, array in synthetic_feeds(model, options.seed).items()
+    }
+    synthetic = Dataset("synthetic", lambda: [feeds], input_specs(model))
+    return Evidence(synthetic, synthetic, SYNTHETIC, False, caveat + RANDOM_ONLY)

@@ -28,7 +28,8 @@ class Options:
     target : str
         Device, as ``qcompile targets`` lists them.
     data : str, optional
-        Calibration data, see docs/data.md. Without them weights are quantized only.
+        Calibration data, see docs/data.md. Without them activations are quantized only where BatchNormalization tells
+        their ranges.
     eval : str, optional
         Evaluation data. Without them the last fifth of the calibration data is held out.
     output : Path, optional
@@ -99,7 +100,7 @@ class Options:
             raise UsageError("--threads", f"{self.threads} is not a number of threads", "give 1 or more")
 
     def quantized(self, calibrated: bool) -> tuple[bool, bool]:
-        """Return whether weights and whether activations are to be quantized; the latter takes real data."""
+        """Return whether weights and whether activations are to be quantized; the latter take ranges."""
         return self.weights == "8", self.activations == "8" and calibrated
 
     @property

@@ -16,7 +16,7 @@ from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Track
 from qcompile.core.errors import UsageError
-from qcompile.core.plan import QuantPlan, Role
+from qcompile.core.plan import QuantPlan
 from qcompile.driver import CompileResult, Job, Source
 from qcompile.options import Options
 from qcompile.passes.canonicalize import Canonicalize
@@ -65,7 +65,8 @@ def calibrate(source: Source, options: Options, output: Path, track: Track[Any] 
     canonical = driver.canonicalize(job)
     calibration = driver.calibrate(job, canonical)
     artifact.write_file(output, calibration.to_bytes())
-    return Written(output, calibration, job.evidence.caveat)
+    evidence = job.evidence.guessing() if calibration.guessed else job.evidence
+    return Written(output, calibration, evidence.caveat)
 
 
 def plan(source: Source, options: Options, measured: Path, output: Path) -> QuantPlan:
@@ -119,8 +120,6 @@ def apply(source: Source, options: Options, planned: Path, track: Track[Any] = u
     job = Job.begin(source, options, track)
     canonical = driver.canonicalize(job)
     decided = check_plan(canonical, replace(decided, options=options.as_recipe()), job.target, planned)
-    if not job.evidence.calibrated and any(quant.role is Role.ACTIVATION for quant in decided.tensors.values()):
-        job = replace(job, evidence=job.evidence.without_calibration())
     quantized = driver.quantize(job, canonical, decided)
     return driver.deliver(job, canonical, quantized, decided, output)
 

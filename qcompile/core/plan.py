@@ -120,11 +120,14 @@ class QuantPlan:
         In the graph's order.
     options : mapping
         What it was decided with, JSON-ready, as a recipe has it (docs/recipe.md).
+    guessed : bool
+        Whether the scales of activations were derived without data.
     """
 
     tensors: Mapping[str, TensorQuant] = field(default_factory=dict)
     ops: Mapping[str, OpPlan] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    guessed: bool = False
 
     def count(self, precision: Precision) -> int:
         """Return how many operators have this precision."""
@@ -135,6 +138,7 @@ class QuantPlan:
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "options": self.options,
+            "guessed": self.guessed,
             "tensors": {name: asdict(quant) for name, quant in sorted(self.tensors.items())},
             "ops": {name: asdict(op) for name, op in self.ops.items()},
         }
@@ -158,6 +162,7 @@ class QuantPlan:
                 tensors={name: _tensor(entry) for name, entry in content["tensors"].items()},
                 ops={name: _op(entry) for name, entry in content["ops"].items()},
                 options=dict(content.get("options", {}).items()),
+                guessed=bool(content.get("guessed", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(place, f"is not a quantization plan ({error!r})", "write it again") from error

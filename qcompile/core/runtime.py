@@ -210,8 +210,10 @@ def optimized_nodes(model: Path) -> list[onnx.NodeProto]:
         return list(onnx.load(path, load_external_data=False).graph.node)
 
 
-def synthetic_feeds(model: ir.Model, seed: int) -> dict[str, npt.NDArray[Any]]:
-    """Return one seeded random sample that fits the model's inputs: normal floats, integers 0 and 1, open axes as 1.
+def synthetic_feeds(model: ir.Model, seed: int, open_axis: int = 1) -> dict[str, npt.NDArray[Any]]:
+    """Return one seeded random sample that fits the model's inputs: normal floats, integers 0 and 1.
+
+    Axes that the model leaves open are `open_axis` long, but for a batch: a first one is 1.
 
     It serves to check that a rewrite keeps the function, never to measure fidelity.
     """
@@ -221,7 +223,8 @@ def synthetic_feeds(model: ir.Model, seed: int) -> dict[str, npt.NDArray[Any]]:
         if value.is_initializer():
             continue  # it has a default, as every weight of an IR version 3 model has
         assert value.name is not None and value.dtype is not None
-        shape = [dim if isinstance(dim, int) else 1 for dim in (value.shape or ())]
+        lengths = [1, *[open_axis] * len(value.shape or ())]
+        shape = [dim if isinstance(dim, int) else lengths[axis] for axis, dim in enumerate(value.shape or ())]
         dtype = value.dtype.numpy()
         if value.dtype.is_floating_point():
             feeds[value.name] = generator.standard_normal(shape).astype(dtype)

@@ -42,6 +42,12 @@ def test_json_round_trip(plan: QuantPlan) -> None:
     assert again.to_json() == text
 
 
+def test_guesses_are_told_and_plans_of_earlier_releases_have_none() -> None:
+    guessed = QuantPlan({"x": activation()}, guessed=True)
+    assert QuantPlan.from_json(guessed.to_json()) == guessed
+    assert not QuantPlan.from_json(guessed.to_json().replace(' "guessed": true,\n', "")).guessed
+
+
 @given(plan=plans)
 def test_scales_survive_as_float32(plan: QuantPlan) -> None:
     again = QuantPlan.from_json(plan.to_json())
@@ -62,7 +68,7 @@ def test_bytes_do_not_depend_on_the_order_of_tensors() -> None:
 def test_the_text_of_a_plan_is_fixed() -> None:
     plan = QuantPlan({"x": activation()}, {"conv": OpPlan("Conv", Precision.INTEGER, output="é")})
     assert plan.to_json() == (
-        '{\n "schema_version": 1,\n "options": {},\n "tensors": {\n  "x": {\n'
+        '{\n "schema_version": 1,\n "options": {},\n "guessed": false,\n "tensors": {\n  "x": {\n'
         '   "role": "activation",\n   "dtype": "uint8",\n'
         '   "scale": [\n    0.5\n   ],\n   "zero_point": [\n    3\n   ],\n   "axis": null\n  }\n },\n'
         ' "ops": {\n  "conv": {\n   "op_type": "Conv",\n   "precision": "integer",\n   "reason": "",\n'

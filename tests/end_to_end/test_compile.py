@@ -207,8 +207,8 @@ def test_another_option_does_not_find_the_old_entries(qcompile, small):
     assert first["tensors"] != second["tensors"]
 
 
-def test_without_data_weights_only_and_the_first_line_says_so(qcompile, resnet8, tmp_path):
-    done = qcompile(resnet8[0], "--target", "cpu", "-o", tmp_path / "out")
+def test_asked_for_float_activations_without_data_the_first_line_says_so(qcompile, resnet8, tmp_path):
+    done = qcompile(resnet8[0], "--target", "cpu", "--activations", "none", "-o", tmp_path / "out")
     assert done.code == 0, done.err
     first = done.out.splitlines()[0]
     assert first.startswith("warning: No calibration data: weights are stored as int8")

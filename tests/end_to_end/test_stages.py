@@ -89,7 +89,14 @@ def test_without_data_the_stages_quantize_weights_as_a_compile_does(qcompile, sm
     assert qcompile(small.model, "--target", "cpu", "-o", tmp_path / "whole").code == 0
     assert settled(staged(small.model, ("--target", "cpu"), ())) == settled(tmp_path / "whole")
     told = qcompile("calibrate", small.model, "--target", "cpu", "-o", tmp_path / "calibration.npz")
-    assert told.out.startswith("warning: No calibration data")
+    assert told.out.startswith("warning: No calibration data: weights are stored as int8")
+
+
+def test_without_data_the_stages_guess_as_a_compile_does(qcompile, resnet8, staged, tmp_path):
+    assert qcompile(resnet8[0], "--target", "cpu", "-o", tmp_path / "whole").code == 0
+    assert settled(staged(resnet8[0], ("--target", "cpu"), ())) == settled(tmp_path / "whole")
+    told = qcompile("calibrate", resnet8[0], "--target", "cpu", "-o", tmp_path / "calibration.npz")
+    assert "GUESSED" in told.out.split(".")[0]
 
 
 def test_a_quantized_model_goes_through_the_stages(qcompile, small, staged, tmp_path):
