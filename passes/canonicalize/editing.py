@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy.typing as npt
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 
 from qcompile.passes import structure
 
@@ -68,3 +69,28 @@ def tensor_of(value: ir.Value | None, dtype: type[Any] | None = None) -> list[An
         return None
     numbers: list[Any] = (array if dtype is None else array.astype(dtype)).reshape(-1).tolist()
     return numbers
+
+
+def remove_unused(model: ir.Model) -> bool:
+    """Remove what nobody reads, and tell whether anything was.
+
+    What stands in the branches of a removed If still counts as a reader of the values around it; onnx-ir's pass would
+    keep those until the model is copied.
+    """
+    modified = False
+    while True:
+        modified |= bool(common_passes.RemoveUnusedNodesPass()(model).modified)
+        if not _forget_removed(model):
+            return modified
+
+
+def _forget_removed(model: ir.Model) -> bool:
+    """Take the uses back that removed nodes make of values, and tell whether there were any."""
+    present = set(model.graph.all_nodes())
+    left = []
+    for graph in (model.graph, *model.graph.subgraphs()):
+        values = (*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs))
+        left += [use for value in values for use in value.uses() if use.node not in present]
+    for use in left:
+        use.node.replace_input_with(use.idx, None)
+    return bool(left)

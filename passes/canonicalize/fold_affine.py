@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader
+from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, remove_unused
 
 Array = npt.NDArray[Any]
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -37,7 +36,7 @@ class FoldAffine(ir.passes.InPlacePass):
             if structure.is_standard(node, *LINEAR) and _weights(node) is not None:
                 while _fold_behind(node) or _fold_in_front(node):
                     modified = True
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, replace
+from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, remove_unused, replace
 
 Bounds = tuple[float, float]
 UNBOUNDED = (-math.inf, math.inf)
@@ -41,7 +40,7 @@ class JoinClips(ir.passes.InPlacePass):
             if inner is not None:
                 value, bounds = inner[0], _joined(inner[1], bounds)
             modified |= _write(model.graph, node, value, bounds)
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, only_reader, replace
+from qcompile.passes.canonicalize.editing import add_constant, only_reader, remove_unused, replace
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class JoinFactors(ir.passes.InPlacePass):
             constant = add_constant(model.graph, f"{node.outputs[0].name}_factor", product)
             replace(node, ir.node("Mul", [inner[0], constant]))
             modified = True
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, bypass, replace
+from qcompile.passes.canonicalize.editing import add_constant, bypass, remove_unused, replace
 from qcompile.passes.canonicalize.fold_shapes import spelled
 from qcompile.passes.canonicalize.shape_contents import declared_axes
 
@@ -44,7 +43,7 @@ class MergeViews(ir.passes.InPlacePass):
                 constant = add_constant(graph, f"{node.outputs[0].name}_shape", np.array(shape, np.int64))
                 replace(node, ir.node("Reshape", [source, constant]))
                 modified = True
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import bypass
+from qcompile.passes.canonicalize.editing import bypass, remove_unused
 from qcompile.passes.canonicalize.permute import ABSORBING, MOVABLE, absorb, movable, permute
 
 Permutation = tuple[int, ...]
@@ -42,7 +41,7 @@ class MoveTransposes(ir.passes.InPlacePass):
             modified |= changed
             if not changed:
                 break
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

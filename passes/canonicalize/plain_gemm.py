@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant
+from qcompile.passes.canonicalize.editing import add_constant, remove_unused
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class PlainGemm(ir.passes.InPlacePass):
             if structure.is_standard(node, "Gemm") and structure.constant_tensor(node.inputs[1]) is not None:
                 modified |= _fold_alpha(model.graph, node)
                 modified |= _flatten_bias(model.graph, node)
-        common_passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import bypass
+from qcompile.passes.canonicalize.editing import bypass, remove_unused
 
 #: These give something else each time, as does a Dropout that trains.
 RANDOM = frozenset(
@@ -42,7 +41,7 @@ class ShareResults(ir.passes.InPlacePass):
             first = seen.setdefault(key, node)
             if first is not node:
                 modified |= bypass(node, first.outputs[0])
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 
