@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, remove_unused
+from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, remove_unused, rounded
 
 Array = npt.NDArray[Any]
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -216,18 +216,16 @@ def _bias(node: ir.Node, channels: int) -> Array:
 
 
 def _apply(node: ir.Node, weights: Array, bias: Array, shift: Array | None, old: Array) -> bool:
-    """Give an operator new weights and bias, unless they overflow its type."""
+    """Give an operator new weights and bias, unless its type cannot hold them."""
     has_bias = node.op_type != "MatMul" and len(node.inputs) > 2 and node.inputs[2] is not None
-    total = bias if shift is None else bias + shift
-    with np.errstate(over="ignore", invalid="ignore"):
-        weights, total = weights.astype(old.dtype), total.astype(old.dtype)
-    if not np.isfinite(weights).all() or not np.isfinite(total).all():
+    new, total = rounded(weights, old.dtype), rounded(bias if shift is None else bias + shift, old.dtype)
+    if new is None or total is None:
         return False
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     name = node.outputs[0].name
-    if weights is not old and not np.array_equal(weights, old):
-        node.replace_input_with(1, add_constant(graph, f"{node.inputs[1].name}_folded", weights))  # type: ignore[union-attr]
+    if not np.array_equal(new, old):
+        node.replace_input_with(1, add_constant(graph, f"{node.inputs[1].name}_folded", new))  # type: ignore[union-attr]
     if shift is not None or has_bias:
         if not has_bias:
             node.resize_inputs(3)

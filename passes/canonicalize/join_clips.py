@@ -96,7 +96,9 @@ def _write(graph: ir.Graph, node: ir.Node, value: ir.Value, bounds: Bounds) -> b
     if op_type == "Clip":
         assert node.outputs[0].dtype is not None
         for name, bound in zip(("min", "max"), bounds, strict=True):
+            # Infinities too: where a bound is missing, ONNX Runtime takes the largest finite number, and a mask's -inf
+            # would become that.
             array = np.array(bound, node.outputs[0].dtype.numpy())
-            inputs.append(None if math.isinf(bound) else add_constant(graph, f"{node.outputs[0].name}_{name}", array))
+            inputs.append(add_constant(graph, f"{node.outputs[0].name}_{name}", array))
     replace(node, ir.node(op_type, inputs))
     return True

@@ -34,6 +34,9 @@ class JoinFactors(ir.passes.InPlacePass):
                 continue
             with np.errstate(all="ignore"):
                 product = (inner[2] * outer[2]).astype(inner[1].dtype)
+            # A row by a column is a matrix, which costs more than it saves.
+            if product.size > max(inner[1].size, outer[1].size):
+                continue
             # A product that leaves the type's normal range has lost its digits.
             if not np.all(np.abs(product) >= np.finfo(product.dtype).tiny) or not np.isfinite(product).all():
                 continue

@@ -16,6 +16,11 @@ from qcompile.passes.canonicalize.editing import bypass, remove_unused
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
 )
+#: What attributes must be made of to be compared.
+PLAIN = frozenset(
+    {ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING,
+     ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS}
+)  # fmt: skip
 #: Constants up to this many elements are told apart by what they hold, larger ones by which they are.
 SMALL = 64
 
@@ -51,7 +56,7 @@ def _key(node: ir.Node) -> Hashable | None:
         return None
     attributes = []
     for name, attribute in sorted(node.attributes.items()):
-        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS, ir.AttributeType.TENSOR):
+        if attribute.type not in PLAIN or attribute.is_ref():
             return None
         value = attribute.value
         attributes.append((name, tuple(value) if isinstance(value, list | tuple) else value))

@@ -218,9 +218,12 @@ def idle(b: Builder) -> None:
 
 
 def branch(b: Builder) -> None:
-    """Let an If read a value of the graph around it."""
+    """Let an If read a value of the graph around it.
+
+    No Cast may stand in front: onnxruntime 1.31 joins those in a row, and a branch that reads the second finds nothing.
+    """
     x = b.operand()
-    if x is None or b.half:
+    if x is None or b.half or any(node.op_type == "Cast" for node in b.nodes):
         return
     b.flag = True
     graphs = []

@@ -68,10 +68,8 @@ def _hold_half(name: str, model: ir.Model, samples: Sequence[Sample], after: Seq
     Eleven bits do not survive that two values of like size are subtracted; an output may be mostly rounding then.
     """
     for values, new in zip(_values(model, samples), after, strict=True):
-        floats = [
-            value[np.isfinite(value)] for value in values.values() if value is not None and value.dtype.kind == "f"
-        ]
-        peak = max(float(np.max(np.abs(value), initial=0.0)) for value in floats)
+        floats = [value for value in values.values() if value is not None and value.dtype.kind == "f"]
+        peak = max(float(np.max(np.abs(value[np.isfinite(value)]), initial=0.0)) for value in floats)
         for output, z in new.items():
             y = values[output]
             assert y.shape == z.shape and y.dtype == z.dtype
