@@ -53,8 +53,9 @@ def only_reader(value: ir.Value | None) -> ir.Node | None:
 def bypass(node: ir.Node, source: ir.Value) -> bool:
     """Let the readers of a node's first result read `source` instead, remove the node, and tell if anything changed.
 
-    An Identity stays where it gives a second name to what has to keep its own: an input, a constant, a value of an outer
-    graph, or another output. (A loop whose body has one value as two outputs makes ONNX Runtime read freed memory.)
+    An Identity stays where it gives a second name to what has to keep its own: an input, a constant, a value of an
+    outer graph, or another output. (A loop whose body has one value as two outputs makes ONNX Runtime read freed
+    memory.)
     """
     copy, graph = node.outputs[0], node.graph
     assert isinstance(graph, ir.Graph)
