@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from qcompile.core import model as models
@@ -72,3 +73,25 @@ def test_fixed_shapes_reach_the_outputs(model_of: Build, types: Build) -> None:
     Canonicalize(21, {"x": (5, 3)})(model)
     assert list(model.graph.outputs[0].shape) == [5, 3]
     assert types(model) == ["Exp"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Names of open axes that are known only once other rules are through.
+        """(float[N,3,6,6] x) => (float[N,3] y) {
+            t = Transpose <perm = [0,2,3,1]> (x) r = Reshape (t, s) u = Transpose <perm = [0,3,1,2]> (r)
+            m = Mul (u, k) g = GlobalAveragePool (m) y = Reshape (g, flat) }""",
+        # What remains for the sake of a name.
+        """(float[N,3,6,6] x) => (float[N,3,6,6] y, float[N,6,6,3] z) {
+            t = Transpose <perm = [0,2,3,1]> (x) z = HardSwish (t) y = Transpose <perm = [0,3,1,2]> (t) }""",
+    ],
+)
+def test_a_model_that_is_written_and_read_again_stays_as_it_is(text: str, model_of: Build) -> None:
+    constants = {"s": np.int64([-1, 6, 6, 3]), "flat": np.int64([-1, 3]), "k": np.ones((3, 1, 1), np.float32) * 2}
+    model = model_of(text, 21, **{name: array for name, array in constants.items() if f", {name})" in text})
+    Canonicalize(21)(model)
+    once = models.serialize(model)
+    again = models.from_proto(onnx.ModelProto.FromString(once))
+    Canonicalize(21)(again)
+    assert models.serialize(again) == once
