@@ -48,7 +48,7 @@ class Canonicalize(ir.passes.InPlacePass):
 
     def rules(self) -> tuple[ir.passes.PassBase, ...]:
         """Return the rules in the order in which they run."""
-        return (*self.prepare(), *tidy(), *FINISH)
+        return (*self.prepare(), *SETTLE, *tidy())
 
     def prepare(self) -> tuple[ir.passes.PassBase, ...]:
         """Return the rules that bring any model to one opset, with shapes, constants and names."""
@@ -63,20 +63,18 @@ class Canonicalize(ir.passes.InPlacePass):
             FoldConstants(),
             InferShapes(),
             RemoveNoOps(),
-            # Refusals name the nodes.
-            FixNames(),
         )
 
     def call(self, model: ir.Model) -> Rewritten:
         """Apply the rules in place; those that make work for one another run until nothing changes."""
         modified, refusals = _apply(self.prepare(), model)
         for _ in range(ROUNDS):
+            settled, _none = _apply(SETTLE, model)
             changed, left = _apply(tidy(), model)
-            modified |= changed
+            modified |= settled or changed
             if not changed:
                 break
-        finished, last = _apply(FINISH, model)
-        return Rewritten(model, modified or finished, (*refusals, *left, *last))
+        return Rewritten(model, modified, (*refusals, *left))
 
 
 def tidy() -> tuple[ir.passes.PassBase, ...]:
@@ -98,8 +96,8 @@ def tidy() -> tuple[ir.passes.PassBase, ...]:
     )
 
 
-#: Folding renames and adds values.
-FINISH = (InferShapes(), FixNames())
+#: In front of each round: what was moved has other shapes, and those may let more move; refusals name the nodes.
+SETTLE = (InferShapes(), FoldShapes(), FixNames())
 #: Two do for every model of the catalogue, the second to see that nothing is left.
 ROUNDS = 6
 

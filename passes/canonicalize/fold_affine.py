@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader
+from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, remove_unused, rounded
 
 Array = npt.NDArray[Any]
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -37,7 +36,7 @@ class FoldAffine(ir.passes.InPlacePass):
             if structure.is_standard(node, *LINEAR) and _weights(node) is not None:
                 while _fold_behind(node) or _fold_in_front(node):
                     modified = True
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 
@@ -217,18 +216,16 @@ def _bias(node: ir.Node, channels: int) -> Array:
 
 
 def _apply(node: ir.Node, weights: Array, bias: Array, shift: Array | None, old: Array) -> bool:
-    """Give an operator new weights and bias, unless they overflow its type."""
+    """Give an operator new weights and bias, unless its type cannot hold them."""
     has_bias = node.op_type != "MatMul" and len(node.inputs) > 2 and node.inputs[2] is not None
-    total = bias if shift is None else bias + shift
-    with np.errstate(over="ignore", invalid="ignore"):
-        weights, total = weights.astype(old.dtype), total.astype(old.dtype)
-    if not np.isfinite(weights).all() or not np.isfinite(total).all():
+    new, total = rounded(weights, old.dtype), rounded(bias if shift is None else bias + shift, old.dtype)
+    if new is None or total is None:
         return False
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     name = node.outputs[0].name
-    if weights is not old and not np.array_equal(weights, old):
-        node.replace_input_with(1, add_constant(graph, f"{node.inputs[1].name}_folded", weights))  # type: ignore[union-attr]
+    if not np.array_equal(new, old):
+        node.replace_input_with(1, add_constant(graph, f"{node.inputs[1].name}_folded", new))  # type: ignore[union-attr]
     if shift is not None or has_bias:
         if not has_bias:
             node.resize_inputs(3)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
 from qcompile.core.contract import Effect, Refusal, Rewritten
+from qcompile.passes.canonicalize.editing import remove_unused
 
 FOLDS_INTO = frozenset({"Conv", "ConvTranspose", "Gemm"})
 RULES = (
@@ -40,7 +40,7 @@ class FoldBatchNorm(ir.passes.InPlacePass):
             # The rules write a new node; the user knows it by its old name.
             if node.op_type in FOLDS_INTO and (source := sources.get(node.outputs[0].name)) is not None:
                 node.name = source.name
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         refusals = tuple(
             Refusal(str(node.name), f"BatchNormalization stays: {_reason(node)}")
             for node in model.graph.all_nodes()

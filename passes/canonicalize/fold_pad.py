@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
 from qcompile.core.contract import Effect, Refusal, Rewritten
+from qcompile.passes.canonicalize.editing import remove_unused
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FoldPad(ir.passes.InPlacePass):
         """Rewrite in place; Pads left in front of a Conv are refusals."""
         names = {node.outputs[0].name: node.name for node in model.graph.all_nodes() if node.op_type == "Conv"}
         modified = RewritePass((rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule))(model).modified
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         for node in model.graph.all_nodes():
             # The rules write a new node; the user knows it by its old name.
             node.name = names.get(node.outputs[0].name, node.name)

@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant
+from qcompile.passes.canonicalize.editing import add_constant, remove_unused
 from qcompile.passes.canonicalize.shape_contents import INTEGERS, RULES, Known, declared_axes, study
 from qcompile.passes.canonicalize.trace_axes import Axes, Element
 
@@ -43,7 +42,7 @@ class FoldShapes(ir.passes.InPlacePass):
                 modified = True
             for index, value in enumerate(node.inputs):
                 modified |= _settle(graph, node, index, value, known)
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         modified |= _annotate(known.axes)
         return ir.passes.PassResult(model, modified)
 

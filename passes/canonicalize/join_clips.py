@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, replace
+from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, remove_unused, replace
 
 Bounds = tuple[float, float]
 UNBOUNDED = (-math.inf, math.inf)
@@ -41,7 +40,7 @@ class JoinClips(ir.passes.InPlacePass):
             if inner is not None:
                 value, bounds = inner[0], _joined(inner[1], bounds)
             modified |= _write(model.graph, node, value, bounds)
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 
@@ -97,7 +96,9 @@ def _write(graph: ir.Graph, node: ir.Node, value: ir.Value, bounds: Bounds) -> b
     if op_type == "Clip":
         assert node.outputs[0].dtype is not None
         for name, bound in zip(("min", "max"), bounds, strict=True):
+            # Infinities too: where a bound is missing, ONNX Runtime takes the largest finite number, and a mask's -inf
+            # would become that.
             array = np.array(bound, node.outputs[0].dtype.numpy())
-            inputs.append(None if math.isinf(bound) else add_constant(graph, f"{node.outputs[0].name}_{name}", array))
+            inputs.append(add_constant(graph, f"{node.outputs[0].name}_{name}", array))
     replace(node, ir.node(op_type, inputs))
     return True

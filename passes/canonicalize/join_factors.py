@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, only_reader, replace
+from qcompile.passes.canonicalize.editing import add_constant, only_reader, remove_unused, replace
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,16 @@ class JoinFactors(ir.passes.InPlacePass):
                 continue
             with np.errstate(all="ignore"):
                 product = (inner[2] * outer[2]).astype(inner[1].dtype)
+            # A row by a column is a matrix, which costs more than it saves.
+            if product.size > max(inner[1].size, outer[1].size):
+                continue
             # A product that leaves the type's normal range has lost its digits.
             if not np.all(np.abs(product) >= np.finfo(product.dtype).tiny) or not np.isfinite(product).all():
                 continue
             constant = add_constant(model.graph, f"{node.outputs[0].name}_factor", product)
             replace(node, ir.node("Mul", [inner[0], constant]))
             modified = True
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
+from qcompile.passes.canonicalize.editing import remove_unused
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class JoinMatMulAdd(ir.passes.InPlacePass):
             gemm = ir.node("Gemm", [*node.inputs, bias], name=node.name)
             ir.convenience.replace_nodes_and_values(model.graph, add, [node, add], [gemm], add.outputs, gemm.outputs)
             modified = True
-        common_passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

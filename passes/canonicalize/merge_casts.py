@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import bypass
+from qcompile.passes.canonicalize.editing import bypass, remove_unused
 
 #: Types by what they hold; a wider one of the same kind holds every number of a narrower one.
 KINDS: dict[ir.DataType | None, np.dtype[Any]] = {
@@ -45,7 +44,7 @@ class MergeCasts(ir.passes.InPlacePass):
             else:
                 node.replace_input_with(0, source)
                 modified = True
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

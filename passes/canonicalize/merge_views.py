@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, bypass, replace
+from qcompile.passes.canonicalize.editing import add_constant, bypass, remove_unused, replace
 from qcompile.passes.canonicalize.fold_shapes import spelled
 from qcompile.passes.canonicalize.shape_contents import declared_axes
 
@@ -35,25 +35,29 @@ class MergeViews(ir.passes.InPlacePass):
                 continue
             value = node.inputs[0]
             assert value is not None
-            source = _origin(value, graph)
+            sources = list(_origins(value, graph))[::-1]
             after = declared_axes(node.outputs[0])
-            same = [v for v in (source, value) if v is not None and after == declared_axes(v)]
+            same = [source for source in (*sources, value) if after == declared_axes(source)]
             if same and after is not None and None not in after:
                 modified |= bypass(node, same[0])
-            elif source is not None and (shape := _spelled(node, source)) is not None:
-                constant = add_constant(graph, f"{node.outputs[0].name}_shape", np.array(shape, np.int64))
-                replace(node, ir.node("Reshape", [source, constant]))
-                modified = True
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+                continue
+            for source in sources:
+                if (shape := _spelled(node, source)) is not None:
+                    constant = add_constant(graph, f"{node.outputs[0].name}_shape", np.array(shape, np.int64))
+                    replace(node, ir.node("Reshape", [source, constant]))
+                    modified = True
+                    break
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 
-def _origin(value: ir.Value, graph: ir.Graph) -> ir.Value | None:
-    """Return what a value is a view of, or None if it is none."""
-    producer = value.producer()
-    if producer is None or producer.graph is not graph or not _is_view(producer):
-        return None
-    return producer.inputs[0]
+def _origins(value: ir.Value, graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield what a value is a view of, and what that is a view of, until something is computed."""
+    source: ir.Value | None = value
+    while source is not None and (producer := source.producer()) is not None:
+        source = producer.inputs[0] if producer.graph is graph and _is_view(producer) else None
+        if source is not None:
+            yield source
 
 
 def _is_view(node: ir.Node) -> bool:

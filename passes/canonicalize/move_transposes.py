@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import bypass
+from qcompile.passes.canonicalize.editing import bypass, free_name, remove_unused
 from qcompile.passes.canonicalize.permute import ABSORBING, MOVABLE, absorb, movable, permute
 
 Permutation = tuple[int, ...]
@@ -42,7 +41,7 @@ class MoveTransposes(ir.passes.InPlacePass):
             modified |= changed
             if not changed:
                 break
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 
@@ -116,12 +115,13 @@ def _readers(node: ir.Node) -> list[ir.Node]:
 class Border:
     """The values that enter and leave a region."""
 
+    graph: ir.Graph
     inside: frozenset[ir.Node]
     entering: tuple[ir.Value, ...]
     leaving: tuple[ir.Value, ...]
 
     @classmethod
-    def around(cls, region: Sequence[ir.Node]) -> Border:
+    def around(cls, graph: ir.Graph, region: Sequence[ir.Node]) -> Border:
         """Find the border of a region; constants and numbers cross it freely."""
         inside = frozenset(region)
         rank = len(region[0].outputs[0].shape or ())
@@ -130,7 +130,14 @@ class Border:
                     and value.shape is not None and len(value.shape) == rank}  # fmt: skip
         leaving = [value for node in region for value in node.outputs
                    if value.is_graph_output() or any(reader not in inside for reader in value.consumers())]  # fmt: skip
-        return cls(inside, tuple(entering), tuple(leaving))
+        return cls(graph, inside, tuple(entering), tuple(leaving))
+
+    def transposed(self, value: ir.Value, p: Permutation) -> ir.Node | None:
+        """Return a Transpose by p outside that a region can read as well: none whose result is an output."""
+        for reader in self.others(value):
+            if permutation(reader) == p and reader.graph is self.graph and not reader.outputs[0].is_graph_output():
+                return reader
+        return None
 
     def others(self, value: ir.Value) -> list[ir.Node]:
         """Return the readers of a value that stand outside."""
@@ -140,7 +147,7 @@ class Border:
 def _turn(graph: ir.Graph, region: list[ir.Node]) -> bool:
     """Bring a region into the layout that leaves the fewest Transposes, if that is fewer than now."""
     # An earlier region may have removed or joined Transposes at this one's border, never its nodes.
-    border = Border.around(region)
+    border = Border.around(graph, region)
     rank = len(region[0].outputs[0].shape or ())
     ways = {p: None for value in border.entering if (p := permutation(value.producer())) and len(p) == rank}
     ways |= {inverse(q): None for value in border.leaving for reader in border.others(value)
@@ -160,8 +167,7 @@ def _gain(border: Border, p: Permutation) -> int:
         q = permutation(value.producer())
         alone = not value.is_graph_output() and not border.others(value)
         gain += (q is not None and alone) - (q != p)
-        if q is None and any(permutation(reader) == inverse(p) for reader in border.others(value)):
-            gain += 1  # the Transpose that this input needs is there already
+        gain += q is None and border.transposed(value, inverse(p)) is not None
     for value in border.leaving:
         kinds = [permutation(reader) for reader in border.others(value)]
         stays = value.is_graph_output() or any(
@@ -173,14 +179,13 @@ def _gain(border: Border, p: Permutation) -> int:
 
 def _frees_pad(region: list[ir.Node], border: Border, p: Permutation) -> bool:
     """Tell whether this is a Pad that comes to stand right in front of its Convs, which take it in."""
-    readers = [reader for value in border.leaving for reader in border.others(value)]
-    output = any(value.is_graph_output() for value in border.leaving)
-    return (
-        len(region) == 1
-        and structure.is_standard(region[0], "Pad")
-        and not output
-        and all(permutation(reader) == inverse(p) for reader in readers)
-    )
+    if len(region) != 1 or not structure.is_standard(region[0], "Pad") or region[0].outputs[0].is_graph_output():
+        return False
+    transposes = structure.readers(region[0].outputs[0])
+    if any(permutation(node) != inverse(p) or node.outputs[0].is_graph_output() for node in transposes):
+        return False
+    readers = [reader for node in transposes for reader in structure.readers(node.outputs[0])]
+    return all(structure.is_standard(reader, "Conv") for reader in readers)
 
 
 def _rewrite(graph: ir.Graph, region: list[ir.Node], border: Border, p: Permutation) -> None:
@@ -213,11 +218,10 @@ def _untransposed(graph: ir.Graph, border: Border, value: ir.Value, p: Permutati
     if producer is not None and permutation(producer) == p:
         assert producer.inputs[0] is not None
         return producer.inputs[0]
-    for reader in border.others(value):
-        if permutation(reader) == back and reader.graph is graph and not reader.outputs[0].is_graph_output():
-            reader_output = reader.outputs[0]
-            _hoist(graph, reader, value)
-            return reader_output
+    reader = border.transposed(value, back)
+    if reader is not None:
+        _hoist(graph, reader, value)
+        return reader.outputs[0]
     return _transposed(graph, value, back, after=producer)
 
 
@@ -235,9 +239,10 @@ def _insert(graph: ir.Graph, node: ir.Node, after: ir.Node | None) -> None:
 
 
 def _transposed(graph: ir.Graph, value: ir.Value, p: Permutation, after: ir.Node | None) -> ir.Value:
-    node = ir.node("Transpose", [value], {"perm": list(p)}, name=f"{value.name}_transposed")
+    name = free_name(graph, f"{value.name}_transposed")
+    node = ir.node("Transpose", [value], {"perm": list(p)}, name=name)
     result = node.outputs[0]
-    result.name, result.type = f"{value.name}_transposed", value.type
+    result.name, result.type = name, value.type
     if value.shape is not None:
         result.shape = ir.Shape([value.shape[index] for index in p])
     _insert(graph, node, after)
@@ -253,7 +258,7 @@ def _transpose_result(
         return
     copy = _transposed(graph, value, p, after=value.producer())
     if value.is_graph_output():
-        copy.name, value.name = value.name, f"{value.name}_before"
+        copy.name, value.name = value.name, free_name(graph, f"{value.name}_before")
         graph.outputs[graph.outputs.index(value)] = copy
     for use in outside:
         use.node.replace_input_with(use.idx, copy)

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant
+from qcompile.passes.canonicalize.editing import add_constant, remove_unused, rounded
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class PlainGemm(ir.passes.InPlacePass):
             if structure.is_standard(node, "Gemm") and structure.constant_tensor(node.inputs[1]) is not None:
                 modified |= _fold_alpha(model.graph, node)
                 modified |= _flatten_bias(model.graph, node)
-        common_passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 
@@ -37,8 +36,7 @@ def _fold_alpha(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     weights = structure.constant(value)
     assert weights is not None
-    scaled = (weights.astype(np.float64) * alpha).astype(weights.dtype)
-    if weights.dtype.kind != "f" or not np.isfinite(scaled).all():
+    if weights.dtype.kind != "f" or (scaled := rounded(weights.astype(np.float64) * alpha, weights.dtype)) is None:
         return False
     node.replace_input_with(1, add_constant(graph, f"{value.name}_scaled", scaled))
     node.attributes.pop("alpha")
@@ -57,10 +55,10 @@ def _flatten_bias(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     if bias.shape == (channels,) and beta == 1.0:
         return False
-    scaled = (bias.astype(np.float64) * beta).astype(bias.dtype).reshape(-1)
-    if not np.isfinite(scaled).all():
+    scaled = rounded(bias.astype(np.float64) * beta, bias.dtype)
+    if scaled is None:
         return False
-    flat = np.ascontiguousarray(np.broadcast_to(scaled, (channels,)))
+    flat = np.ascontiguousarray(np.broadcast_to(scaled.reshape(-1), (channels,)))
     node.replace_input_with(2, add_constant(graph, f"{value.name}_of_{node.outputs[0].name}", flat))
     node.attributes.pop("beta", None)
     return True

@@ -13,7 +13,7 @@ from onnxscript.rewriter.rules import common as rules
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import bypass
+from qcompile.passes.canonicalize.editing import bypass, remove_unused
 
 
 def _neutral(op_type: str, number: float) -> RewriteRule:
@@ -48,11 +48,15 @@ class RemoveNoOps(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
-        modified = RewritePass(RULES)(model).modified
-        # Some rules write Constant nodes, where every other pass expects initializers.
-        modified |= common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-        modified |= remove_identities(model)
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified = remove_identities(model)
+        # A pair that is joined may stand behind another one; each rule leaves fewer nodes that compute.
+        while RewritePass(RULES)(model).modified:
+            # Some rules write Constant nodes, where every other pass expects initializers.
+            common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+            remove_identities(model)
+            remove_unused(model)
+            modified = True
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

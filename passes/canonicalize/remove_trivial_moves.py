@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, tensor_of
+from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, remove_unused, tensor_of
 from qcompile.passes.canonicalize.shape_contents import declared_axes
 
 #: Of one operand these give that operand.
@@ -40,7 +39,7 @@ class RemoveTrivialMoves(ir.passes.InPlacePass):
                 modified |= _join_slices(model.graph, node)
             elif structure.is_standard(node, "Concat"):
                 modified |= _join_concats(node)
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 

@@ -165,7 +165,9 @@ def _arithmetic(compute: Callable[[int, int], int], neutral: int | None) -> Call
 
     def element(left: Element, right: Element) -> Element:
         if isinstance(left, int) and isinstance(right, int):
-            return None if compute is _quotient and right == 0 else compute(left, right)
+            number = None if compute is _quotient and right == 0 else compute(left, right)
+            # int32 and int64 wrap around at their ends, Python's integers do not; no shape comes near either.
+            return number if number is not None and abs(number) < 2**31 else None
         return left if right == neutral and neutral is not None else None
 
     return evaluate

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
-from qcompile.passes.canonicalize.editing import bypass
+from qcompile.passes.canonicalize.editing import bypass, remove_unused
 
 #: These give something else each time, as does a Dropout that trains.
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
 )
+#: What attributes must be made of to be compared.
+PLAIN = frozenset(
+    {ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING,
+     ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS}
+)  # fmt: skip
 #: Constants up to this many elements are told apart by what they hold, larger ones by which they are.
 SMALL = 64
 
@@ -42,7 +46,7 @@ class ShareResults(ir.passes.InPlacePass):
             first = seen.setdefault(key, node)
             if first is not node:
                 modified |= bypass(node, first.outputs[0])
-        modified |= common_passes.RemoveUnusedNodesPass()(model).modified
+        modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 
@@ -52,7 +56,7 @@ def _key(node: ir.Node) -> Hashable | None:
         return None
     attributes = []
     for name, attribute in sorted(node.attributes.items()):
-        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS, ir.AttributeType.TENSOR):
+        if attribute.type not in PLAIN or attribute.is_ref():
             return None
         value = attribute.value
         attributes.append((name, tuple(value) if isinstance(value, list | tuple) else value))

@@ -9,12 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompile import verify
 from qcompile.core import model as models
 from qcompile.core import numerics, runtime, validate
 from qcompile.core.contract import Effect, Refusal, Rewritten
-
-#: max|Δ| / max|y| that a rule may move an output by when it only reorders float32 arithmetic.
-CLOSE = 1e-4
 
 Rule = ir.passes.PassBase
 Feeds = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
@@ -42,7 +40,7 @@ def same_function(before: ir.Model, after: ir.Model, effect: Effect, feeds: Feed
         if effect is Effect.EXACT or reference.dtype.kind != "f":
             np.testing.assert_array_equal(outputs[name], reference)
         else:
-            assert numerics.relative_error(reference, outputs[name]) <= CLOSE
+            assert numerics.relative_error(reference, outputs[name]) <= verify.CLOSE_BOUND[reference.itemsize]
             assert np.any(reference != 0), "an output of zeros proves nothing"
 
 

@@ -108,3 +108,83 @@ def test_gemm_and_matmul(w: np.ndarray, model_of: Build, rewritten: Build, types
     assert types(rewritten(FoldAffine(), model)[0]) == ["MatMul"]
     bias = "(float[2,3,4] x) => (float[2,3,4] y) { g = MatMul (x, w) y = Add (g, k) }"
     assert types(rewritten(FoldAffine(), model_of(bias, w=flat, k=row))[0]) == ["MatMul", "Add"]
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("where", ["behind", "front"])
+def test_transposed_convolutions(
+    where: str, group: int, w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    nodes = {
+        "behind": "c = ConvTranspose <group = %d> (x, w) m = Mul (c, k) y = Add (m, k)",
+        "front": "m = Div (x, k) y = ConvTranspose <group = %d, pads = [1,1,1,1]> (m, w)",
+    }[where]
+    text = f"(float[1,4,6,6] x) => (float[1,4,N,M] y) {{ {nodes % group} }}"
+    assert types(rewritten(FoldAffine(), model_of(text, w=w[:, : 4 // group], k=k))[0]) == ["ConvTranspose"]
+
+
+def test_a_shift_in_front_of_a_transposed_convolution_stays(
+    w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    text = "(float[1,4,6,6] x) => (float[1,4,N,M] y) { m = Add (x, k) y = ConvTranspose (m, w) }"
+    assert types(rewritten(FoldAffine(), model_of(text, w=w, k=k))[0]) == ["Add", "ConvTranspose"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "left"),
+    [
+        ("m = Mul (x, row) y = Gemm <transA = 1> (m, w)", ["Mul", "Gemm"]),
+        ("g = Gemm <transA = 1> (x, w) y = Mul (g, row)", ["Gemm"]),
+        ("g = Gemm <alpha = 0.5> (x, w) y = Mul (g, row)", ["Gemm", "Mul"]),
+        ("g = Gemm (x, w, square) y = Mul (g, row)", ["Gemm", "Mul"]),
+        ("g = Gemm (x, w, one) y = Sub (row, g)", ["Gemm"]),
+        ("g = Gemm (x, w) y = Mul (g, column)", ["Gemm", "Mul"]),
+        ("g = Gemm (x, w) y = Div (row, g)", ["Gemm", "Div"]),
+        ("g = Gemm (x, w) y = Mul (g, g)", ["Gemm", "Mul"]),
+        ("m = Mul (row, x) y = Gemm <transB = 1> (m, w)", ["Gemm"]),
+        ("m = Mul (column, x) y = Gemm (m, w)", ["Mul", "Gemm"]),
+        ("g = MatMul (x, w) y = Mul (g, deep)", ["MatMul", "Mul"]),
+    ],
+)
+def test_forms_of_gemm(
+    nodes: str, left: list[str], w: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    row = np.linspace(0.5, 2, 4, dtype=np.float32)
+    constants = {
+        "row": row, "column": row.reshape(4, 1), "square": np.outer(row, row), "one": row[:1],
+        "deep": row.reshape(1, 1, 4), "w": w[:, :, 0, 0],
+    }  # fmt: skip
+    words = set(nodes.replace(",", " ").replace("(", " ").replace(")", " ").split())
+    rank = "A,B,C" if "deep" in nodes else "A,B"
+    used = {name: array for name, array in constants.items() if name in words}
+    model = model_of(f"(float[4,4] x) => (float[{rank}] y) {{ {nodes} }}", **used)
+    InferShapes()(model)
+    assert types(rewritten(FoldAffine(), model)[0]) == left
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("float16", np.float16), ("double", np.float64)])
+def test_other_floats(kind: str, dtype: type, w: np.ndarray, model_of: Build, rewritten: Build, types: Build) -> None:
+    text = f"({kind}[2,4] x) => ({kind}[2,4] y) {{ g = MatMul (x, w) y = Div (g, k) }}"
+    model = model_of(text, w=w[:, :, 0, 0].astype(dtype), k=np.asarray(3, dtype))
+    InferShapes()(model)
+    model, _ = rewritten(FoldAffine(), model)
+    assert types(model) == ["MatMul"] and model.graph[0].inputs[1].const_value.numpy().dtype == dtype
+
+
+@pytest.mark.parametrize("factor", [1e-6, 6e4])
+def test_weights_that_float16_could_not_hold_stay(factor: float, w: np.ndarray, model_of: Build, types: Build) -> None:
+    text = "(float16[2,4] x) => (float16[2,4] y) { g = MatMul (x, w) y = Mul (g, k) }"
+    model = model_of(text, w=(w[:, :, 0, 0] * 4).astype(np.float16), k=np.float16(factor))
+    InferShapes()(model)
+    FoldAffine()(model)
+    assert types(model) == ["MatMul", "Mul"]
+
+
+def test_what_a_branch_reads_stays(
+    w: np.ndarray, k: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    text = """(float[1,4,6,6] x, bool f) => (float[1,4,4,4] y, float[1,4,4,4] z) {
+        c = Conv (x, w) y = Mul (c, k)
+        z = If (f) <then_branch = t () => (float[1,4,4,4] p) { p = Neg (c) },
+                    else_branch = e () => (float[1,4,4,4] q) { q = Abs (c) }> }"""
+    assert "Mul" in types(rewritten(FoldAffine(), model_of(text, w=w, k=k))[0])

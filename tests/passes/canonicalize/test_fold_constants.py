@@ -200,3 +200,16 @@ def test_older_opsets(opset: int, model_of: Build, rewritten: Build, types: Buil
     text = "(float[2,2] x) => (float[2,2] y) { a = Transpose <perm = [1,0]> (w) b = Add (a, a) y = MatMul (x, b) }"
     model, _ = rewritten(FoldConstants(), model_of(text, opset, w=np.float32([[1, 2], [3, 4]])))
     assert types(model) == ["MatMul"]
+
+
+def test_a_value_that_only_a_removed_branch_read_goes_with_it(model_of: Build, types: Build) -> None:
+    text = """(float[2] x, bool f) => (float[2] y) {
+        a = Exp (x)
+        b = If (f) <then_branch = t () => (float[2] p) { p = Relu (a) },
+                    else_branch = e () => (float[2] q) { q = Neg (a) }>
+        y = Abs (x)
+    }"""
+    model = model_of(text)
+    FoldConstants()(model)
+    assert types(model) == ["Abs"]
+    assert [use.node.op_type for use in model.graph.inputs[0].uses()] == ["Abs"]

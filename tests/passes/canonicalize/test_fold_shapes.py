@@ -63,3 +63,50 @@ def test_integers_are_divided_toward_zero(folded: Build) -> None:
 def test_a_shape_that_is_an_output_is_kept(folded: Build) -> None:
     text = "(float[2,3] x) => (float[2,3] y, int64[2] s) { s = Shape (x) y = Reshape (x, s) }"
     assert "s" in [value.name for value in folded(text).graph.outputs]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "numbers"),
+    [
+        ("s = Shape (x) g = Gather (s, last) u = Unsqueeze (g, axis) t = Concat <axis = 0> (minus, u)", [-1, 4]),
+        ("s = Shape <start = 1> (x) t = Concat <axis = 0> (minus, s)", [-1, 3, 4]),
+        # What is not followed stays as it is, on numbers where those are known.
+        ("s = Shape (x) g = Slice (s, one, end) p = ReduceProd (g) t = Concat <axis = 0> (minus, p)", None),
+        ("s = Shape (x) i = Cast <to = 6> (s) m = Mul (i, ones) t = Cast <to = 7> (m)", [0, 3, 4]),
+        ("z = Size (row) u = Reshape (z, axis1) t = Concat <axis = 0> (minus, u)", [-1, 4]),
+    ],
+)  # fmt: skip
+def test_ways_to_write_a_shape(nodes: str, numbers: list[int] | None, folded: Build) -> None:
+    constants = {
+        "last": np.int64(-1), "axis": np.int64([0]), "minus": np.int64([-1]), "one": np.int64([1]),
+        "end": np.int64([2**63 - 1]), "ones": np.int32([1, 1, 1]), "row": np.ones(4, np.float32),
+        "axis1": np.int64([1]),
+    }  # fmt: skip
+    words = set(nodes.replace(",", " ").replace("(", " ").replace(")", " ").split())
+    rank = "A,B,C" if numbers is not None and len(numbers) == 3 else "A,B"
+    text = f"(float[N,3,4] x) => (float[{rank}] y) {{ {nodes} y = Reshape (x, t) }}"
+    used = {name: array for name, array in constants.items() if name in words}
+    model = folded(text, {"x": np.ones((5, 3, 4), np.float32)}, **used)
+    shape = model.graph[-1].inputs[1].const_value
+    assert (None if shape is None else shape.numpy().tolist()) == numbers
+
+
+def test_a_zero_that_means_none_is_not_copied(folded: Build) -> None:
+    text = "(float[N,3] x, float[M,0] e) => (float[P,Q] y) { s = Shape (e) y = Reshape <allowzero = 1> (x0, s) }"
+    model = folded(text, {"x": np.ones((2, 3), np.float32), "e": np.ones((2, 0), np.float32)},
+                   x0=np.zeros((0, 3), np.float32))  # fmt: skip
+    assert [node.op_type for node in model.graph][-1] == "Reshape"
+
+
+def test_a_shape_that_two_read(folded: Build) -> None:
+    text = """(float[N,3,4] x, float[N,12] z) => (float[N,12] y, float[N,12] w) {
+        s = Shape (x) g = Gather <axis = 0> (s, zero) u = Unsqueeze (g, axis) t = Concat <axis = 0> (u, rest)
+        y = Reshape (x, t) w = Reshape (z, t) }"""
+    feeds = {"x": np.ones((5, 3, 4), np.float32), "z": np.ones((5, 12), np.float32)}
+    assert [node.op_type for node in folded(text, feeds, rest=np.int64([12]), **INDEX).graph] == ["Reshape", "Reshape"]
+
+
+def test_numbers_that_no_axis_has_stay(folded: Build) -> None:
+    text = """(float[4] x) => (int64[1] y) {
+        s = Shape (x) a = Mul (s, big) b = Mul (a, big) y = Add (b, s) }"""
+    folded(text, big=np.int64([2**40]))

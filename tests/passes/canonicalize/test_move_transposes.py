@@ -81,3 +81,70 @@ def test_values_read_twice_and_outputs_keep_their_names(moved: Build) -> None:
     text = f"""(float[1,3,4,5] x) => (float[1,3,4,5] y, float[1,4,5,3] u, float[1,4,5,3] t) {{
         t = {THERE} (x) u = Relu (t) y = {BACK} (u) }}"""
     assert moved(text).count("Transpose") <= 2
+
+
+def test_a_pad_in_front_of_anything_else_stays_where_it_is(moved: Build) -> None:
+    text = f"""(float[2,4,5,6] x) => (float[A,B,C,D] y) {{
+        p = Pad (x, pads) t = {THERE} (p) h, i = Split <axis = 2> (t, halves) m = Mul (h, i)
+        y = Transpose <perm = [1,3,2,0]> (m) }}"""
+    assert moved(text, pads=np.int64([0, 0, 1, 0, 0, 0, 0, 2]), halves=np.int64([4, 4]))[0] == "Pad"
+
+
+def test_a_transpose_whose_result_is_an_output_is_not_shared(moved: Build) -> None:
+    text = f"""(float[2,3,4,5] x) => (float[A,B,C,D] y, float[2,4,5,3] z) {{
+        s = Sub (x, x) a = {THERE} (s) r = Exp (a) z = {THERE} (x) y = {THERE} (r) }}"""
+    assert moved(text).count("Transpose") <= 2
+
+
+def test_a_transpose_that_an_interface_needs_is_an_identity(moved: Build) -> None:
+    text = (
+        "(float[N,3,4] x) => (float[N,3,4] y) { a = Transpose <perm = [2,0,1]> (x) y = Transpose <perm = [1,2,0]> (a) }"
+    )
+    assert moved(text) == ["Identity"]
+
+
+def test_a_name_that_is_taken(moved: Build) -> None:
+    text = f"""(float[1,3,4,5] x, float[1,3,4,5] z) => (float[1,4,5,3] y, float[1,4,5,3] c_transposed) {{
+        a = {THERE} (x) b = {THERE} (z) c = Add (a, b) y = Relu (c) c_transposed = Neg (y) }}"""
+    assert moved(text).count("Transpose") <= 2
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "r = Relu (a) b = Slice (r, one, two, last)", "b = Slice (a, one, two)",
+        "b = ReduceMax <keepdims = 1> (a, axes)", "b = Pad <mode = \"reflect\"> (a, pads)",
+        "c, d = Split <axis = -1> (a, sizes) b = Concat <axis = -1> (d, c)",
+        "b = LogSoftmax <axis = 1> (a)", "b = PRelu (a, slope)", "b = Max (a, k2)",
+    ],
+)  # fmt: skip
+def test_axes_counted_from_behind_and_constants_of_lower_rank(between: str, moved: Build) -> None:
+    constants = {
+        "one": np.int64([1]), "two": np.int64([3]), "last": np.int64([-1]), "axes": np.int64([-1, 1]),
+        "pads": np.int64([0, 1, 2, 0, 0, 0, 1, 0]), "sizes": np.int64([1, 2]), "slope": np.float32([0.1, 0.2, 0.3]),
+        "k2": np.linspace(-1, 1, 15).reshape(5, 3).astype(np.float32),
+    }  # fmt: skip
+    words = set(between.replace(",", " ").replace("(", " ").replace(")", " ").split())
+    text = f"(float[4,3,4,5] x) => (float[A,B,C,D] y) {{ a = {THERE} (x) {between} y = {BACK} (b) }}"
+    assert "Transpose" not in moved(text, **{name: array for name, array in constants.items() if name in words})
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "b = Pad (a, pads, , axes)",
+        "b = ReduceMean (a, t)",
+        "b = LayerNormalization (a, k)",
+        "b = Slice (a, t, two, one)",
+    ],
+)
+def test_what_does_care_stays(between: str, model_of: Build, rewritten: Build, types: Build) -> None:
+    constants = {"pads": np.int64([1, 1]), "axes": np.int64([1]), "k": np.ones(3, np.float32), "one": np.int64([1]),
+                 "two": np.int64([3])}  # fmt: skip
+    words = set(between.replace(",", " ").replace("(", " ").replace(")", " ").split())
+    given = ", int64[1] t" if "t" in words else ""
+    text = f"(float[2,3,4,5] x{given}) => (float[A,B,C,D] y) {{ a = {THERE} (x) {between} y = {BACK} (b) }}"
+    model = model_of(text, 21, **{name: array for name, array in constants.items() if name in words})
+    InferShapes()(model)
+    feeds = {"t": np.int64([1])} if given else {}
+    assert types(rewritten(MoveTransposes(), model, feeds)[0]).count("Transpose") == 2

@@ -212,3 +212,20 @@ def test_the_body_of_a_loop_keeps_its_outputs_apart(model_of: Build, rewritten: 
     scan = next(node for node in model.graph if node.op_type == "Scan")
     carried, collected = scan.attributes["body"].as_graph().outputs
     assert carried is not collected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "left"),
+    [
+        ("a = Transpose <perm = [1,2,0]> (x) b = Transpose <perm = [2,0,1]> (a) c = Transpose <perm = [0,2,1]> (b)"
+         " d = Transpose <perm = [0,2,1]> (c) y = Neg (d)", ["Neg"]),
+        ("a = Transpose <perm = [1,2,0]> (x) b = Mul (a, one) c = Transpose <perm = [2,0,1]> (b) d = Add (c, zero)"
+         " e = Transpose <perm = [2,1,0]> (d) f = Transpose <perm = [2,1,0]> (e) y = Neg (f)", ["Neg"]),
+        ("a = Reshape (x, s) b = Reshape (a, t) c = Reshape (b, s) d = Reshape (c, t) y = Neg (d)", ["Reshape", "Neg"]),
+    ],
+)  # fmt: skip
+def test_pairs_behind_pairs(nodes: str, left: list[str], model_of: Build, rewritten: Build, types: Build) -> None:
+    constants = {"one": np.float32(1), "zero": np.float32(0), "s": np.int64([6, 4]), "t": np.int64([2, 3, 4])}
+    used = {name: array for name, array in constants.items() if f", {name})" in nodes}
+    model, _ = rewritten(RemoveNoOps(), model_of(f"(float[2,3,4] x) => (float[2,3,4] y) {{ {nodes} }}", 21, **used))
+    assert types(model) == left
