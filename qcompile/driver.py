@@ -133,7 +133,12 @@ def take(source: Source) -> ir.Model:
 
 def canonicalize(job: Job) -> ir.Model:
     """Bring the model into the form that the stages behind expect."""
-    return job.pipeline.apply(Canonicalize(job.target.opset, job.options.shape), job.model)
+    return job.pipeline.apply(canonical_form(job.target, job.options, job.evidence.calibrated), job.model)
+
+
+def canonical_form(target: Target, options: Options, calibrated: bool) -> Canonicalize:
+    """Return the pass that does so; integers want float32 beside them."""
+    return Canonicalize(target.opset, options.shape, widen=any(options.quantized(calibrated)))
 
 
 def calibrate(job: Job, canonical: ir.Model) -> Calibration:

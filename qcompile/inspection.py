@@ -27,7 +27,7 @@ def inspect(path: Path, target_name: str) -> dict[str, Any]:
     target, _ = find_target(target_name)
     model = models.load(path)
     canonical = model.clone()
-    Canonicalize(target.opset)(canonical)
+    Canonicalize(target.opset, widen=True)(canonical)
     patterns = recognise(canonical.graph)
     placement = place(canonical, target, weights=True, activations=True)
     return {
