@@ -53,6 +53,23 @@ def bypass(node: ir.Node, source: ir.Value) -> bool:
     return True
 
 
+def release_removed(model: ir.Model) -> None:
+    """Let nodes that are in no graph any more read nothing.
+
+    Where an If or a Loop is removed, what its subgraphs read of the outer graph would count them as readers for ever.
+    """
+    present = set(model.graph.all_nodes())
+    for graph in model.graphs():
+        for value in (
+            *graph.inputs,
+            *graph.initializers.values(),
+            *(value for node in graph for value in node.outputs),
+        ):
+            for use in list(value.uses()):
+                if use.node not in present:
+                    use.node.replace_input_with(use.idx, None)
+
+
 def replace(node: ir.Node, *new: ir.Node) -> None:
     """Put nodes in the place of one; the last has the same results, by name, type and shape, and the node's name."""
     graph = node.graph

@@ -12,6 +12,7 @@ from onnxscript import optimizer
 
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.errors import first_line
+from qcompile.passes.canonicalize.editing import release_removed
 from qcompile.passes.canonicalize.remove_no_ops import remove_identities
 
 #: These turn stored weights into stored weights of the same size: folding them never makes the model larger.
@@ -41,11 +42,13 @@ class FoldConstants(ir.passes.InPlacePass):
                 )
                 remove_identities(folded)
                 common_passes.RemoveUnusedNodesPass()(folded)
+                release_removed(folded)
             model.graph = folded.graph
         except Exception as error:  # onnxscript computes with onnx's reference operators, which raise what they like
             refusals = (Refusal("model", f"constants are not folded: {first_line(error)}"),)
         remove_identities(model)
         common_passes.RemoveUnusedNodesPass()(model)
+        release_removed(model)
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         return Rewritten(model, True, refusals)
 
