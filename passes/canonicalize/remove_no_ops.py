@@ -48,12 +48,20 @@ class RemoveNoOps(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
-        modified = RewritePass(RULES)(model).modified
-        # Some rules write Constant nodes, where every other pass expects initializers.
-        modified |= common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-        modified |= remove_identities(model)
+        modified = False
+        # What stood between two operators may have been all that kept them from being one.
+        while _apply_rules(model):
+            modified = True
         modified |= common_passes.RemoveUnusedNodesPass()(model).modified
         return ir.passes.PassResult(model, modified)
+
+
+def _apply_rules(model: ir.Model) -> bool:
+    modified = RewritePass(RULES)(model).modified
+    # Some rules write Constant nodes, where every other pass expects initializers.
+    modified |= common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
+    modified |= remove_identities(model)
+    return bool(modified)
 
 
 def remove_identities(model: ir.Model) -> bool:

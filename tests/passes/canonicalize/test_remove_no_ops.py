@@ -212,3 +212,11 @@ def test_the_body_of_a_loop_keeps_its_outputs_apart(model_of: Build, rewritten: 
     scan = next(node for node in model.graph if node.op_type == "Scan")
     carried, collected = scan.attributes["body"].as_graph().outputs
     assert carried is not collected
+
+
+def test_what_comes_to_stand_in_a_row_is_joined_too(model_of: Build, rewritten: Build, types: Build) -> None:
+    text = """(float[2,3] x) => (float[2,3,1,1] y) {
+        a = Unsqueeze (x, k) t = Transpose <perm = [2,1,0]> (a) u = Transpose <perm = [2,1,0]> (t) y = Unsqueeze (u, l)
+    }"""
+    model, _ = rewritten(RemoveNoOps(), model_of(text, k=np.int64([2]), l=np.int64([3])))
+    assert types(model) == ["Unsqueeze"]
