@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -161,6 +162,13 @@ class Pipeline:
         """Record that a pass was not applied, and why."""
         count = len(model.graph)
         self.steps.append(Step(pass_.__name__, pass_.effect.value, count, count, 0.0, tuple(refusals)))
+
+    def record(self, pass_: type[Pass], result: Rewritten) -> None:
+        """Record a pass that was run before there was anything to verify it against."""
+        count = len(result.model.graph)
+        self.steps.append(
+            Step(pass_.__name__, pass_.effect.value, count, count, math.nan, result.refusals, result.notes)
+        )
 
     def measure(self, name: str, codec: Codec[T], compute: Callable[[], T]) -> T:
         """Run a measurement, or take its result from the cache.

@@ -87,7 +87,7 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     artifact.check_own(output, read_plan)
     calibration = Calibration.read(measured)
     target, _ = find_target(options.target)
-    model = driver.take(source)
+    model = driver.take(source).model
     calibration.require_model(models.content_hash(model), measured)
     canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
     decided = driver.decide(canonical, calibration, target, options)
