@@ -27,6 +27,7 @@ from qcompile.passes.canonicalize.plain_gemm import PlainGemm
 from qcompile.passes.canonicalize.raise_opset import RaiseOpset
 from qcompile.passes.canonicalize.remove_no_ops import RemoveNoOps
 from qcompile.passes.canonicalize.remove_trivial_moves import RemoveTrivialMoves
+from qcompile.passes.canonicalize.remove_unused_opsets import RemoveUnusedOpsets
 from qcompile.passes.canonicalize.share_results import ShareResults
 from qcompile.passes.canonicalize.widen_float16 import WidenFloat16
 
@@ -69,6 +70,7 @@ class Canonicalize(ir.passes.InPlacePass):
             FoldConstants(),
             InferShapes(),
             RemoveNoOps(),
+            RemoveUnusedOpsets(),
             # Refusals name the nodes.
             FixNames(),
         )

@@ -1,15 +1,18 @@
-"""A target whose runtime reads an older opset than the compiler works in."""
+"""Opsets at both ends: a model that is newer than the runtime, and a target whose runtime reads older ones."""
 
 from __future__ import annotations
 
 import importlib.resources
 import json
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
 
 from qcompile.backends.ort.lower import OrtBackend
+from qcompile.core import runtime
 from qcompile.core.target import Target
 
 
@@ -61,3 +64,34 @@ def test_what_cannot_be_expressed_is_one_line(opset, reason, toy, tmp_path, qcom
     assert done.code == 3 and done.err.count("\n") == 1
     assert f"target toy takes {opset} at most, which cannot express its {reason}" in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def newest(tmp_path, resnet8) -> Path:
+    """Label ResNet-8 with the newest opset that onnx knows; no operator of it has changed since."""
+    proto = onnx.version_converter.convert_version(onnx.load(resnet8[0]), onnx.defs.onnx_opset_version())
+    proto.ir_version = onnx.IR_VERSION
+    onnx.save(proto, tmp_path / "newest.onnx")
+    return tmp_path / "newest.onnx"
+
+
+@pytest.mark.skipif(
+    onnx.defs.onnx_opset_version() <= runtime.newest_versions()[0], reason="this runtime takes all that onnx knows"
+)
+def test_a_model_that_is_newer_than_the_runtime_is_said_to_be(newest, tmp_path, qcompile, resnet8):
+    opset, _, name = runtime.newest_versions()
+    line = f"The model's opset {onnx.defs.onnx_opset_version()} is newer than {name}'s {opset}: it is lowered"
+    done = qcompile(newest, "--target", "cpu", "--data", resnet8[1], "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["warnings"][0].startswith(line) and line in " ".join(done.out.split())
+    assert report["passes"][0]["name"] == "LowerOpset" and report["passes"][0]["relative_error"] is None
+    schema = json.loads((Path(__file__).parents[2] / "docs/schemas/report.schema.json").read_text())
+    jsonschema.validate(report, schema)
+
+
+def test_a_model_that_is_not_newer_says_nothing(tmp_path, qcompile, resnet8):
+    assert qcompile(resnet8[0], "--target", "cpu", "--data", resnet8[1], "-o", tmp_path / "out").code == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert "LowerOpset" not in {step["name"] for step in report["passes"]}
+    assert not any("lowered" in warning for warning in report["warnings"])
