@@ -27,6 +27,8 @@ CHOICES = {
     ("ScatterND", "max"): 18,
     ("ScatterND", "min"): 18,
 }
+#: The first opset whose Mod of floats may have the divisor's sign.
+FLOOR_MOD = 28
 #: The first opset in which Q and DQ have a scale per channel.
 PER_CHANNEL = 13
 QDQ = ("DequantizeLinear", "QuantizeLinear")
@@ -101,6 +103,8 @@ class LowerOpset(ir.passes.InPlacePass):
             return
         if REDEFINED.get(name, 0) > self.opset or len(node.outputs) > old.max_output:
             yield name
+        if self.opset < FLOOR_MOD and name == "Mod" and _is_floored(node):
+            yield "Mod of floats that rounds down"
         if self.opset < PER_CHANNEL and name in QDQ and any(_length(value) != 1 for value in node.inputs[1:]):
             yield f"{name} with a scale per channel"
             return
@@ -129,6 +133,11 @@ def _lost_attributes(node: ir.Node, new: Schema, old: Schema, opset: int) -> Ite
     for name in sorted(set(new.attributes) & set(old.attributes) - set(node.attributes)):
         if _default(new, name) != _default(old, name):
             yield f"{node.op_type} without '{name}'"
+
+
+def _is_floored(node: ir.Node) -> bool:
+    dtype = structure.input_of(node, 0).dtype
+    return dtype is not None and dtype.is_floating_point() and not node.attributes.get_int("fmod", 0)
 
 
 def _splits_evenly(node: ir.Node, name: str) -> bool:

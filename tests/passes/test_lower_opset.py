@@ -75,6 +75,14 @@ def test_functions_are_looked_into() -> None:
 
 
 @knows_signed_shifts
+def test_mod_of_floats_keeps_the_sign_that_it_has(newest: Build) -> None:
+    text = "(float[2] x, float[2] u) => (float[2] y) { y = Mod <fmod = %d> (x, u) }"
+    assert LowerOpset(26, 13, "it")(newest(text % 1)).modified
+    with pytest.raises(ModelError, match="Mod of floats that rounds down"):
+        LowerOpset(26, 13, "it")(newest(text % 0))
+
+
+@knows_signed_shifts
 def test_a_type_that_the_old_operator_does_not_take(newest: Build) -> None:
     with pytest.raises(ModelError) as caught:
         LowerOpset(26, 13, "it")(newest('(int8[2] x) => (int8[2] y) { y = BitShift <direction = "LEFT"> (x, x) }'))
