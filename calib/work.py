@@ -72,8 +72,8 @@ def _shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
         node.outputs[0].shape = ir.Shape([None])
     found = runtime.Session(copy, optimize=False).run(feeds)
     shapes = {name: array.shape for name, array in feeds.items()}
-    shapes |= {name: tuple(value.shape.numpy()) for name, value in model.graph.initializers.items()
-               if value.shape is not None}  # fmt: skip
+    shapes |= {name: tuple(value.const_value.shape.numpy()) for name, value in model.graph.initializers.items()
+               if value.const_value is not None}  # fmt: skip
     return shapes | {name.removeprefix(_SHAPE): tuple(map(int, shape)) for name, shape in found.items()
                      if name.startswith(_SHAPE)}  # fmt: skip
 

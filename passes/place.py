@@ -161,12 +161,12 @@ class _Placer:
         rule, wish = self.rule(node), self.wishes.get(structure.node_name(node))
         if wish is not None and wish.precision is Precision.FLOAT:
             return wish.reason
-        if rule is None:
+        if inside:
+            reason = "it stands inside a subgraph"
+        elif rule is None:
             absorbable = any(node.op_type in other.fuses for other in self.target.ops.values())
             fate = "not absorbed by the operator in front of it"
             reason = fate if absorbable else f"{self.target.name} has no integer {node.op_type}"
-        elif inside:
-            reason = "it stands inside a subgraph"
         elif rule.kind in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH):
             reason = "not between integer operators"
         else:

@@ -27,7 +27,7 @@ from qcompile.calib.synthetic import carried_over, derivable, propagate
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core import numerics, runtime
-from qcompile.core.contract import Effect, Refusal, Track
+from qcompile.core.contract import Effect, Refusal, Rewritten, Track
 from qcompile.core.errors import ModelError, VerificationError
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.target import Target
@@ -36,9 +36,9 @@ from qcompile.options import Options
 from qcompile.override import wishes
 from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.canonicalize.lower_opset import LowerOpset
 from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.lower_opset import LowerOpset
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.pipeline import CHOICE, DRIFT, STATISTICS, VERDICT, Pipeline, untracked
 
@@ -100,10 +100,12 @@ class Job:
     def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:
         """Load what the options name."""
         target, backend = find_target(options.target)
-        model = take(source)
-        evidence = gather(model, options)
-        pipeline = Pipeline.start(model, evidence, target, options)
-        return cls(model, target, backend, options, evidence, pipeline, track)
+        taken = take(source)
+        evidence = gather(taken.model, options)
+        pipeline = Pipeline.start(taken.model, evidence, target, options)
+        if taken.modified:
+            pipeline.record(LowerOpset, taken)
+        return cls(taken.model, target, backend, options, evidence, pipeline, track)
 
 
 def compile(source: Source, options: Options, track: Track[Any] = untracked) -> CompileResult:
@@ -133,14 +135,23 @@ def compile(source: Source, options: Options, track: Track[Any] = untracked) -> 
     return deliver(job, canonical, quantized, plan, output)
 
 
-def take(source: Source) -> ir.Model:
+def take(source: Source) -> Rewritten:
     """Return the model; one newer than the runtime is lowered first, or there would be nothing to hold it against."""
-    return LowerOpset(*runtime.newest_versions())(models.take(source)).model
+    model = models.take(source)
+    opset, ir_version, name = runtime.newest_versions()
+    came, result = models.opset(model), LowerOpset(opset, ir_version, name)(model)
+    note = f"The model's opset {came} is newer than {name}'s {opset}: it is lowered to that before all."
+    return Rewritten(result.model, result.modified, notes=(note,) if came > opset else ())
 
 
 def canonicalize(job: Job) -> ir.Model:
     """Bring the model into the form that the stages behind expect."""
-    return job.pipeline.apply(Canonicalize(job.target.opset, job.options.shape), job.model)
+    return job.pipeline.apply(canonical_form(job.target, job.options, job.evidence.calibrated), job.model)
+
+
+def canonical_form(target: Target, options: Options, calibrated: bool) -> Canonicalize:
+    """Return the pass that does so; integers want float32 beside them."""
+    return Canonicalize(target.opset, options.shape, widen=any(options.quantized(calibrated)))
 
 
 def calibrate(job: Job, canonical: ir.Model) -> Calibration:
@@ -205,7 +216,7 @@ def quantize(job: Job, canonical: ir.Model, plan: QuantPlan) -> ir.Model:
 
 def deliver(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, output: Path) -> CompileResult:
     """Lower, verify on what calibration did not see, and write the artifact."""
-    evidence = job.evidence.told(plan)
+    evidence, quantized = job.evidence.told(plan), deploy(job, quantized)
     with artifact.staged(output) as folder:
         lowered = job.backend.lower(quantized, plan, job.target, folder)
         run = job.backend.open(folder, lowered.files)
@@ -218,6 +229,13 @@ def deliver(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan,
         measurements = report.measurements(content, latency, job.pipeline)
         artifact.write(folder, plan, content, measurements)
     return CompileResult(output, plan, content, measurements)
+
+
+def deploy(job: Job, quantized: ir.Model) -> ir.Model:
+    """Lower the opset where the target's runtime reads an older one only."""
+    if job.target.deployed_opset is None:
+        return quantized
+    return job.pipeline.apply(LowerOpset.for_target(job.target.deployed_opset, job.target.name), quantized)
 
 
 def _measure(job: Job, canonical: ir.Model, placement: Placement, attempt: str) -> tuple[Statistics, Choice]:

@@ -46,7 +46,7 @@ def inspect(path: Path, target_name: str, data: str | None = None, track: Track[
     target, _ = find_target(target_name)
     model = models.load(path)
     canonical = model.clone()
-    Canonicalize(target.opset)(canonical)
+    Canonicalize(target.opset, widen=True)(canonical)
     patterns = recognise(canonical.graph)
     placement = place(canonical, target, weights=True, activations=True)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,7 @@ from qcompile.core.errors import VerificationError, first_line
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import Options
+from qcompile.passes.canonicalize.widen_float16 import computes_in_float16
 
 T = TypeVar("T")
 
@@ -65,6 +67,8 @@ class Step:
     error : float
         Largest max|Δ| / max|y| of the outputs on the verification samples.
     refusals : tuple of Refusal
+    notes : tuple of str
+        What it did that the report is to say first.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Step:
     nodes_after: int
     error: float
     refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -134,7 +139,7 @@ class Pipeline:
     def _run(self, name: str, pass_: Pass, model: ir.Model) -> tuple[ir.Model, Step]:
         before = len(model.graph)
         result = pass_(model.clone())
-        refusals = result.refusals if isinstance(result, Rewritten) else ()
+        refusals, notes = (result.refusals, result.notes) if isinstance(result, Rewritten) else ((), ())
         if self._outputs is None:
             self._outputs = verify.outputs_of(self.reference, self.samples)
         # What earlier passes moved within their bounds must not count against a pass that is exact.
@@ -145,17 +150,25 @@ class Pipeline:
             fact = f"left a model that does not run ({first_line(error)})"
             raise VerificationError(f"pass {name}", fact, "report it with the model") from error
         try:
-            moved = verify.check_equivalence(name, pass_.effect, expected, found)
+            width = 2 if computes_in_float16(self.reference) else 8
+            moved = verify.check_equivalence(name, pass_.effect, expected, found, width)
         except VerificationError:
             verify.require_repeatable(self.reference, self.samples, self._outputs)
             raise
-        step = Step(name, pass_.effect.value, before, len(result.model.graph), float(f"{moved:.3g}"), refusals)
+        step = Step(name, pass_.effect.value, before, len(result.model.graph), float(f"{moved:.3g}"), refusals, notes)
         return result.model, step
 
     def decline(self, pass_: type[Pass], model: ir.Model, refusals: Sequence[Refusal]) -> None:
         """Record that a pass was not applied, and why."""
         count = len(model.graph)
         self.steps.append(Step(pass_.__name__, pass_.effect.value, count, count, 0.0, tuple(refusals)))
+
+    def record(self, pass_: type[Pass], result: Rewritten) -> None:
+        """Record a pass that was run before there was anything to verify it against."""
+        count = len(result.model.graph)
+        self.steps.append(
+            Step(pass_.__name__, pass_.effect.value, count, count, math.nan, result.refusals, result.notes)
+        )
 
     def measure(self, name: str, codec: Codec[T], compute: Callable[[], T]) -> T:
         """Run a measurement, or take its result from the cache.
@@ -181,7 +194,8 @@ class Pipeline:
         header, _, body = content.partition(b"\n")
         entry = json.loads(header)
         refusals = tuple(Refusal(**refusal) for refusal in entry.pop("refusals"))
-        return ir.from_proto(onnx.ModelProto.FromString(body)), replace(Step(**entry), refusals=refusals)
+        step = replace(Step(**entry), refusals=refusals, notes=tuple(entry["notes"]))
+        return ir.from_proto(onnx.ModelProto.FromString(body)), step
 
     def _store(self, model: ir.Model, step: Step) -> None:
         # A model beyond protobuf's 2 GiB is made again rather than stored: its stages cost less than its bytes.

@@ -72,7 +72,7 @@ def build(
             for refusal in refusals
         ],
     }  # fmt: skip
-    content["warnings"] = _warnings(content, lowered)
+    content["warnings"] = [*(note for step in steps for note in step.notes), *_warnings(content, lowered)]
     return content
 
 

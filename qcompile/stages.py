@@ -19,7 +19,6 @@ from qcompile.core.errors import UsageError
 from qcompile.core.plan import QuantPlan
 from qcompile.driver import CompileResult, Job, Source
 from qcompile.options import Options
-from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.check_plan import check_plan
 from qcompile.pipeline import untracked
 
@@ -89,9 +88,9 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     artifact.check_own(output, read_plan)
     calibration = Calibration.read(measured)
     target, _ = find_target(options.target)
-    model = driver.take(source)
+    model = driver.take(source).model
     calibration.require_model(models.content_hash(model), measured)
-    canonical = Canonicalize(target.opset, options.shape)(model).model
+    canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
     decided = driver.decide(canonical, calibration, target, options)
     artifact.write_file(output, decided.to_json().encode())
     return decided

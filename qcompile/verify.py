@@ -19,7 +19,7 @@ from qcompile.core.plan import Precision, QuantPlan
 from qcompile.passes import structure
 from qcompile.passes.insert_qdq import dequantized_name
 
-#: Largest max|Δ| / max|y| of a CLOSE pass, by the bytes of the widest float among the outputs.
+#: Largest max|Δ| / max|y| of a CLOSE pass, by the bytes of an output's float, or of a narrower one on the way to it.
 CLOSE_BOUND = {8: 1e-4, 4: 1e-4, 2: 2e-2}
 #: Kernels may differ from the QDQ model by their own rounding, but not by more than this, or than quantization did.
 KERNEL_BOUND = 20.0
@@ -55,7 +55,7 @@ def require_repeatable(model: ir.Model, samples: Sequence[Sample], outputs: Sequ
 
 
 def check_equivalence(
-    name: str, effect: Effect, before: Sequence[runtime.Outputs], after: Sequence[runtime.Outputs]
+    name: str, effect: Effect, before: Sequence[runtime.Outputs], after: Sequence[runtime.Outputs], width: int = 8
 ) -> float:
     """Hold a pass to its effect.
 
@@ -66,6 +66,8 @@ def check_equivalence(
     effect : Effect
     before, after : sequences of outputs
         Per sample, of the model before and after the pass.
+    width : int
+        Bytes of the narrowest float that results of the model round to.
 
     Returns
     -------
@@ -86,16 +88,16 @@ def check_equivalence(
             if y.shape != z.shape or y.dtype != z.dtype:
                 raise _broken(name, effect, f"changed output '{output}' from {y.dtype}{y.shape} to {z.dtype}{z.shape}")
             error = numerics.relative_error(y, z) if y.dtype.kind == "f" else float(not np.array_equal(y, z))
-            _hold(name, effect, output, y, z, error)
+            _hold(name, effect, output, y, z, error, width)
             worst = max(worst, error)
     return worst
 
 
-def _hold(name: str, effect: Effect, output: str, y: Array, z: Array, error: float) -> None:
+def _hold(name: str, effect: Effect, output: str, y: Array, z: Array, error: float, width: int) -> None:
     if effect is Effect.EXACT and not np.array_equal(y, z, equal_nan=y.dtype.kind == "f"):
         raise _broken(name, effect, f"is exact, but moved output '{output}' by {error:.2g} of its largest value")
     if effect is Effect.CLOSE:
-        bound = CLOSE_BOUND.get(y.dtype.itemsize, 0.0) if y.dtype.kind == "f" else 0.0
+        bound = CLOSE_BOUND.get(min(width, y.dtype.itemsize), 0.0) if y.dtype.kind == "f" else 0.0
         if not error <= bound:
             raise _broken(
                 name, effect, f"moved output '{output}' by {error:.2g} of its largest value, more than {bound:.2g}"

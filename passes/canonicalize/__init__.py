@@ -27,7 +27,9 @@ from qcompile.passes.canonicalize.plain_gemm import PlainGemm
 from qcompile.passes.canonicalize.raise_opset import RaiseOpset
 from qcompile.passes.canonicalize.remove_no_ops import RemoveNoOps
 from qcompile.passes.canonicalize.remove_trivial_moves import RemoveTrivialMoves
+from qcompile.passes.canonicalize.remove_unused_opsets import RemoveUnusedOpsets
 from qcompile.passes.canonicalize.share_results import ShareResults
+from qcompile.passes.canonicalize.widen_float16 import WidenFloat16
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ class Canonicalize(ir.passes.InPlacePass):
         The default operator set is raised to this version.
     shapes : mapping of str to tuple of int
         Inputs to fix, by name.
+    widen : bool
+        Compute in float32 what is float16.
     """
 
     opset: int
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    widen: bool = False
     effect: ClassVar[Effect] = Effect.CLOSE
 
     def rules(self) -> tuple[ir.passes.PassBase, ...]:
@@ -57,24 +62,27 @@ class Canonicalize(ir.passes.InPlacePass):
             RaiseOpset(self.opset),
             InferShapes(),
             FoldConstants(),
+            # Functions are inlined, and types are known.
+            *([WidenFloat16()] if self.widen else []),
             # Constants that were folded tell more shapes, and shapes more constants.
             InferShapes(),
             FoldShapes(),
             FoldConstants(),
             InferShapes(),
             RemoveNoOps(),
+            RemoveUnusedOpsets(),
         )
 
     def call(self, model: ir.Model) -> Rewritten:
         """Apply the rules in place; those that make work for one another run until nothing changes."""
-        modified, refusals = _apply(self.prepare(), model)
+        modified, refusals, notes = _apply(self.prepare(), model)
         for _ in range(ROUNDS):
-            settled, _none = _apply(SETTLE, model)
-            changed, left = _apply(tidy(), model)
+            settled, _, _ = _apply(SETTLE, model)
+            changed, left, _ = _apply(tidy(), model)
             modified |= settled or changed
             if not changed:
                 break
-        return Rewritten(model, modified, (*refusals, *left))
+        return Rewritten(model, modified, (*refusals, *left), notes)
 
 
 def tidy() -> tuple[ir.passes.PassBase, ...]:
@@ -102,11 +110,9 @@ SETTLE = (InferShapes(), FoldShapes(), FixNames())
 ROUNDS = 6
 
 
-def _apply(rules: Iterable[ir.passes.PassBase], model: ir.Model) -> tuple[bool, tuple[Refusal, ...]]:
-    modified = False
-    refusals: list[Refusal] = []
-    for rule in rules:
-        result = rule(model)
-        modified |= result.modified
-        refusals.extend(result.refusals if isinstance(result, Rewritten) else ())
-    return modified, tuple(refusals)
+def _apply(rules: Iterable[ir.passes.PassBase], model: ir.Model) -> tuple[bool, tuple[Refusal, ...], tuple[str, ...]]:
+    results = [rule(model) for rule in rules]
+    said = [result for result in results if isinstance(result, Rewritten)]
+    refusals = tuple(refusal for result in said for refusal in result.refusals)
+    notes = tuple(note for result in said for note in result.notes)
+    return any(result.modified for result in results), refusals, notes

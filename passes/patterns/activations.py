@@ -41,7 +41,7 @@ class ActivationKind(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """An activation of several nodes, or of one that is younger than opset 13.
+    """An activation of several nodes, or of one that is younger than opset 13: result = factor · kind(source).
 
     Attributes
     ----------
@@ -53,6 +53,8 @@ class Activation:
         All of its nodes.
     shared
         What stands between the nodes is read by others too, so that the nodes cannot be replaced.
+    factor
+        2 for GELU where its 0.5 went into the weights behind it, 6 for hard-swish without its 1/6.
     """
 
     kind: ActivationKind
@@ -60,6 +62,7 @@ class Activation:
     result: ir.Value
     nodes: tuple[ir.Node, ...]
     shared: bool = False
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ TOLERANCE = 2.0**-10
 def activations(graph: ir.Graph) -> tuple[Activation, ...]:
     """Find every activation of the kinds above, in the order of the graph.
 
-    Factors may stand anywhere in the product, and the polynomial inside GELU's tanh in any order. A gate times another
-    tensor (GLU, squeeze and excitation) is none, nor is a gate whose constants differ by more than `TOLERANCE`.
+    Factors may stand anywhere in the product, or be missing from it (they fold into weights behind it), and the
+    polynomial inside GELU's tanh may have any order. A gate times another tensor (GLU, squeeze and excitation) is none,
+    nor is a gate whose constants differ by more than `TOLERANCE`.
     """
     found = []
     for node in graph:
@@ -133,9 +137,9 @@ def _gated(gate: ir.Node) -> Activation | None:
                 inner = _argument_nodes(argument, source, form)
                 product = None if inner is None else _product(start, source, form.factor / scale)
                 if inner is not None and product is not None:
-                    result, outer = product
+                    result, outer, factor = product
                     nodes = tuple(dict.fromkeys([*inner, gate, *shift_nodes, *outer]))
-                    return Activation(form.kind, source, result, nodes, is_shared(nodes, result))
+                    return Activation(form.kind, source, result, nodes, is_shared(nodes, result), factor)
     return None
 
 
@@ -229,21 +233,27 @@ def _combined(op_type: str, left: Polynomial, right: Polynomial) -> Polynomial |
     return left ** int(number) if number in (2.0, 3.0) and left.degree() == 1 else None
 
 
-def _product(start: ir.Value, source: ir.Value, factor: float) -> tuple[ir.Value, list[ir.Node]] | None:
-    """Follow the product behind a gate until the source and the factor are in it, each once."""
+def _product(start: ir.Value, source: ir.Value, factor: float) -> tuple[ir.Value, list[ir.Node], float] | None:
+    """Follow the product behind a gate until the source and the factor are in it, each once.
+
+    Where the factor does not come, the product ends at the source, and is too large by the number that is returned.
+    """
     value, nodes, so_far, has_source = start, list[ir.Node](), 1.0, False
+    ends: tuple[ir.Value, list[ir.Node], float] | None = None
     while len(nodes) <= 6:
         if has_source and _near(so_far, factor):
-            return value, nodes
+            return value, nodes, 1.0
+        if has_source and ends is None:
+            ends = value, list(nodes), so_far / factor
         behind = data_readers(value) if value is start else [node for node in [only_reader(value)] if node is not None]
         steps = [(node, step) for node in behind if (step := _factor(node, value, source)) is not None]
         steps = [(node, step) for node, step in steps if not (step[1] and has_source)]
         if not steps:
-            return None
+            return ends
         node, (number, is_source, inner) = steps[0]
         value, so_far, has_source = node.outputs[0], so_far * number, has_source or is_source
         nodes += [node, *inner]
-    return None
+    return ends
 
 
 def _factor(node: ir.Node, value: ir.Value, source: ir.Value) -> tuple[float, bool, list[ir.Node]] | None:

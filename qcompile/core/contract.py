@@ -44,9 +44,10 @@ class Refusal:
 
 @dataclass
 class Rewritten(ir.passes.PassResult):
-    """A pass's result together with its refusals."""
+    """A pass's result together with its refusals, and with notes: what it did that the report is to say first."""
 
     refusals: tuple[Refusal, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
 
 
 class Pass(Protocol):

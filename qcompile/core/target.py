@@ -63,7 +63,7 @@ class Target:
     summary : str
         One line for ``qcompile targets``.
     opset : int
-        ONNX opset of the artifact.
+        ONNX opset that the compiler works in, and of the artifact.
     activation_dtype, weight_dtype : str
     per_channel : bool
         Weights have a scale per output channel.
@@ -71,6 +71,8 @@ class Target:
         By op type; what is not listed stays in float.
     settings : mapping
         The backend's own table.
+    deployed_opset : int, optional
+        The newest opset that the device's runtime reads, where that is older than `opset`, which the compiler works in.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Target:
     per_channel: bool
     ops: Mapping[str, OpRule]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    deployed_opset: int | None = None
 
     @classmethod
     def from_toml(cls, source: Traversable) -> Self:

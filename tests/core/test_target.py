@@ -70,3 +70,8 @@ def test_one_activation_in_place_of_a_list_is_refused(read: Callable[[str], Targ
     # tuple("Relu") would be four letters, and nothing would fuse, in silence.
     with pytest.raises(TargetError, match="fuses"):
         read(HEAD + '[ops.Conv]\nkind = "linear"\nfuses = "Relu"\n')
+
+
+def test_the_deployed_opset(read: Callable[[str], Target]) -> None:
+    assert read(HEAD + "[ops]\n").deployed_opset is None
+    assert read(HEAD + "deployed_opset = 13\n[ops]\n").deployed_opset == 13

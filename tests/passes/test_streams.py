@@ -174,7 +174,8 @@ def test_a_constant_in_two_streams_does_not_join_them(found: Find) -> None:
     [
         ("b = MatMul (e, wb) r = Relu (b) o = Add (r, e)", "an activation writes into it"),
         ("b = MatMul (e, wb) r = Mul (b, u) o = Add (r, e)", "Mul writes into it"),
-        ("b = MatMul (e, wb) r = Mul (b, scale) o = Add (r, e)", "Mul by a constant of each channel writes into it"),
+        ("b = MatMul (e, wb) r = Mul (b, scale) s = Add (r, e) o = Add (s, b)",
+         "Mul by a constant of each channel writes into it"),
         ("b = MatMul (e, wb) s = Add (b, e) o = Softmax (s)", "Softmax reads it"),
         ("b = MatMul (e, wb) s = Add (b, e) o = Concat <axis = 2> (s, s, s)", "Concat reads it"),
         ("b = MatMul (e, wb) s = Add (b, e) o = Slice (s, i0, i4, i2)", "Slice reads it"),

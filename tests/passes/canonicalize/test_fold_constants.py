@@ -195,6 +195,18 @@ def test_an_if_on_an_input_stays_and_one_on_a_constant_does_not(
     assert types(model) == ["Add"]
 
 
+def test_what_is_removed_with_a_branch_reads_nothing_any_more(model_of: Build) -> None:
+    text = """(float[2] x) => (float[2] y) {
+        h = Exp (x)
+        y = If (always) <then_branch = t () => (float[2] a) { a = Neg (x) },
+                         else_branch = e () => (float[2] b) { k = Mul (h, w) b = Add (k, x) }>
+    }"""
+    model = model_of(text, always=np.array(True), w=np.ones(2, np.float32))
+    FoldConstants()(model)
+    assert [node.op_type for node in model.graph] == ["Neg"]
+    assert [reader.op_type for reader in model.graph.inputs[0].consumers()] == ["Neg"]
+
+
 @pytest.mark.parametrize("opset", [9, 11, 13])
 def test_older_opsets(opset: int, model_of: Build, rewritten: Build, types: Build) -> None:
     text = "(float[2,2] x) => (float[2,2] y) { a = Transpose <perm = [1,0]> (w) b = Add (a, a) y = MatMul (x, b) }"

@@ -229,3 +229,11 @@ def test_pairs_behind_pairs(nodes: str, left: list[str], model_of: Build, rewrit
     used = {name: array for name, array in constants.items() if f", {name})" in nodes}
     model, _ = rewritten(RemoveNoOps(), model_of(f"(float[2,3,4] x) => (float[2,3,4] y) {{ {nodes} }}", 21, **used))
     assert types(model) == left
+
+
+def test_what_comes_to_stand_in_a_row_is_joined_too(model_of: Build, rewritten: Build, types: Build) -> None:
+    text = """(float[2,3] x) => (float[2,3,1,1] y) {
+        a = Unsqueeze (x, k) t = Transpose <perm = [2,1,0]> (a) u = Transpose <perm = [2,1,0]> (t) y = Unsqueeze (u, l)
+    }"""
+    model, _ = rewritten(RemoveNoOps(), model_of(text, k=np.int64([2]), l=np.int64([3])))
+    assert types(model) == ["Unsqueeze"]

@@ -102,7 +102,7 @@ def check(model: ir.Model) -> Patterns:
     for norm in patterns.norms:
         same(values[norm.result], normalized(norm, values[norm.source], values))
     for activation in patterns.activations:
-        same(values[activation.result], FUNCTIONS[activation.kind](values[activation.source]))
+        same(values[activation.result], activation.factor * FUNCTIONS[activation.kind](values[activation.source]))
     for rope in patterns.ropes:
         same(values[rope.result], turned(rope, values[rope.source], values))
     for attention in patterns.attentions:
