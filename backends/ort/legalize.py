@@ -9,12 +9,16 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from qcompile.core import model as models
 from qcompile.core import numerics
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
+from qcompile.passes.patterns.activations import Activation, ActivationKind, activations
 
 #: Operators for which the runtime has a kernel that reads integer weights itself, given a DequantizeLinear.
 READS_INTEGER_WEIGHTS = frozenset({"MatMul"})
+#: The first opset that has Gelu.
+GELU_OPSET = 20
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,40 @@ class KeepMatMulFromGemm(ir.passes.InPlacePass):
                         modified |= _store_as_row(model.graph, reader, 1 - index)
         common_passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified)
+
+
+@dataclass(frozen=True)
+class JoinGelu(ir.passes.InPlacePass):
+    """Write GELU of several operators as one (opset 20): its kernel reads and writes each element once.
+
+    ONNX Runtime joins it by itself only where its ½ has not gone into the weights behind it.
+    """
+
+    effect: ClassVar[Effect] = Effect.CLOSE
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        found = [one for one in activations(model.graph)
+                 if one.kind is ActivationKind.GELU and len(one.nodes) > 1 and not one.shared
+                 and structure.is_float32(one.source)]  # fmt: skip
+        if models.opset(model) < GELU_OPSET:
+            return ir.passes.PassResult(model, False)
+        for one in found:
+            _join_gelu(model.graph, one)
+        common_passes.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, bool(found))
+
+
+def _join_gelu(graph: ir.Graph, one: Activation) -> None:
+    last, name = one.result.producer(), structure.name_of(one.result)
+    assert last is not None
+    new = [ir.node("Gelu", [one.source], name=f"{name}_Gelu")]
+    if one.factor != 1.0:
+        factor = ir.Value(name=f"{name}_factor", const_value=ir.tensor(np.float32(one.factor), name=f"{name}_factor"))
+        graph.register_initializer(factor)
+        new[0].outputs[0].name = f"{name}_unscaled"
+        new.append(ir.node("Mul", [new[0].outputs[0], factor], name=f"{name}_Mul"))
+    ir.convenience.replace_nodes_and_values(graph, last, [last], new, [one.result], [new[-1].outputs[0]])
 
 
 def _would_be_fused(node: ir.Node, reader: ir.Node) -> bool:

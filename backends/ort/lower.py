@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.backends.base import Lowered
-from qcompile.backends.ort.legalize import KeepMatMulFromGemm, UnpackWeightsAtLoad
+from qcompile.backends.ort.legalize import JoinGelu, KeepMatMulFromGemm, UnpackWeightsAtLoad
 from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Refusal
@@ -46,6 +46,7 @@ class OrtBackend:
         legal = model.clone()
         UnpackWeightsAtLoad()(legal)
         KeepMatMulFromGemm()(legal)
+        JoinGelu()(legal)
         path = folder / MODEL_FILE
         models.save(legal, path)
         written = tuple(sorted(file.name for file in folder.iterdir() if file.name.startswith(MODEL_FILE)))

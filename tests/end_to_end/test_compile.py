@@ -406,5 +406,5 @@ def test_inspect_shows_what_outliers_cost(qcompile, resnet8):
     assert {row["op_type"] for row in rows} == {"Conv"} and len(rows) == 7, "two pairs of Convs share their input"
     gains = [row["per_channel"] - row["per_tensor"] for row in rows]
     assert gains == sorted(gains, reverse=True) and gains[0] > 3 and all(row["ratio"] >= 1 for row in rows)
-    assert "with a scale each" in qcompile("inspect", model, "--data", calibration).out
+    assert "outliers cost" in qcompile("inspect", model, "--data", calibration).out
     assert json.loads(qcompile("inspect", model, "--json").out)["outliers"] == []
