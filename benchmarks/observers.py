@@ -15,12 +15,13 @@ import tomllib
 from itertools import islice
 from pathlib import Path
 
-from qcompile import driver
+from qcompile import decision, driver
 from qcompile.calib.data import input_specs, open_data
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores
 from qcompile.calib.trials import OutputError
 from qcompile.core import numerics, runtime
+from qcompile.job import Job
 from qcompile.options import Options
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.pipeline import untracked
@@ -48,9 +49,9 @@ in hindsight, which no tool can know beforehand.
 def fidelity(observer: str, model: Path, calibration: Path, evaluation: Path) -> float:
     """Return the SQNR of one choice."""
     options = Options("cpu", data=str(calibration), eval=str(evaluation), observer=observer)  # type: ignore[arg-type]
-    job = driver.Job.begin(model, options, untracked)
+    job = Job.begin(model, options, untracked)
     canonical = driver.canonicalize(job)
-    plan = driver.decide(canonical, driver.calibrate(job, canonical), job.target, options)
+    plan = decision.decide(canonical, decision.calibrate(job, canonical), job.target, options)
     quantized = InsertQdq(plan)(canonical.clone()).model
     sessions = [runtime.Session(at_scores(part), optimize=False) for part in (canonical, quantized)]
     error = OutputError()

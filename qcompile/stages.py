@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qcompile import artifact, driver, recipe
+from qcompile import artifact, decision, driver, recipe
 from qcompile.backends.base import find_target
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Track
 from qcompile.core.errors import UsageError
 from qcompile.core.plan import QuantPlan
-from qcompile.driver import CompileResult, Job, Source
+from qcompile.driver import CompileResult
+from qcompile.job import Job, Source, take
 from qcompile.options import Options
 from qcompile.passes.check_plan import check_plan
 from qcompile.pipeline import untracked
@@ -62,7 +63,7 @@ def calibrate(source: Source, options: Options, output: Path, track: Track[Any] 
     artifact.check_own(output, Calibration.read)
     job = Job.begin(source, options, track)
     canonical = driver.canonicalize(job)
-    calibration = driver.calibrate(job, canonical)
+    calibration = decision.calibrate(job, canonical)
     artifact.write_file(output, calibration.to_bytes())
     evidence = job.evidence.guessing() if calibration.guessed else job.evidence
     return Written(output, calibration, evidence.caveat)
@@ -88,10 +89,10 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     artifact.check_own(output, read_plan)
     calibration = Calibration.read(measured)
     target, _ = find_target(options.target)
-    model = driver.take(source).model
+    model = take(source).model
     calibration.require_model(models.content_hash(model), measured)
     canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
-    decided = driver.decide(canonical, calibration, target, options)
+    decided = decision.decide(canonical, calibration, target, options)
     artifact.write_file(output, decided.to_json().encode())
     return decided
 

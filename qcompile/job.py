@@ -1,0 +1,69 @@
+"""One compile: the model, the target, and everything that the stages share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import onnx
+import onnx_ir as ir
+
+from qcompile.backends.base import Backend, find_target
+from qcompile.core import model as models
+from qcompile.core import runtime
+from qcompile.core.contract import Rewritten, Track
+from qcompile.core.target import Target
+from qcompile.evidence import Evidence, gather
+from qcompile.options import Options
+from qcompile.passes.lower_opset import LowerOpset
+from qcompile.pipeline import Pipeline
+
+#: Every form that a caller may have a model in.
+Source = str | Path | onnx.ModelProto | ir.Model
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage of one compile works with.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        As it came in.
+    target : Target
+    backend : Backend
+    options : Options
+    evidence : Evidence
+    pipeline : Pipeline
+    track : callable
+        Shows progress over samples.
+    """
+
+    model: ir.Model
+    target: Target
+    backend: Backend
+    options: Options
+    evidence: Evidence
+    pipeline: Pipeline
+    track: Track[Any]
+
+    @classmethod
+    def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:
+        """Load what the options name."""
+        target, backend = find_target(options.target)
+        taken = take(source)
+        evidence = gather(taken.model, options)
+        pipeline = Pipeline.start(taken.model, evidence, target, options)
+        if taken.modified:
+            pipeline.record(LowerOpset, taken)
+        return cls(taken.model, target, backend, options, evidence, pipeline, track)
+
+
+def take(source: Source) -> Rewritten:
+    """Return the model; one newer than the runtime is lowered first, or there would be nothing to hold it against."""
+    model = models.take(source)
+    opset, ir_version, name = runtime.newest_versions()
+    came, result = models.opset(model), LowerOpset(opset, ir_version, name)(model)
+    note = f"The model's opset {came} is newer than {name}'s {opset}: it is lowered to that before all."
+    return Rewritten(result.model, result.modified, notes=(note,) if came > opset else ())
