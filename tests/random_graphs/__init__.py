@@ -20,11 +20,12 @@ from random_graphs.builder import BATCH, Builder, Dims, Tensor
 Step = Callable[[Builder], None]
 #: What is named more than once is drawn more often.
 STEPS: tuple[Step, ...] = (
-    *(compute.conv,) * 4, compute.conv_transpose, compute.batch_norm, *(compute.gemm,) * 2, compute.matmul,
-    *(compute.affine,) * 2, compute.neutral, *(compute.combine,) * 2, compute.repeat, *(compute.activation,) * 2,
+    *(compute.conv,) * 4, compute.conv_transpose, compute.batch_norm, *(compute.gemm,) * 2, *(compute.matmul,) * 2,
+    *(compute.affine,) * 2, *(compute.factors,) * 2, compute.neutral,
+    *(compute.combine,) * 2, compute.repeat, *(compute.activation,) * 2,
     *(compute.bound,) * 2, compute.pool, compute.reduce, compute.softmax, compute.layer_norm, compute.casts,
     compute.idle, compute.branch, *(move.residual,) * 2, *(move.pad,) * 2, *(move.transpose,) * 2,
-    *(move.reshape,) * 2, *(move.view,) * 2, move.concat, move.split, move.cut, move.expand,
+    *(move.reshape,) * 3, *(move.view,) * 2, move.concat, move.split, move.cut, move.expand,
 )  # fmt: skip
 
 

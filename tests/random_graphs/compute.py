@@ -113,6 +113,15 @@ def affine(b: Builder) -> None:
     b.add(op_type, [number, x.name] if swap else [x.name, number], x.dims)
 
 
+def factors(b: Builder) -> None:
+    """Multiply and divide by constants in a row."""
+    x = b.operand()
+    for _ in range(b.integer(2, 3) if x is not None else 0):
+        assert x is not None
+        shape = (x.shape[-1],) if x.rank and isinstance(x.dims[-1], int) and b.pick(True, False) else ()
+        x = b.add(b.pick("Mul", "Div"), [x.name, b.positive(*shape)], x.dims)
+
+
 def neutral(b: Builder) -> None:
     x = b.operand()
     if x is not None:

@@ -65,7 +65,7 @@ def reshape(b: Builder) -> None:
     dims: Dims = (x.dims[0], *b.pick(rest, (int(np.prod(rest)),), (*rest, 1), (1, *rest), rest[::-1]))
     if len(dims) > 5:
         return
-    style = b.pick("constant", "copy", "chain", "shape")
+    style = b.pick("chain", "constant", "copy", "shape")
     if style == "shape" and dims == x.dims:
         wanted = b.raw("Shape", [x.name])
     elif style == "chain":
