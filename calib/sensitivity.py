@@ -17,7 +17,7 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.trials import Trials, quantizations
+from qcompile.calib.trials import OutputError, Trials, quantizations
 from qcompile.core.contract import Track
 
 Key = TypeVar("Key", str, Observer)
@@ -138,15 +138,17 @@ def choose_observers(
     if not each_its_own:
         best = choices[_least(compare(fit, 1))]
         tried = {name: {best[name]: found[best[name]]} for name, found in candidates.items()}
-    alone: Mapping[str, Mapping[Observer, float]] = {}
+    alone: Mapping[str, Mapping[Observer, OutputError]] = {}
     if (work := trials.work_alone(tried)) <= ALONE:
         alone = trials.alone(tried, spread(data, trials.sample_bytes, ALONE / work, fit), track, threads)
     if each_its_own:
-        choices[OWN] = {name: _least(errors) for name, errors in alone.items()}
+        choices[OWN] = {name: _least({observer: error.value for observer, error in errors.items()})
+                        for name, errors in alone.items()}  # fmt: skip
     first_half, second_half = compare(fit, 2), compare(kept, 2)
     # Few samples hold most of what is clipped: a range that happens to suit one half is found out by the other.
     together = {name: max(error, second_half[name]) for name, error in first_half.items()}
-    return Choice(choices[_least(together)], {name: min(found.values()) for name, found in alone.items()}, together)
+    spoilt = {name: min(error.total for error in errors.values()) for name, errors in alone.items()}
+    return Choice(choices[_least(together)], spoilt, together)
 
 
 def _least(errors: Mapping[Key, float]) -> Key:

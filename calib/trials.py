@@ -58,6 +58,13 @@ class OutputError:
         """The error: 0 without noise, infinite where a candidate drives an output that is finite to infinity or NaN."""
         return sum((self._of(name) for name in self.noise), 0.0)
 
+    @property
+    def total(self) -> float:
+        """The same as a ratio of sums: what the loudest samples lose counts most."""
+        pairs = [(sum(noise), sum(self.signal[name])) for name, noise in self.noise.items()]
+        return sum((noise / signal if signal > 0.0 and np.isfinite(noise) else np.inf)
+                   for noise, signal in pairs if noise != 0.0)  # fmt: skip
+
     def _of(self, name: str) -> float:
         noise, signal = np.array(self.noise[name]), np.array(self.signal[name])
         if not noise.any():
@@ -154,10 +161,10 @@ class Trials:
         self,
         candidates: Mapping[str, Quantizations],
         samples: Sequence[Sample],
-        track: Track[tuple[str, dict[Observer, float]]],
+        track: Track[tuple[str, dict[Observer, OutputError]]],
         threads: int,
-    ) -> dict[str, dict[Observer, float]]:
-        """Quantize one tensor at a time; return the outputs' noise over signal by tensor and observer.
+    ) -> dict[str, dict[Observer, OutputError]]:
+        """Quantize one tensor at a time; return the outputs' error by tensor and observer.
 
         The part of the graph before the tensor runs once per sample, the part behind it once per sample and distinct
         quantization.
@@ -177,7 +184,7 @@ class Trials:
         outputs: Sequence[runtime.Outputs],
         name: str,
         candidates: Quantizations,
-    ) -> dict[Observer, float]:
+    ) -> dict[Observer, OutputError]:
         model, cuts = self._quantized(self.model, [name])
         before, behind = _split(model, cuts[name])
         groups = distinct(candidates)
@@ -187,7 +194,7 @@ class Trials:
                 state = feeds if before is None else {**feeds, **before.run(feeds)}
                 for observer, error in errors.items():
                     error.add(expected, behind.run({**state, **self._parameters({name: observer})}))
-        return {observer: errors[first].value for first, group in groups.items() for observer in group}
+        return {observer: errors[first] for first, group in groups.items() for observer in group}
 
     def _together(
         self,

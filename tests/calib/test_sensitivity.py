@@ -213,6 +213,7 @@ def test_output_error_lets_each_sample_count_alike() -> None:
     for noise in (1e-4, 1e-4, 1e2):
         error.add({"y": np.array([1.0, -1.0])}, {"y": np.array([1.0 + noise**0.5, -1.0 - noise**0.5])})
     assert error.value == pytest.approx(1e-2, rel=0.01)
+    assert error.total == pytest.approx((1e-4 + 1e-4 + 1e2) / 3, rel=0.01)
 
 
 def test_output_error_judges_a_silent_sample_by_the_others() -> None:
@@ -234,7 +235,7 @@ def test_output_error_judges_a_silent_sample_by_the_others() -> None:
 def test_output_error_at_the_edges(reference: list[float], candidate: list[float], value: float) -> None:
     error = OutputError()
     error.add({"y": np.array(reference)}, {"y": np.array(candidate)})
-    assert error.value == value
+    assert error.value == error.total == value
 
 
 def test_live_values_are_what_later_nodes_read_subgraphs_included() -> None:

@@ -75,12 +75,10 @@ def newest(tmp_path, resnet8) -> Path:
     return tmp_path / "newest.onnx"
 
 
-@pytest.mark.skipif(
-    onnx.defs.onnx_opset_version() <= runtime.newest_versions()[0], reason="this runtime takes all that onnx knows"
-)
-def test_a_model_that_is_newer_than_the_runtime_is_said_to_be(newest, tmp_path, qcompile, resnet8):
-    opset, _, name = runtime.newest_versions()
-    line = f"The model's opset {onnx.defs.onnx_opset_version()} is newer than {name}'s {opset}: it is lowered"
+def test_a_model_that_is_newer_than_the_runtime_is_said_to_be(newest, tmp_path, qcompile, resnet8, monkeypatch):
+    # Whatever is installed: a runtime that takes less than this onnx knows.
+    monkeypatch.setattr(runtime, "newest_versions", lambda: (22, 10, "onnxruntime 1.21"))
+    line = f"The model's opset {onnx.defs.onnx_opset_version()} is newer than onnxruntime 1.21's 22: it is lowered"
     done = qcompile(newest, "--target", "cpu", "--data", resnet8[1], "-o", tmp_path / "out")
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out/report.json").read_text())
