@@ -26,9 +26,9 @@ Key = TypeVar("Key", str, Observer)
 SAMPLES = 64
 #: Multiply-accumulates that trying the tensors one by one may take, and comparing whole choices after that. A thread
 #: does 2e10 to 6e10 in a second.
-ALONE, TOGETHER = 5e11, 2e11
+ALONE, TOGETHER = 5e11, 6e11
 #: With fewer samples than this, tensors are not tried one by one.
-FEWEST = 2
+FEWEST = 8
 #: Noise over signal at the outputs, 15 dB, beyond which a model is of no use: the tensors that add most to it are not
 #: quantized, as far as they alone leave less than 22 dB. (Many small errors are no tensor's fault, and sparing them all
 #: is what float is for: PP-OCR's recognizer gains 3.5 dB and loses a third of its speed.)
