@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.backends.base import Lowered
-from qcompile.backends.ort.legalize import JoinGelu, KeepMatMulFromGemm, UnpackWeightsAtLoad
+from qcompile.backends.ort.legalize import legalize
 from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Refusal
@@ -43,12 +43,8 @@ class OrtBackend:
 
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""
-        legal = model.clone()
-        UnpackWeightsAtLoad()(legal)
-        KeepMatMulFromGemm()(legal)
-        JoinGelu()(legal)
         path = folder / MODEL_FILE
-        models.save(legal, path)
+        models.save(legalize(model), path)
         written = tuple(sorted(file.name for file in folder.iterdir() if file.name.startswith(MODEL_FILE)))
         try:
             executed = runtime.optimized_nodes(path)

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qcompile.backends.ort.legalize import JoinGelu, KeepMatMulFromGemm, UnpackWeightsAtLoad
 from qcompile.backends.ort.lower import OrtBackend
 from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, input_specs
@@ -124,36 +122,3 @@ def test_weights_of_float_operators_are_unpacked_when_the_model_is_loaded(
         expected = runtime.Session(quantized, optimize=False).run(feeds)["y"]
         found = runtime.Session(tmp_path / "model.onnx", optimize=False).run(feeds)["y"]
         np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("rule", [JoinGelu(), KeepMatMulFromGemm(), UnpackWeightsAtLoad()])
-def test_a_model_in_float_is_left_alone(rule: Any, model_of: Build) -> None:
-    weights = {"w": np.eye(4, dtype=np.float32), "b": np.ones(4, np.float32)}
-    model = model_of("(float[1,2,4] x) => (float[1,2,4] y) { m = MatMul (x, w) y = Add (m, b) }", **weights)
-    before = models.serialize(model)
-    assert not rule(model).modified
-    assert models.serialize(model) == before
-
-
-@pytest.mark.parametrize(("half", "written"), [(0.5, ["Gelu"]), (1.0, ["Gelu", "Mul"])])
-def test_gelu_becomes_one_operator_whatever_became_of_its_half(half: float, written: list[str]) -> None:
-    text = f"""<ir_version: 10, opset_import: ["" : 21]> f (float[N,8] x) => (float[N,8] y)
-        <float root = {{1.4142135}}, float one = {{1}}, float half = {{{half}}}> {{
-        a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) y = Mul(d, half) }}"""
-    model = ir.from_proto(onnx.parser.parse_model(text))
-    for index, node in enumerate(model.graph):
-        node.name = f"n{index}"
-    joined = model.clone()
-    assert JoinGelu()(joined).modified and [node.op_type for node in joined.graph] in (written, [*written, "Mul"])
-    x = {"x": np.linspace(-6, 6, 24, dtype=np.float32).reshape(3, 8)}
-    expected, found = (runtime.Session(part, optimize=False).run(x)["y"] for part in (model, joined))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_gelu_stays_where_the_opset_has_none_or_its_inside_is_read() -> None:
-    text = """<ir_version: 10, opset_import: ["" : 17]> f (float[N,8] x) => (float[N,8] y)
-        <float root = {1.4142135}, float one = {1}, float half = {0.5}> {
-        a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) y = Mul(d, half) }"""
-    assert not JoinGelu()(ir.from_proto(onnx.parser.parse_model(text))).modified
-    text = text.replace('"" : 17', '"" : 21').replace("(float[N,8] y)", "(float[N,8] y, float[N,8] c)")
-    assert not JoinGelu()(ir.from_proto(onnx.parser.parse_model(text))).modified

@@ -1,0 +1,33 @@
+"""Write a QDQ model in the forms that ONNX Runtime runs fastest, without changing what it computes.
+
+Contrib operators (``com.microsoft``) appear here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
+from qcompile.backends.ort.legalize.join_activations import JoinActivations
+from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
+from qcompile.backends.ort.legalize.sink_factors import SinkFactors
+from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
+
+__all__ = ["HideSkipAdd", "JoinActivations", "JoinMatMulBias", "SinkFactors", "UnpackWeightsAtLoad", "legalize"]
+
+
+def legalize(model: ir.Model) -> ir.Model:
+    """Return the model as it is written for ONNX Runtime; `model` stays as it was.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        With Q/DQ nodes, or in float.
+    """
+    legal = model.clone()
+    # A factor that a joined activation leaves sinks into scales before the operators that hold those are rewritten.
+    for rule in (JoinActivations(), SinkFactors(), JoinMatMulBias(), UnpackWeightsAtLoad(), HideSkipAdd()):
+        rule(legal)
+    common_passes.RemoveUnusedNodesPass()(legal)
+    return legal

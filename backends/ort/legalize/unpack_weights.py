@@ -1,0 +1,81 @@
+"""Let ONNX Runtime unpack the integer weights of float operators once, when it loads the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from qcompile.core import numerics
+from qcompile.core.contract import Effect
+from qcompile.passes import structure
+
+#: Operators for which the runtime has a kernel that reads integer weights itself, given a DequantizeLinear.
+READS_INTEGER_WEIGHTS = frozenset({"MatMul"})
+
+
+@dataclass(frozen=True)
+class UnpackWeightsAtLoad(ir.passes.InPlacePass):
+    """Turn the DequantizeLinear of a float operator's weights into Cast · Mul, which the runtime folds when it loads.
+
+    ONNX Runtime leaves a DequantizeLinear of a constant alone, so that Q/DQ patterns can be recognised, and then
+    computes it anew in every run: a Conv with integer weights and float activations takes 1.4 times float's time. A
+    Cast and a Mul of constants are folded into plain float weights once: float's speed, integer's size on disk.
+    """
+
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        modified = False
+        for node in list(model.graph):
+            if structure.is_standard(node, "DequantizeLinear") and _feeds_float_operators(node):
+                _unpack(model.graph, node)
+                modified = True
+        common_passes.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)
+
+
+def _feeds_float_operators(node: ir.Node) -> bool:
+    """Tell whether a DequantizeLinear unpacks constant weights for operators whose other operands are float."""
+    codes = structure.constant_tensor(node.inputs[0])
+    zero_point = structure.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    # Only symmetric int8 weights: biases (int32) and shifted codes belong to integer operators.
+    if codes is None or codes.dtype is not ir.DataType.INT8 or zero_point is None or np.any(zero_point):
+        return False
+    readers = structure.readers(node.outputs[0])
+    return bool(readers) and all(_is_float_operator(reader) for reader in readers)
+
+
+def _is_float_operator(node: ir.Node) -> bool:
+    if node.op_type in READS_INTEGER_WEIGHTS:
+        return False
+    return not any(_is_dequantized_activation(value) for value in node.inputs)
+
+
+def _is_dequantized_activation(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return False
+    return structure.constant_tensor(producer.inputs[0]) is None
+
+
+def _unpack(graph: ir.Graph, node: ir.Node) -> None:
+    codes, scale = node.inputs[0], structure.constant(node.inputs[1])
+    assert codes is not None and codes.shape is not None and scale is not None
+    axis = node.attributes.get_int("axis", 1) if scale.ndim else None
+    name = structure.name_of(node.outputs[0])
+    factor = numerics.along_axis(scale, axis, len(codes.shape))
+    stored = ir.Value(name=f"{name}_factor", const_value=ir.tensor(factor, name=f"{name}_factor"))
+    graph.register_initializer(stored)
+    cast = ir.node("Cast", [codes], {"to": ir.DataType.FLOAT}, name=f"{name}_Cast")
+    cast.outputs[0].name = f"{name}_codes"
+    product = ir.node("Mul", [cast.outputs[0], stored], name=f"{name}_Mul")
+    product.outputs[0].shape, product.outputs[0].dtype = node.outputs[0].shape, ir.DataType.FLOAT
+    graph.insert_before(node, [cast, product])
+    ir.convenience.replace_all_uses_with(node.outputs[0], product.outputs[0])
+    graph.remove(node, safe=True)
+    product.outputs[0].name = name

@@ -1,0 +1,179 @@
+"""The forms in which a QDQ model is written for ONNX Runtime, and what its optimizer makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.parser
+import onnx.shape_inference
+import onnx_ir as ir
+import pytest
+
+from qcompile.backends.ort.legalize import (
+    HideSkipAdd,
+    JoinActivations,
+    JoinMatMulBias,
+    SinkFactors,
+    UnpackWeightsAtLoad,
+    legalize,
+)
+from qcompile.core import model as models
+from qcompile.core import runtime
+
+Build = Callable[..., Any]
+RULES = (HideSkipAdd(), JoinActivations(), JoinMatMulBias(), SinkFactors(), UnpackWeightsAtLoad())
+
+#: A MatMul on codes with a bias behind it; what stands around it is filled in.
+MATMUL = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,T,4] x) => (float[1,T,3] y{outputs})
+    <float s = {{0.02}}, uint8 z = {{7}}, float[3] t = {{0.1, 0.2, 0.3}}, int8[3] o = {{0, 0, 0}},
+     int8[4,3] w = {{1, -2, 3, 4, 5, -6, 7, 8, 9, -10, 11, 12}}, float[{bias}] b = {{{numbers}}}> {{
+    q = QuantizeLinear (x, s, z) a = DequantizeLinear (q, s, z) c = DequantizeLinear <axis = 1> (w, t, o)
+    m = MatMul (a, c) y = Add (m, b) }}"""
+
+
+def parsed(text: str) -> ir.Model:
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    for index, node in enumerate(model.graph):
+        node.name = f"n{index}"
+    return model
+
+
+def types(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def same(before: ir.Model, after: ir.Model, x: Any, tolerance: float = 0.0) -> None:
+    expected, found = (runtime.Session(model, optimize=False).run({"x": x}) for model in (before, after))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=tolerance)
+
+
+def matmul(bias: str = "3", numbers: str = "1, 2, 3", outputs: str = "") -> ir.Model:
+    return parsed(MATMUL.format(bias=bias, numbers=numbers, outputs=outputs))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_model_in_float_is_left_alone(rule: Any, model_of: Build) -> None:
+    weights = {"w": np.eye(4, dtype=np.float32), "b": np.ones(4, np.float32)}
+    model = model_of("(float[1,2,4] x) => (float[1,2,4] y) { m = MatMul (x, w) y = Add (m, b) }", **weights)
+    before = models.serialize(model)
+    assert not rule(model).modified
+    assert models.serialize(model) == before
+
+
+def test_a_bias_goes_into_the_integer_matmul(random: np.random.Generator) -> None:
+    model = matmul()
+    legal = legalize(model)
+    assert types(legal) == ["QuantizeLinear", "MatMulIntegerToFloat"]
+    assert legal.graph[1].name == "n3"  # the MatMul's: the report looks for it
+    same(model, legal, random.normal(size=(1, 5, 4)).astype(np.float32), 1e-5)
+    assert models.serialize(legalize(legal)) == models.serialize(legal)
+
+
+@pytest.mark.parametrize("other", [{"bias": "1", "numbers": "1"}, {"bias": "1,1,3"}, {"outputs": ", float[1,T,3] m"}])
+def test_a_bias_that_is_not_the_matmuls_alone_stays_beside_it(other: Any, random: np.random.Generator) -> None:
+    model = matmul(**other)
+    legal = legalize(model)
+    assert types(legal) == ["QuantizeLinear", "MatMulIntegerToFloat", "Add"]
+    same(model, legal, random.normal(size=(1, 5, 4)).astype(np.float32), 1e-5)
+
+
+def test_a_matmul_whose_result_is_quantized_is_left_to_the_runtime() -> None:
+    text = MATMUL.format(bias="3", numbers="1, 2, 3", outputs="")
+    text = text.replace("float[1,T,3] y", "uint8[1,T,3] y").replace("y = Add (m, b)", "y = QuantizeLinear (m, s, z)")
+    assert "MatMul" in types(legalize(parsed(text)))
+
+
+@pytest.mark.parametrize(("half", "written"), [(0.5, ["Gelu"]), (1.0, ["Gelu", "Mul"])])
+def test_gelu_becomes_one_operator_whatever_became_of_its_half(half: float, written: list[str]) -> None:
+    text = f"""<ir_version: 10, opset_import: ["" : 21]> f (float[N,8] x) => (float[N,8] y)
+        <float root = {{1.4142135}}, float one = {{1}}, float half = {{{half}}}> {{
+        a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) y = Mul(d, half) }}"""
+    model = parsed(text)
+    joined = model.clone()
+    assert JoinActivations()(joined).modified and types(joined) in (written, [*written, "Mul"])
+    same(model, joined, np.linspace(-6, 6, 24, dtype=np.float32).reshape(3, 8), 1e-6)
+
+
+def test_gelu_stays_where_the_opset_has_none_or_its_inside_is_read() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 17]> f (float[N,8] x) => (float[N,8] y)
+        <float root = {1.4142135}, float one = {1}, float half = {0.5}> {
+        a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) y = Mul(d, half) }"""
+    assert not JoinActivations()(ir.from_proto(onnx.parser.parse_model(text))).modified
+    text = text.replace('"" : 17', '"" : 21').replace("(float[N,8] y)", "(float[N,8] y, float[N,8] c)")
+    assert not JoinActivations()(ir.from_proto(onnx.parser.parse_model(text))).modified
+
+
+def test_hard_swish_of_four_operators_is_taken_into_the_float_conv_in_front_of_it(
+    tmp_path: Path, random: np.random.Generator
+) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,16,6,6] x) => (float[1,16,6,6] y)
+        <float three = {3}, float low = {0}, float high = {6}> {
+        c = Conv (x, w) a = Add (c, three) l = Clip (a, low, high) m = Mul (c, l) y = Div (m, high) }"""
+    proto = onnx.parser.parse_model(text)
+    weights = random.normal(size=(16, 16, 1, 1)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    legal = legalize(model)
+    assert types(legal) == ["Conv", "HardSwish"]
+    same(model, legal, random.normal(size=(1, 16, 6, 6)).astype(np.float32), 1e-5)
+    models.save(legal, tmp_path / "m.onnx")
+    assert "HardSwish" not in {node.op_type for node in runtime.optimized_nodes(tmp_path / "m.onnx")}
+
+
+SINK = """<ir_version: 10, opset_import: ["" : 21]> f (float[2,4] x) => (float[2,4] y{outputs})
+    <float two = {{{factor}}}, float s = {{0.05}}, uint8 z = {{9}}> {{
+    m = Mul ({order}) q = QuantizeLinear (m, s, z) y = DequantizeLinear (q, s, z) }}"""
+
+
+@pytest.mark.parametrize("order", ["x, two", "two, x"])
+def test_a_factor_goes_into_the_scale_of_what_quantizes_it(order: str, random: np.random.Generator) -> None:
+    model = parsed(SINK.format(order=order, factor="2", outputs=""))
+    legal = model.clone()
+    assert SinkFactors()(legal).modified
+    assert types(legal) == ["QuantizeLinear", "DequantizeLinear"]
+    same(model, legal, random.normal(size=(2, 4)).astype(np.float32))
+    assert not SinkFactors()(legal).modified
+
+
+@pytest.mark.parametrize("other", [{"factor": "-2"}, {"factor": "1e38"}, {"outputs": ", float[2,4] m"}])
+def test_a_factor_stays_where_no_scale_can_take_it(other: Any) -> None:
+    fields = {"order": "x, two", "factor": "2", "outputs": ""} | other
+    assert not SinkFactors()(parsed(SINK.format(**fields))).modified
+
+
+def test_a_factor_goes_into_the_scale_of_weights(random: np.random.Generator) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,2,3,3] x) => (float[1,2,3,3] y)
+        <float six = {6}, float[2] t = {0.1, 0.2}, int8[2] o = {0, 0}, int8[2,2,1,1] w = {1, -2, 3, 4}> {
+        m = Mul (x, six) c = DequantizeLinear <axis = 0> (w, t, o) y = Conv (m, c) }"""
+    model = parsed(text)
+    legal = model.clone()
+    assert SinkFactors()(legal).modified and types(legal) == ["DequantizeLinear", "Conv"]
+    same(model, legal, random.normal(size=(1, 2, 3, 3)).astype(np.float32), 1e-4)
+
+
+def test_a_residual_add_in_front_of_a_norm_is_not_fused_with_it(tmp_path: Path) -> None:
+    """The runtime's kernel for both takes three times as long as the two."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,T,8] x) => (float[1,T,8] y)
+        <float[8] g = {1,1,1,1,1,1,1,1}, float[8] b = {0,0,0,0,0,0,0,0}> {
+        e = Exp (x) a = Add (e, x) y = LayerNormalization (a, g, b) }"""
+    model = parsed(text)
+
+    def executed(candidate: ir.Model) -> set[str]:
+        models.save(candidate, tmp_path / "m.onnx")
+        return {node.op_type for node in runtime.optimized_nodes(tmp_path / "m.onnx")}
+
+    assert "SkipLayerNormalization" in executed(model)
+    legal = legalize(model)
+    assert executed(legal) == {"Exp", "Sum", "LayerNormalization"}
+    same(model, legal, np.linspace(-1, 1, 24, dtype=np.float32).reshape(1, 3, 8))
+
+
+def test_a_shift_in_front_of_a_norm_stays_an_add() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,T,2] x) => (float[1,T,2] y)
+        <float[2] g = {1, 1}, float[2] c = {1, 2}> { a = Add (x, c) y = LayerNormalization (a, g) }"""
+    assert not HideSkipAdd()(parsed(text)).modified
