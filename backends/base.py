@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qcompile.core.contract import Refusal
 from qcompile.core.errors import TargetError
+from qcompile.core.execution import Kernel
 from qcompile.core.plan import QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import Target
@@ -49,6 +50,10 @@ class Backend(Protocol):
 
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write the artifact's model files into `folder`."""
+        ...
+
+    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
+        """Return for each sample the kernels that the target would execute for a QDQ model, for pricing."""
         ...
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:

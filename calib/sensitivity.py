@@ -29,10 +29,6 @@ SAMPLES = 64
 ALONE, TOGETHER = 5e11, 6e11
 #: With fewer samples than this, tensors are not tried one by one.
 FEWEST = 8
-#: Noise over signal at the outputs, 15 dB, beyond which a model is of no use: the tensors that add most to it are not
-#: quantized, as far as they alone leave less than 22 dB. (Many small errors are no tensor's fault, and sparing them all
-#: is what float is for: PP-OCR's recognizer gains 3.5 dB and loses a third of its speed.)
-SPOILT, SPOILS = 10**-1.5, 10**-2.2
 #: Every so many-th sample is kept from the trials, for comparing what came of them.
 KEPT = 4
 #: Bytes of arrays that are held over all samples; where they would be more, there are fewer samples.
@@ -67,12 +63,9 @@ class Choice:
         return cls(**fields | {"observers": {name: Observer(o) for name, o in fields["observers"].items()}})
 
     @property
-    def spoilers(self) -> list[str]:
-        """The worst tensors, until the errors of the others add up to `SPOILT`; none that is not bad itself."""
-        best_first = sorted(self.alone, key=lambda name: self.alone[name])
-        within = np.cumsum([self.alone[name] for name in best_first]) <= SPOILT
-        worst = best_first[int(np.count_nonzero(within)) :][::-1]
-        return [name for name in worst if self.alone[name] > SPOILS]
+    def noise(self) -> float:
+        """Noise over signal at the outputs with everything quantized as chosen, as far as it was measured."""
+        return min(self.together.values(), default=sum(self.alone.values()))
 
 
 #: The choice that gives each tensor the observer that is best for it alone.

@@ -47,7 +47,7 @@ class Cost:
             Topologically sorted.
         feeds : Sample
         """
-        shapes = _shapes(model, feeds)
+        shapes = value_shapes(model, feeds)
         return cls(tuple(_node_work(node, shapes) for node in model.graph), _peak_bytes(model.graph, shapes))
 
     @property
@@ -56,8 +56,15 @@ class Cost:
         return max(1, sum(self.work))
 
 
-def _shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor, by a run that gives out the shapes alone."""
+def value_shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the main graph for one sample, by a run that gives out the shapes alone.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Topologically sorted.
+    feeds : Sample
+    """
     copy = model.clone()
     # What has no type behind an operator of another domain is a tensor, unless the graph deals in sequences.
     known = cuttable(model)

@@ -116,7 +116,7 @@ def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> 
     writers = {op.output: node for node, op in placement.ops.items() if op.output}
     readers = code_readers(model, placement)
     return {
-        node: Wish(Precision.FLOAT, reason)
+        node: Wish(Precision.WEIGHT_ONLY, reason)
         for name, reason in names.items()
         for node in ([writers[name]] if name in writers else sorted(readers[name]))
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import onnx_ir as ir
 
@@ -16,7 +17,6 @@ from qcompile.calib.sensitivity import Choice, choose_observers
 from qcompile.calib.synthetic import carried_over, derivable, propagate
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
-from qcompile.core import numerics
 from qcompile.core.contract import Effect
 from qcompile.core.errors import ModelError, VerificationError
 from qcompile.core.plan import Precision, QuantPlan
@@ -28,7 +28,9 @@ from qcompile.override import wishes
 from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
-from qcompile.pipeline import CHOICE, STATISTICS
+from qcompile.passes.read_plan import is_quantized
+from qcompile.pipeline import CHOICE, STATISTICS, WISHES
+from qcompile.pricing import Pricer
 
 #: What remains may spoil the outputs as well; so often it is looked at again.
 ATTEMPTS = 4
@@ -44,15 +46,20 @@ def calibrate(job: Job, canonical: ir.Model) -> Calibration:
     """
     if not job.evidence.calibrated:
         return _guess(job, canonical)
-    options, target = job.options, job.target
-    spared: dict[str, Wish] = {}
+    pricer = _pricer(job, canonical)
+    spared: dict[str, Wish] = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
     for attempt in range(ATTEMPTS):
-        placement = choose_operators(canonical, target, options, True, spared)
-        statistics, choice = _measure(job, canonical, placement, f" {attempt + 1}" if attempt else "")
-        if not choice.spoilers or attempt + 1 == ATTEMPTS:
+        turn = f" {attempt + 1}" if attempt else ""
+        placement = choose_operators(canonical, job.target, job.options, True, spared)
+        statistics, choice = _measure(job, canonical, placement, turn)
+        if pricer is None or attempt + 1 == ATTEMPTS:
+            break
+        worst = partial(pricer.spoiling, choice, spared)
+        spoiling = job.pipeline.measure(f"spoilers{turn}", WISHES, worst)
+        if not spoiling:
             break
         # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
-        spared |= sparing(canonical, placement, {name: _spoils(choice.alone[name]) for name in choice.spoilers})
+        spared |= spoiling
     return _calibration(job, statistics, choice, spared, calibrated=True)
 
 
@@ -72,14 +79,24 @@ def decide(canonical: ir.Model, calibration: Calibration, target: Target, option
     UsageError
         If the options need a measurement that was not made.
     """
-    # What is spared for want of data keeps its integer weights; what would spoil the outputs keeps nothing.
-    least = Precision.FLOAT if calibration.statistics.samples else Precision.WEIGHT_ONLY
-    spared = {node: Wish(least, reason) for node, reason in calibration.spared.items()}
+    spared = {node: Wish(Precision.WEIGHT_ONLY, reason) for node, reason in calibration.spared.items()}
     placement = choose_operators(canonical, target, options, calibration.calibrated, spared)
     calibration.require(placement.activations)
     observers = calibration.choice.observers
     plan = allocate_bits(canonical, placement, calibration.statistics, target, observers)
     return replace(plan, options=options.as_recipe(), guessed=calibration.guessed)
+
+
+def _pricer(job: Job, canonical: ir.Model) -> Pricer | None:
+    """Return what prices placements, where the target has prices and there is something to place."""
+    options, target = job.options, job.target
+    if target.costs is None or not all(options.quantized(True)) or is_quantized(canonical):
+        return None
+
+    def placed(wishes: Mapping[str, Wish]) -> Placement:
+        return choose_operators(canonical, target, options, True, wishes)
+
+    return Pricer(canonical, target, job.backend, job.evidence.samples, placed)
 
 
 def _measure(job: Job, canonical: ir.Model, placement: Placement, attempt: str) -> tuple[Statistics, Choice]:
@@ -157,7 +174,3 @@ def _calibration(
 
 def _integers(placement: Placement) -> int:
     return sum(op.precision is Precision.INTEGER for op in placement.ops.values())
-
-
-def _spoils(error: float) -> str:
-    return f"its codes alone would leave {numerics.decibel(1.0, error):.1f} dB at the outputs"

@@ -22,10 +22,12 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Effect, Pass, Refusal, Rewritten
 from qcompile.core.errors import VerificationError, first_line
+from qcompile.core.plan import Precision
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import Options
 from qcompile.passes.canonicalize.widen_float16 import computes_in_float16
+from qcompile.passes.place import Wish
 
 T = TypeVar("T")
 
@@ -47,6 +49,10 @@ STATISTICS = Codec(Statistics.to_bytes, Statistics.from_bytes)
 CHOICE: Codec[Choice] = Codec(
     lambda choice: json.dumps(asdict(choice)).encode(),
     lambda content: Choice.from_json(json.loads(content)),
+)
+WISHES: Codec[dict[str, Wish]] = Codec(
+    lambda wishes: json.dumps({node: [wish.precision.value, wish.reason] for node, wish in wishes.items()}).encode(),
+    lambda content: {node: Wish(Precision(name), reason) for node, (name, reason) in json.loads(content).items()},
 )
 DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
     lambda drift: json.dumps(drift).encode(),

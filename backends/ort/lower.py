@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
@@ -13,10 +13,12 @@ import onnx_ir as ir
 
 from qcompile.backends.base import Lowered
 from qcompile.backends.ort.legalize import legalize
+from qcompile.backends.ort.probe import executed
 from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Refusal
 from qcompile.core.errors import ModelError, VerificationError
+from qcompile.core.execution import Kernel
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import OpKind, Target
 
@@ -36,10 +38,10 @@ class OrtBackend:
 
     def targets(self) -> Iterable[Target]:
         """Return the targets of backends/ort/targets."""
-        folder = files("qcompile.backends.ort") / "targets"
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        here = files("qcompile.backends.ort")
+        for entry in sorted((here / "targets").iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith(".toml"):
-                yield Target.from_toml(entry)
+                yield Target.from_toml(entry, here / "costs")
 
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""
@@ -53,6 +55,10 @@ class OrtBackend:
             raise VerificationError("artifact", error.fact, "report it with the model") from error
         kernels, refusals = _kernels(plan, target, executed)
         return Lowered(written, kernels, refusals)
+
+    def executed(self, model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel]]:
+        """Return for each sample the kernels that the runtime executes for a QDQ model."""
+        return executed(model, samples)
 
     def open(
         self, folder: Path, files: tuple[str, ...], threads: int = 1

@@ -115,6 +115,8 @@ class Session:
         Threads inside an operator. One by default, so that sums have one order and results repeat.
     optimized_path : Path, optional
         Where the runtime writes the graph that its optimizer made.
+    profile_prefix : Path, optional
+        Time each node of each run; `end_profiling` tells the file.
 
     Raises
     ------
@@ -130,6 +132,7 @@ class Session:
         integer_kernels: bool = True,
         threads: int = 1,
         optimized_path: Path | None = None,
+        profile_prefix: Path | None = None,
     ) -> None:
         ort = load_onnxruntime()
         options = ort.SessionOptions()
@@ -143,6 +146,8 @@ class Session:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
+        if profile_prefix is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
         self._place = place = model if isinstance(model, Path) else "model"
         try:
             with _loadable(model) as content:
@@ -177,6 +182,10 @@ class Session:
             elif value is not None:  # an optional that is empty has nothing to compare
                 outputs[name] = np.asarray(value)
         return outputs
+
+    def end_profiling(self) -> Path:
+        """Stop timing nodes, and return the file with the events."""
+        return Path(self._session.end_profiling())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from enum import StrEnum
 from importlib.resources.abc import Traversable
 from typing import Any, Self
 
+from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
 
 
@@ -69,6 +71,8 @@ class Target:
         Weights have a scale per output channel.
     ops : mapping of str to OpRule
         By op type; what is not listed stays in float.
+    costs : CostTable, optional
+        What its kernels take; without it whatever can be integers is. In the file, the table's name in ``costs/``.
     settings : mapping
         The backend's own table.
     deployed_opset : int, optional
@@ -83,12 +87,19 @@ class Target:
     weight_dtype: str
     per_channel: bool
     ops: Mapping[str, OpRule]
+    costs: CostTable | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     deployed_opset: int | None = None
 
     @classmethod
-    def from_toml(cls, source: Traversable) -> Self:
+    def from_toml(cls, source: Traversable, costs: Traversable | None = None) -> Self:
         """Read a target from its TOML file.
+
+        Parameters
+        ----------
+        source : Traversable
+        costs : Traversable, optional
+            Folder of the cost table that the file names.
 
         Raises
         ------
@@ -98,9 +109,15 @@ class Target:
         try:
             table = tomllib.loads(source.read_text(encoding="utf-8"))
             rules = {op_type: _rule(rule) for op_type, rule in table.pop("ops").items()}
-            return cls(ops=rules, **table)
+            named = table.pop("costs", None)
+            return cls(ops=rules, costs=None if costs is None or named is None else _costs(costs / named), **table)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TargetError(source.name, f"is not a target file ({error})", "see docs/targets/cpu.md") from error
+
+
+@functools.cache
+def _costs(source: Traversable) -> CostTable:
+    return CostTable.from_json(source)
 
 
 def _rule(table: dict[str, Any]) -> OpRule:

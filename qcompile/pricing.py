@@ -1,0 +1,225 @@
+"""Pricing: what a placement will take on the target, by its cost table and what its runtime really executes.
+
+Nothing is timed here: the runtime's optimizer tells which kernels a candidate ends up as, one run of it tells their
+shapes, and the table what those take.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from qcompile.backends.base import Backend
+from qcompile.calib.collect import Statistics, collect
+from qcompile.calib.data import Dataset, Sample, input_specs
+from qcompile.calib.observers import Observer
+from qcompile.calib.sensitivity import Choice
+from qcompile.calib.work import value_shapes
+from qcompile.core import numerics
+from qcompile.core.costs import CostTable
+from qcompile.core.execution import Kernel, Shape
+from qcompile.core.plan import Precision
+from qcompile.core.target import Target
+from qcompile.passes import structure
+from qcompile.passes.allocate_bits import allocate_bits
+from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.place import Placement, Wish, sparing
+from qcompile.passes.place_by_cost import Conversion, Prices, cheapest_in_float
+from qcompile.pipeline import untracked
+
+#: What the optimizer and `backends/ort/legalize/` append to the name of a node or a value.
+SUFFIXES = re.compile(r"(_token_\d+|_nchwc|_unscaled)+$")
+#: Kernels that convert what others read; they belong to no operator.
+CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
+#: Axes of what convolutions work on: integer kernels have channels last, float ones in blocks.
+IMAGE_RANK = 4
+#: What noise is worth, as noise power over signal power at the outputs against latency over that in float: to get rid
+#: of a percent of noise (from 20 dB to none), ten percent of float's time may be spent.
+WORTH = 10.0
+#: Less than this, in parts of float's time, is not worth a change.
+GAIN = 0.01
+
+
+@dataclass
+class Pricer:
+    """Prices placements of one model.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Canonical.
+    target : Target
+        With a cost table.
+    backend : Backend
+    samples : sequence of Sample
+        Whose shapes count; the latency is the mean over them.
+    placed : callable
+        Places the operators, given wishes.
+    """
+
+    model: ir.Model
+    target: Target
+    backend: Backend
+    samples: Sequence[Sample]
+    placed: Callable[[Mapping[str, Wish]], Placement]
+    _statistics: Statistics = field(default_factory=Statistics)
+
+    @property
+    def table(self) -> CostTable:
+        """The target's cost table."""
+        assert self.target.costs is not None
+        return self.target.costs
+
+    def kernels(self, placement: Placement) -> list[list[Kernel]]:
+        """Return what is executed of a placement, for each sample."""
+        return self.backend.executed(self._quantized(placement), self.samples)
+
+    def latency(self, placement: Placement) -> float:
+        """Return the microseconds that a run of a placement takes."""
+        return self.mean(self.kernels(placement))
+
+    def mean(self, runs: Sequence[Sequence[Kernel]]) -> float:
+        """Return the mean of what runs take, in microseconds."""
+        return sum(map(self.table.total, runs)) / len(runs)
+
+    def dear(self) -> dict[str, Wish]:
+        """Return what to wish for so that no operator is in integers that gains nothing by that.
+
+        What the linear program finds is held, like the two extremes, against what the runtime makes of it: the cheapest
+        of the three is taken, and of equal ones that with the fewest operators in integers.
+        """
+        integer = self.placed({})
+        names = _integers(integer)
+        if not names:
+            return {}
+        in_integers, in_float = self.kernels(integer), self.kernels(self._weights_alone(names))
+        prices = self._prices(in_float[0], in_integers[0])
+        some = sorted(cheapest_in_float(self.model, integer, prices) & set(names))
+        found = [(self.mean(in_float), names), (self.mean(in_integers), [])]
+        if 0 < len(some) < len(names):
+            found.insert(1, (self.latency(self._weights_alone(some)), some))
+        chosen = min(found, key=lambda one: float(f"{one[0]:.3g}"))[1]
+        return {name: Wish(Precision.WEIGHT_ONLY, _dear(name, prices)) for name in chosen}
+
+    def spoiling(self, choice: Choice, spared: Mapping[str, Wish]) -> dict[str, Wish]:
+        """Return what to wish for, beside what is spared, so that noise is not paid for with too little time.
+
+        The tensors that add most to the noise are spared, as many of them as make latency and noise together least.
+
+        Parameters
+        ----------
+        choice : Choice
+            What was measured with all that is not spared in integers.
+        spared : mapping of str to Wish
+        """
+        placement, noise = self.placed(spared), choice.noise
+        names = _integers(placement)
+        reference = self.latency(self._weights_alone([*spared, *names]))
+        worst = sorted(choice.alone, key=lambda name: -choice.alone[name])
+        total = sum(choice.alone.values())
+        best, least = dict[str, Wish](), self.latency(placement) / reference + WORTH * noise
+        for count in _counts(len(worst)):
+            rest = noise * sum(choice.alone[name] for name in worst[count:]) / total
+            if WORTH * (noise - rest) < GAIN:
+                continue
+            wishes = sparing(self.model, placement, {name: _spoils(choice.alone[name]) for name in worst[:count]})
+            price = self.latency(self.placed({**spared, **wishes})) / reference + WORTH * rest
+            if price < least - GAIN:
+                best, least = wishes, price
+            if WORTH * rest < GAIN:
+                break
+        if names and least - GAIN > 1.0:
+            return {name: Wish(Precision.WEIGHT_ONLY, _spoils(noise, "codes everywhere")) for name in names}
+        return best
+
+    def _weights_alone(self, names: Iterable[str]) -> Placement:
+        return self.placed(dict.fromkeys(names, Wish(Precision.WEIGHT_ONLY, "")))
+
+    def _prices(self, in_float: Sequence[Kernel], in_integers: Sequence[Kernel]) -> Prices:
+        as_float, as_integer = self._per_node(in_float), self._per_node(in_integers)
+        blocked = {name for name, kernels in as_float.items() if any(k.op_type.startswith("nchwc.") for k in kernels)}
+        for node in self.model.graph:
+            # What was taken into a kernel on blocked layout is behind the one that gave its name to it.
+            name, producers = structure.node_name(node), (v.producer() for v in structure.activation_inputs(node))
+            if name not in as_float and any(p is not None and p.name in blocked for p in producers):
+                blocked.add(name)
+        return Prices(
+            {name: sum(map(self.table.price, kernels)) for name, kernels in as_float.items()},
+            {name: sum(map(self.table.price, kernels)) for name, kernels in as_integer.items()},
+            {name: self._conversion(shape) for name, shape in value_shapes(self.model, self.samples[0]).items()},
+            blocked,
+        )
+
+    def _per_node(self, kernels: Sequence[Kernel]) -> dict[str, list[Kernel]]:
+        """Return which kernels came of each node of the model.
+
+        A kernel has the node's name or writes one of its values; one that the optimizer made up belongs to what reads
+        its result.
+        """
+        nodes = {structure.node_name(node): structure.node_name(node) for node in self.model.graph}
+        nodes |= {structure.name_of(value): name for node in self.model.graph for value in node.outputs
+                  for name in [structure.node_name(node)]}  # fmt: skip
+        readers: defaultdict[str, list[int]] = defaultdict(list)
+        for index, kernel in enumerate(kernels):
+            for value in kernel.reads:
+                readers[value].append(index)
+        owners: dict[int, str] = {}
+        for index, kernel in reversed(list(enumerate(kernels))):
+            if kernel.op_type.rpartition(".")[2] in CONVERSIONS and kernel.name not in nodes:
+                continue
+            keys = [SUFFIXES.sub("", name) for name in (kernel.name, *kernel.results)]
+            behind = [owners[reader] for value in kernel.results for reader in readers[value] if reader in owners]
+            owner = next((nodes[key] for key in keys if key in nodes), next(iter(behind), None))
+            if owner is not None:
+                owners[index] = owner
+        found: defaultdict[str, list[Kernel]] = defaultdict(list)
+        for index, owner in owners.items():
+            found[owner].append(kernels[index])
+        return found
+
+    def _conversion(self, shape: Shape) -> Conversion:
+        def price(op_type: str, *dtypes: str) -> float:
+            inputs = (shape, *((),) * (len(dtypes) - 1))
+            return self.table.price(Kernel("", op_type, "", dtypes, inputs, (shape,)))
+
+        quantize = price("QuantizeLinear", "float", "float", "uint8")
+        dequantize = price("DequantizeLinear", "uint8", "float", "uint8")
+        if len(shape) != IMAGE_RANK:
+            return Conversion(quantize, dequantize)
+        turn = price("Transpose", "uint8")
+        block, unblock = price("nchwc.ReorderInput", "float"), price("nchwc.ReorderOutput", "float")
+        return Conversion(quantize + turn, dequantize + turn, block, unblock)
+
+    def _quantized(self, placement: Placement) -> ir.Model:
+        """Return the model with Q/DQ where a placement has them; the ranges are those of one sample."""
+        missing = [name for name in placement.activations if name not in self._statistics.histograms]
+        if missing:
+            one = Dataset("one sample", lambda: self.samples[:1], input_specs(self.model))
+            found = collect(self.model, missing, one, untracked)
+            self._statistics = Statistics({**self._statistics.histograms, **found.histograms}, 1)
+        observers = dict.fromkeys(placement.activations, Observer.MINMAX)
+        plan = allocate_bits(self.model, placement, self._statistics, self.target, observers)
+        return InsertQdq(plan)(self.model.clone()).model
+
+
+def _integers(placement: Placement) -> list[str]:
+    """Return the operators in integers, without those that others absorb."""
+    return [name for name, op in placement.ops.items() if op.precision is Precision.INTEGER and not op.reason]
+
+
+def _counts(most: int) -> list[int]:
+    """Return how many tensors to try: all small numbers, and fewer of the large ones."""
+    return sorted({min(most, round(1.4**step)) for step in range(40)} - {0})
+
+
+def _dear(name: str, prices: Prices) -> str:
+    as_float, as_integer = prices.as_float.get(name, 0.0), prices.as_integer.get(name, 0.0)
+    return f"integers do not pay: {as_float:.3g} µs in float, {as_integer:.3g} µs in integers and conversions around it"
+
+
+def _spoils(error: float, what: str = "its codes alone") -> str:
+    return f"{what} would leave {numerics.decibel(1.0, error):.1f} dB at the outputs"
