@@ -100,21 +100,23 @@ def _settle(graph: ir.Graph) -> bool:
             modified |= bypass(node, shared[source, p])
         else:
             shared[source, p] = node.outputs[0]
-            modified |= _absorb(graph, node.outputs[0], source, p)
     for node in reversed(list(graph)):
-        if permutation(node, graph) and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
-            graph.remove(node, safe=True)
-            modified = True
+        if p := permutation(node, graph):
+            modified |= _do_without(graph, node, p)
     return modified
 
 
-def _absorb(graph: ir.Graph, value: ir.Value, source: ir.Value, p: Permutation) -> bool:
-    """Let reductions read what a Transpose by p reads, if they can."""
+def _do_without(graph: ir.Graph, node: ir.Node, p: Permutation) -> bool:
+    """Let reductions read what a Transpose reads, if they can; remove it if nobody is left."""
+    value = node.outputs[0]
     found = [use.node for use in value.uses() if use.idx == 0 and absorb(use.node, p)]
-    for node in found:
-        permute(graph, node, p, ABSORBING)
-        node.replace_input_with(0, source)
-    return bool(found)
+    for reader in found:
+        permute(graph, reader, p, ABSORBING)
+        reader.replace_input_with(0, node.inputs[0])
+    unread = not value.uses() and not value.is_graph_output()
+    if unread:
+        graph.remove(node, safe=True)
+    return bool(found) or unread
 
 
 @dataclass(frozen=True)

@@ -198,3 +198,9 @@ def test_equal_transposes_are_one(moved: Build) -> None:
 def test_equal_transposes_that_are_both_outputs(moved: Build) -> None:
     text = f"(float[2,3,4,5] x) => (float[2,4,5,3] y, float[2,4,5,3] z) {{ y = {THERE} (x) z = {THERE} (x) }}"
     assert moved(text) == ["Transpose", "Identity"]
+
+
+def test_a_reduction_behind_an_equal_transpose_takes_it_in(moved: Build) -> None:
+    text = """(float[3,4] x) => (float[4,3] y, float[3] z) {
+        a = Transpose (x) b = Transpose (a) y = Transpose (b) z = ReduceMax <keepdims = 0> (y, axes) }"""
+    assert moved(text, axes=np.int64([0])) == ["Transpose", "ReduceMax"]
