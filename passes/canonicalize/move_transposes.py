@@ -37,9 +37,9 @@ class MoveTransposes(ir.passes.InPlacePass):
         """Rewrite the main graph in place."""
         # Readers that nobody reads would count as readers.
         modified = remove_unused(model)
-        modified |= _settle(model.graph)
+        modified |= settle(model.graph)
         while _turn_one(model.graph):
-            _settle(model.graph)
+            settle(model.graph)
             modified = True
         modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
@@ -75,7 +75,7 @@ def is_identity(p: Permutation) -> bool:
     return p == tuple(range(len(p)))
 
 
-def _settle(graph: ir.Graph) -> bool:
+def settle(graph: ir.Graph) -> bool:
     """Leave one Transpose for each value and permutation that is read, and tell whether anything changed.
 
     Transposes in a row are joined, equal ones shared; those that move nothing, that a reduction can do without, or that
@@ -195,7 +195,7 @@ class Region:
         )
 
 
-def _regions(graph: ir.Graph) -> Iterator[Region]:
+def regions(graph: ir.Graph) -> Iterator[Region]:
     """Yield the connected groups of movable nodes."""
     members = {node: index for index, node in enumerate(graph) if movable(node)}
     seen: set[ir.Node] = set()
@@ -224,16 +224,16 @@ def _readers(node: ir.Node) -> list[ir.Node]:
 
 def _turn_one(graph: ir.Graph) -> bool:
     """Turn the first region that gains by it into its best layout, and tell whether there was one."""
-    for region in _regions(graph):
+    for region in regions(graph):
         gains = {p: (region.gain(p), region.frees_pad(p)) for p in region.layouts()}
         best = max(gains, key=lambda p: gains[p], default=None)
         if best is not None and gains[best] > (0, False):
-            _turn(region, best)
+            turn(region, best)
             return True
     return False
 
 
-def _turn(region: Region, p: Permutation) -> None:
+def turn(region: Region, p: Permutation) -> None:
     """Write x ↦ region(x) as Tₚ region'(Tₚ⁻¹ x)."""
     graph, back = region.graph, inverse(p)
     leaving = [

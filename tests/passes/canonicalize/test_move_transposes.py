@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
-from qcompile.passes.canonicalize.move_transposes import MoveTransposes
+from qcompile.passes.canonicalize.move_transposes import MoveTransposes, regions, settle, turn
 
 Build = Callable[..., Any]
 THERE, BACK = "Transpose <perm = [0,2,3,1]>", "Transpose <perm = [0,3,1,2]>"
@@ -204,3 +205,31 @@ def test_a_reduction_behind_an_equal_transpose_takes_it_in(moved: Build) -> None
     text = """(float[3,4] x) => (float[4,3] y, float[3] z) {
         a = Transpose (x) b = Transpose (a) y = Transpose (b) z = ReduceMax <keepdims = 0> (y, axes) }"""
     assert moved(text, axes=np.int64([0])) == ["Transpose", "ReduceMax"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "t = Transpose <perm = [1,2,0]> (x) a = Sub (x, t) y = Transpose <perm = [2,0,1]> (a)",
+        "r = Exp (x) t = Transpose <perm = [1,2,0]> (r) a = Sub (r, t) s = Softmax (x) y = Max (a, s)",
+        "t = Transpose <perm = [1,0,2]> (x) a = Add (x, t) r = ReduceSum <keepdims = 0> (a, axes) y = Mul (a, r)",
+        "t = Transpose <perm = [2,1,0]> (x) r = Exp (t) u = Transpose <perm = [1,2,0]> (r) s = Sigmoid (u)"
+        " c = CumSum (s, one) d = Transpose <perm = [0,2,1]> (r) y = Add (c, d)",
+    ],
+)
+def test_a_turn_removes_as_many_transposes_as_it_says(text: str, model_of: Build, types: Build) -> None:
+    constants = {"axes": np.int64([1]), "one": np.array(1)}
+    used = {name: array for name, array in constants.items() if f", {name})" in text}
+    model = model_of(f"(float[3,3,3] x) => (float[3,3,3] y) {{ {text} }}", 18, **used)
+    InferShapes()(model)
+    settle(model.graph)
+    before = types(model).count("Transpose")
+    ways = [(i, p) for i, _ in enumerate(regions(model.graph)) for p in itertools.permutations(range(3))]
+    for index, p in ways:
+        copy = model.clone()
+        region = list(regions(copy.graph))[index]
+        gain = region.gain(p)
+        turn(region, p)
+        settle(copy.graph)
+        assert before - types(copy).count("Transpose") == gain
+    assert ways
