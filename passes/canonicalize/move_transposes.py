@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -15,8 +16,6 @@ from qcompile.passes.canonicalize.editing import bypass, free_name, remove_unuse
 from qcompile.passes.canonicalize.permute import ABSORBING, MOVABLE, absorb, movable, permute
 
 Permutation = tuple[int, ...]
-#: Regions that were turned may join others; each round leaves fewer Transposes, and few rounds find any.
-ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -26,28 +25,31 @@ class MoveTransposes(ir.passes.InPlacePass):
     A network exported from a framework that keeps channels last has a Transpose in front of each Conv and one behind
     it. All operators between them that can work in either layout are taken together, and change it if fewer Transposes
     are left then; their constants are transposed here and now.
+
+    A settled graph has one Transpose for each pair of a value and a permutation in which somebody reads it, so the
+    number left by a turn is known before it. Every turn lowers that number, or keeps it and brings one more Pad in
+    front of its Convs: the rule ends, and where it ends no turn does either, for a second application as for the first.
     """
 
     effect: ClassVar[Effect] = Effect.CLOSE
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the main graph in place."""
-        modified = _cancel(model.graph)
-        for _ in range(ROUNDS):
-            changed = False
-            for region in list(_regions(model.graph)):
-                changed |= _turn(model.graph, region)
-            _cancel(model.graph)
-            modified |= changed
-            if not changed:
-                break
+        # Readers that nobody reads would count as readers.
+        modified = remove_unused(model)
+        modified |= settle(model.graph)
+        while _turn_one(model.graph):
+            settle(model.graph)
+            modified = True
         modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
 
-def permutation(node: ir.Node | None) -> Permutation | None:
-    """Return the permutation of a Transpose, None for anything else."""
-    if node is None or not structure.is_standard(node, "Transpose") or node.inputs[0] is None:
+def permutation(node: ir.Node | None, graph: ir.Graph) -> Permutation | None:
+    """Return the permutation of a Transpose that stands in a graph itself, None for anything else."""
+    if node is None or node.graph is not graph or not structure.is_standard(node, "Transpose"):
+        return None
+    if node.inputs[0] is None:
         return None
     source = node.inputs[0].shape if node.inputs[0].shape is not None else node.outputs[0].shape
     given = node.attributes.get_ints("perm", ())
@@ -61,31 +63,140 @@ def inverse(p: Permutation) -> Permutation:
     return tuple(int(index) for index in np.argsort(p))
 
 
-def _cancel(graph: ir.Graph) -> bool:
-    """Join each Transpose with the Transpose in front of it, and remove those that move nothing."""
+def chain(first: Permutation, *others: Permutation) -> Permutation:
+    """Return the permutation of Transposes in a row, the first one first."""
+    for p in others:
+        first = tuple(first[index] for index in p)
+    return first
+
+
+def is_identity(p: Permutation) -> bool:
+    """Tell whether a permutation moves nothing."""
+    return p == tuple(range(len(p)))
+
+
+def settle(graph: ir.Graph) -> bool:
+    """Leave one Transpose for each value and permutation that is read, and tell whether anything changed.
+
+    Transposes in a row are joined, equal ones shared; those that move nothing, that a reduction can do without, or that
+    nobody reads are removed.
+    """
     modified = False
+    shared: dict[tuple[ir.Value, Permutation], ir.Value] = {}
     for node in list(graph):
-        outer = permutation(node)
-        value = node.inputs[0] if outer is not None else None
-        if outer is None or value is None:
+        p, source = permutation(node, graph), node.inputs[0] if node.inputs else None
+        if p is None or source is None:
             continue
-        first = value.producer()
-        inner = permutation(first)
-        source = first.inputs[0] if first is not None and inner is not None else None
-        if first is not None and inner is not None and source is not None and first.graph is graph:
-            outer, value = tuple(inner[index] for index in outer), source
-            node.replace_input_with(0, value)
-            node.attributes["perm"] = ir.AttrInt64s("perm", outer)
+        # Those in front are settled.
+        first = source.producer()
+        if first is not None and (inner := permutation(first, graph)) and first.inputs[0] is not None:
+            p, source = chain(inner, p), first.inputs[0]
+            node.replace_input_with(0, source)
+            node.attributes["perm"] = ir.AttrInt64s("perm", p)
             modified = True
-            if not first.outputs[0].uses() and not first.outputs[0].is_graph_output():
-                graph.remove(first, safe=True)
-        if outer == tuple(range(len(outer))):
-            modified |= bypass(node, value)
+        if is_identity(p):
+            modified |= bypass(node, source)
+        elif (source, p) in shared:
+            modified |= bypass(node, shared[source, p])
+        else:
+            shared[source, p] = node.outputs[0]
+    for node in reversed(list(graph)):
+        if p := permutation(node, graph):
+            modified |= _do_without(graph, node, p)
     return modified
 
 
-def _regions(graph: ir.Graph) -> Iterator[list[ir.Node]]:
-    """Yield the connected groups of movable nodes, each in the graph's order."""
+def _do_without(graph: ir.Graph, node: ir.Node, p: Permutation) -> bool:
+    """Let reductions read what a Transpose reads, if they can; remove it if nobody is left."""
+    value = node.outputs[0]
+    found = [use.node for use in value.uses() if use.idx == 0 and absorb(use.node, p)]
+    for reader in found:
+        permute(graph, reader, p, ABSORBING)
+        reader.replace_input_with(0, node.inputs[0])
+    unread = not value.uses() and not value.is_graph_output()
+    if unread:
+        graph.remove(node, safe=True)
+    return bool(found) or unread
+
+
+@dataclass(frozen=True)
+class Region:
+    """Connected operators that can work in another layout, in the graph's order."""
+
+    graph: ir.Graph
+    nodes: Sequence[ir.Node]
+
+    @cached_property
+    def inside(self) -> frozenset[ir.Node]:
+        """The operators, to ask whether one is among them."""
+        return frozenset(self.nodes)
+
+    @cached_property
+    def rank(self) -> int:
+        """The number of axes of all their tensors."""
+        return len(self.nodes[0].outputs[0].shape or ())
+
+    @cached_property
+    def entering(self) -> tuple[ir.Value, ...]:
+        """The values that enter; constants and numbers cross the border freely."""
+        return tuple({value: None for node in self.nodes for value in node.inputs
+                      if value is not None and value.producer() not in self.inside
+                      and structure.constant_tensor(value) is None
+                      and value.shape is not None and len(value.shape) == self.rank})  # fmt: skip
+
+    @cached_property
+    def results(self) -> tuple[ir.Value, ...]:
+        """What the operators compute."""
+        return tuple(value for node in self.nodes for value in node.outputs)
+
+    @cached_property
+    def reads(self) -> tuple[tuple[ir.Value, Permutation, ir.Node | None], ...]:
+        """Who reads what enters and what is computed, in which permutation; None stands for the graph's outputs."""
+        producers = [(value, value.producer()) for value in self.entering]
+        sources = [first.inputs[0] if first is not None and permutation(first, self.graph) else value
+                   for value, first in producers]  # fmt: skip
+        values = dict.fromkeys((*sources, *self.results))
+        return tuple((value, *read) for value in values if value is not None for read in self._readers(value))
+
+    def _readers(self, source: ir.Value) -> Iterator[tuple[Permutation, ir.Node | None]]:
+        views = [(source, tuple(range(self.rank)))] if structure.constant_tensor(source) is None else []
+        views += [(node.outputs[0], p) for node in structure.readers(source) if (p := permutation(node, self.graph))]
+        for view, p in views:
+            if view.is_graph_output():
+                yield p, None
+            yield from ((p, node) for node in structure.readers(view) if not permutation(node, self.graph))
+
+    def layouts(self) -> list[Permutation]:
+        """Return the permutations in front of the region, and those that Transposes behind it take back."""
+        found = [p if node in self.inside else inverse(p) for _, p, node in self.reads if not is_identity(p)]
+        return list(dict.fromkeys(found))
+
+    def gain(self, p: Permutation) -> int:
+        """Return how many Transposes go if the region works on inputs that are not yet transposed by p."""
+        before = {(value, q) for value, q, _ in self.reads}
+        after = {(value, self._turned(value, q, node, p)) for value, q, node in self.reads}
+        return sum(not is_identity(q) for _, q in before) - sum(not is_identity(q) for _, q in after)
+
+    def _turned(self, value: ir.Value, q: Permutation, reader: ir.Node | None, p: Permutation) -> Permutation:
+        """Return the permutation in which a value is read when the region has been turned."""
+        own = value.producer() in self.inside
+        q = chain(p, q) if own else q
+        if reader in self.inside:
+            return chain(q, inverse(p))
+        return tuple(range(self.rank)) if own and reader is not None and absorb(reader, q) else q
+
+    def frees_pad(self, p: Permutation) -> bool:
+        """Tell whether this is a Pad that comes to stand right in front of its Convs, which take it in."""
+        behind = [(q, node) for value, q, node in self.reads if value.producer() in self.inside]
+        return (
+            len(self.nodes) == 1
+            and structure.is_standard(self.nodes[0], "Pad")
+            and all(q == inverse(p) and node is not None and structure.is_standard(node, "Conv") for q, node in behind)
+        )
+
+
+def regions(graph: ir.Graph) -> Iterator[Region]:
+    """Yield the connected groups of movable nodes."""
     members = {node: index for index, node in enumerate(graph) if movable(node)}
     seen: set[ir.Node] = set()
     for start in members:
@@ -99,7 +210,7 @@ def _regions(graph: ir.Graph) -> Iterator[list[ir.Node]]:
                     group.add(neighbour)
                     stack.append(neighbour)
         seen |= group
-        yield sorted(group, key=members.__getitem__)
+        yield Region(graph, sorted(group, key=members.__getitem__))
 
 
 def _sources(node: ir.Node) -> list[ir.Node]:
@@ -111,91 +222,27 @@ def _readers(node: ir.Node) -> list[ir.Node]:
     return [reader for value in node.outputs for reader in value.consumers()]
 
 
-@dataclass(frozen=True)
-class Border:
-    """The values that enter and leave a region."""
-
-    graph: ir.Graph
-    inside: frozenset[ir.Node]
-    entering: tuple[ir.Value, ...]
-    leaving: tuple[ir.Value, ...]
-
-    @classmethod
-    def around(cls, graph: ir.Graph, region: Sequence[ir.Node]) -> Border:
-        """Find the border of a region; constants and numbers cross it freely."""
-        inside = frozenset(region)
-        rank = len(region[0].outputs[0].shape or ())
-        entering = {value: None for node in region for value in node.inputs
-                    if value is not None and value.producer() not in inside and structure.constant_tensor(value) is None
-                    and value.shape is not None and len(value.shape) == rank}  # fmt: skip
-        leaving = [value for node in region for value in node.outputs
-                   if value.is_graph_output() or any(reader not in inside for reader in value.consumers())]  # fmt: skip
-        return cls(graph, inside, tuple(entering), tuple(leaving))
-
-    def transposed(self, value: ir.Value, p: Permutation) -> ir.Node | None:
-        """Return a Transpose by p outside that a region can read as well: none whose result is an output."""
-        for reader in self.others(value):
-            if permutation(reader) == p and reader.graph is self.graph and not reader.outputs[0].is_graph_output():
-                return reader
-        return None
-
-    def others(self, value: ir.Value) -> list[ir.Node]:
-        """Return the readers of a value that stand outside."""
-        return [reader for reader in value.consumers() if reader not in self.inside]
+def _turn_one(graph: ir.Graph) -> bool:
+    """Turn the first region that gains by it into its best layout, and tell whether there was one."""
+    for region in regions(graph):
+        gains = {p: (region.gain(p), region.frees_pad(p)) for p in region.layouts()}
+        best = max(gains, key=lambda p: gains[p], default=None)
+        if best is not None and gains[best] > (0, False):
+            turn(region, best)
+            return True
+    return False
 
 
-def _turn(graph: ir.Graph, region: list[ir.Node]) -> bool:
-    """Bring a region into the layout that leaves the fewest Transposes, if that is fewer than now."""
-    # An earlier region may have removed or joined Transposes at this one's border, never its nodes.
-    border = Border.around(graph, region)
-    rank = len(region[0].outputs[0].shape or ())
-    ways = {p: None for value in border.entering if (p := permutation(value.producer())) and len(p) == rank}
-    ways |= {inverse(q): None for value in border.leaving for reader in border.others(value)
-             if (q := permutation(reader)) and len(q) == rank}  # fmt: skip
-    gains = {p: _gain(border, p) for p in ways}
-    best = max(gains, key=lambda p: gains[p], default=None)
-    if best is None or gains[best] < 0 or (gains[best] == 0 and not _frees_pad(region, border, best)):
-        return False
-    _rewrite(graph, region, border, best)
-    return True
-
-
-def _gain(border: Border, p: Permutation) -> int:
-    """Return how many Transposes go if a region works on inputs that are not yet transposed by p."""
-    gain = 0
-    for value in border.entering:
-        q = permutation(value.producer())
-        alone = not value.is_graph_output() and not border.others(value)
-        gain += (q is not None and alone) - (q != p)
-        gain += q is None and border.transposed(value, inverse(p)) is not None
-    for value in border.leaving:
-        kinds = [permutation(reader) for reader in border.others(value)]
-        stays = value.is_graph_output() or any(
-            kind is None and not absorb(reader, p) for kind, reader in zip(kinds, border.others(value), strict=True)
-        )
-        gain += kinds.count(inverse(p)) - stays
-    return gain
-
-
-def _frees_pad(region: list[ir.Node], border: Border, p: Permutation) -> bool:
-    """Tell whether this is a Pad that comes to stand right in front of its Convs, which take it in."""
-    if len(region) != 1 or not structure.is_standard(region[0], "Pad") or region[0].outputs[0].is_graph_output():
-        return False
-    transposes = structure.readers(region[0].outputs[0])
-    if any(permutation(node) != inverse(p) or node.outputs[0].is_graph_output() for node in transposes):
-        return False
-    readers = [reader for node in transposes for reader in structure.readers(node.outputs[0])]
-    return all(structure.is_standard(reader, "Conv") for reader in readers)
-
-
-def _rewrite(graph: ir.Graph, region: list[ir.Node], border: Border, p: Permutation) -> None:
-    """Write x ↦ region(Tₚ x) as Tₚ region'(x)."""
-    back = inverse(p)
-    sources = {value: _untransposed(graph, border, value, p) for value in border.entering}
-    absorbing = {reader for value in border.leaving for reader in border.others(value) if absorb(reader, p)}
-    for reader in absorbing:
-        permute(graph, reader, p, ABSORBING)
-    for node in region:
+def turn(region: Region, p: Permutation) -> None:
+    """Write x ↦ region(x) as Tₚ region'(Tₚ⁻¹ x)."""
+    graph, back = region.graph, inverse(p)
+    leaving = [
+        value
+        for value in region.results
+        if value.is_graph_output() or any(reader not in region.inside for reader in value.consumers())
+    ]
+    sources = {value: _transposed(graph, value, back) for value in region.entering}
+    for node in region.nodes:
         for index, value in enumerate(node.inputs):
             if value in sources:
                 node.replace_input_with(index, sources[value])
@@ -203,60 +250,29 @@ def _rewrite(graph: ir.Graph, region: list[ir.Node], border: Border, p: Permutat
         for value in node.outputs:
             if value.shape is not None:
                 value.shape = ir.Shape([value.shape[index] for index in back])
-    for value in border.leaving:
-        _transpose_result(graph, border, value, p, absorbing)
-    for value in sources:
-        # Nobody's Transpose would pass for one that a region could read, and the region would turn back for it.
-        producer = value.producer()
-        if permutation(producer) and producer is not None and not value.uses() and not value.is_graph_output():
-            graph.remove(producer, safe=True)
+    for value in leaving:
+        _transpose_result(region, value, p)
 
 
-def _untransposed(graph: ir.Graph, border: Border, value: ir.Value, p: Permutation) -> ir.Value:
-    """Return the value that p makes `value` of; Transposes that are there already serve."""
-    producer, back = value.producer(), inverse(p)
-    if producer is not None and permutation(producer) == p:
-        assert producer.inputs[0] is not None
-        return producer.inputs[0]
-    reader = border.transposed(value, back)
-    if reader is not None:
-        _hoist(graph, reader, value)
-        return reader.outputs[0]
-    return _transposed(graph, value, back, after=producer)
-
-
-def _hoist(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """Move a node right behind what it reads."""
-    graph.remove(node)
-    _insert(graph, node, value.producer())
-
-
-def _insert(graph: ir.Graph, node: ir.Node, after: ir.Node | None) -> None:
-    if after is not None and after.graph is graph:
-        graph.insert_after(after, node)
-    else:
-        graph.insert_before(graph[0], node)
-
-
-def _transposed(graph: ir.Graph, value: ir.Value, p: Permutation, after: ir.Node | None) -> ir.Value:
+def _transposed(graph: ir.Graph, value: ir.Value, p: Permutation) -> ir.Value:
     name = free_name(graph, f"{value.name}_transposed")
     node = ir.node("Transpose", [value], {"perm": list(p)}, name=name)
     result = node.outputs[0]
     result.name, result.type = name, value.type
     if value.shape is not None:
         result.shape = ir.Shape([value.shape[index] for index in p])
-    _insert(graph, node, after)
+    producer = value.producer()
+    if producer is not None:
+        graph.insert_after(producer, node)
+    else:
+        graph.insert_before(graph[0], node)
     return result
 
 
-def _transpose_result(
-    graph: ir.Graph, border: Border, value: ir.Value, p: Permutation, absorbing: Collection[ir.Node]
-) -> None:
-    """Give the readers outside what they read before: the result transposed by p; Transposes among them cancel."""
-    outside = [use for use in value.uses() if use.node not in border.inside and use.node not in absorbing]
-    if not outside and not value.is_graph_output():
-        return
-    copy = _transposed(graph, value, p, after=value.producer())
+def _transpose_result(region: Region, value: ir.Value, p: Permutation) -> None:
+    """Give the readers outside what they read before: the result transposed by p."""
+    graph, outside = region.graph, [use for use in value.uses() if use.node not in region.inside]
+    copy = _transposed(graph, value, p)
     if value.is_graph_output():
         copy.name, value.name = value.name, free_name(graph, f"{value.name}_before")
         graph.outputs[graph.outputs.index(value)] = copy

@@ -26,6 +26,7 @@ STEPS: tuple[Step, ...] = (
     *(compute.bound,) * 2, compute.pool, compute.reduce, compute.softmax, compute.layer_norm, compute.casts,
     compute.idle, compute.branch, *(move.residual,) * 2, *(move.pad,) * 2, *(move.transpose,) * 2,
     *(move.reshape,) * 3, *(move.view,) * 2, move.concat, move.split, move.cut, move.expand,
+    move.mirror,
 )  # fmt: skip
 
 

@@ -26,6 +26,22 @@ def residual(b: Builder) -> None:
     b.add("Transpose", [moved.name], x.dims, perm=back)
 
 
+def mirror(b: Builder) -> None:
+    """Combine a value with what a Transpose of two equally long axes makes of it."""
+    x = b.operand(2, 3, 4)
+    pairs = [(i, j) for j in range(x.rank) for i in range(j) if x.dims[i] == x.dims[j]] if x is not None else []
+    if x is None or not pairs:
+        return
+    i, j = b.pick(*pairs)
+    order = list(range(x.rank))
+    order[i], order[j] = j, i
+    turned = b.add("Transpose", [x.name], x.dims, perm=order)
+    sides = b.pick([x.name, turned.name], [turned.name, x.name])
+    y = b.add(b.pick("Add", "Sub", "Max"), sides, x.dims)
+    if b.pick(True, False):
+        b.add("Transpose", [y.name], x.dims, perm=order)
+
+
 def pad(b: Builder) -> None:
     x = b.operand(4)
     if x is None or min(x.shape[2:]) < 2 or max(x.shape) > 10:

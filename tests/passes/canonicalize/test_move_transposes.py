@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
-from qcompile.passes.canonicalize.move_transposes import MoveTransposes
+from qcompile.passes.canonicalize.move_transposes import MoveTransposes, regions, settle, turn
 
 Build = Callable[..., Any]
 THERE, BACK = "Transpose <perm = [0,2,3,1]>", "Transpose <perm = [0,3,1,2]>"
@@ -148,3 +149,87 @@ def test_what_does_care_stays(between: str, model_of: Build, rewritten: Build, t
     InferShapes()(model)
     feeds = {"t": np.int64([1])} if given else {}
     assert types(rewritten(MoveTransposes(), model, feeds)[0]).count("Transpose") == 2
+
+
+def test_two_regions_do_not_turn_back_and_forth(moved: Build) -> None:
+    text = f"""(float[2,3,4,5] x) => (float[2,3,4,5] y) {{
+        t = {THERE} (x) r = Relu (t) s = Sigmoid (r) a = {BACK} (r) b = {BACK} (s) y = Add (a, b) }}"""
+    assert "Transpose" not in moved(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(float[4,4,4] x) => (float[4,4,4] y) { r = Exp (x) t = Transpose <perm = [1,2,0]> (r) a = Sub (r, t)"
+        " y = Transpose <perm = [2,0,1]> (a) }",
+        "(float[4,4] x) => (float[4,4] y) { r = Exp (x) t = Transpose (r) a = Add (r, t) y = Transpose (a) }",
+        "(float[4,4] x) => (float[4] y) { t = Transpose (x) a = Sub (x, t) y = ReduceSum <keepdims = 0> (a, axes) }",
+    ],
+)
+def test_a_value_and_what_a_transpose_makes_of_it_stay_two(text: str, moved: Build) -> None:
+    constants = {"axes": np.int64([1])} if "axes" in text else {}
+    assert "Transpose" in moved(text, **constants)
+
+
+def test_a_region_that_reads_one_value_in_two_layouts(moved: Build) -> None:
+    text = """(float[4,4,4] x) => (float[4,4,4] y) {
+        t = Transpose <perm = [1,2,0]> (x) a = Sub (x, t) y = Transpose <perm = [2,0,1]> (a) }"""
+    assert moved(text) == ["Transpose", "Sub"]
+
+
+def test_a_transpose_in_a_branch_stays_there(moved: Build) -> None:
+    text = f"""(float[2,3,4,5] x, bool c) => (float[A,B,C,D] y) {{
+        t = {THERE} (x) r = Relu (t)
+        y = If (c) <then_branch = then () => (float[2,3,4,5] u) {{ u = {BACK} (r) }},
+                    else_branch = other () => (float[2,3,4,5] v) {{ n = Neg (x) v = Exp (n) }}> }}"""
+    assert moved(text).count("Transpose") == 2
+
+
+def test_a_reduction_without_a_region_takes_a_transpose_in(moved: Build) -> None:
+    text = f"(float[1,3,4,5] x) => (float[1,3] y) {{ t = {THERE} (x) y = ReduceMean <keepdims = 0> (t, axes) }}"
+    assert moved(text, axes=np.int64([1, 2])) == ["ReduceMean"]
+
+
+def test_equal_transposes_are_one(moved: Build) -> None:
+    text = f"""(float[2,3,4,5] x) => (float[2,4,5,3] y, float[2,60] z) {{
+        a = {THERE} (x) z = Flatten (a) y = {THERE} (x) }}"""
+    assert moved(text) == ["Transpose", "Flatten"]
+
+
+def test_equal_transposes_that_are_both_outputs(moved: Build) -> None:
+    text = f"(float[2,3,4,5] x) => (float[2,4,5,3] y, float[2,4,5,3] z) {{ y = {THERE} (x) z = {THERE} (x) }}"
+    assert moved(text) == ["Transpose", "Identity"]
+
+
+def test_a_reduction_behind_an_equal_transpose_takes_it_in(moved: Build) -> None:
+    text = """(float[3,4] x) => (float[4,3] y, float[3] z) {
+        a = Transpose (x) b = Transpose (a) y = Transpose (b) z = ReduceMax <keepdims = 0> (y, axes) }"""
+    assert moved(text, axes=np.int64([0])) == ["Transpose", "ReduceMax"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "t = Transpose <perm = [1,2,0]> (x) a = Sub (x, t) y = Transpose <perm = [2,0,1]> (a)",
+        "r = Exp (x) t = Transpose <perm = [1,2,0]> (r) a = Sub (r, t) s = Softmax (x) y = Max (a, s)",
+        "t = Transpose <perm = [1,0,2]> (x) a = Add (x, t) r = ReduceSum <keepdims = 0> (a, axes) y = Mul (a, r)",
+        "t = Transpose <perm = [2,1,0]> (x) r = Exp (t) u = Transpose <perm = [1,2,0]> (r) s = Sigmoid (u)"
+        " c = CumSum (s, one) d = Transpose <perm = [0,2,1]> (r) y = Add (c, d)",
+    ],
+)
+def test_a_turn_removes_as_many_transposes_as_it_says(text: str, model_of: Build, types: Build) -> None:
+    constants = {"axes": np.int64([1]), "one": np.array(1)}
+    used = {name: array for name, array in constants.items() if f", {name})" in text}
+    model = model_of(f"(float[3,3,3] x) => (float[3,3,3] y) {{ {text} }}", 18, **used)
+    InferShapes()(model)
+    settle(model.graph)
+    before = types(model).count("Transpose")
+    ways = [(i, p) for i, _ in enumerate(regions(model.graph)) for p in itertools.permutations(range(3))]
+    for index, p in ways:
+        copy = model.clone()
+        region = list(regions(copy.graph))[index]
+        gain = region.gain(p)
+        turn(region, p)
+        settle(copy.graph)
+        assert before - types(copy).count("Transpose") == gain
+    assert ways
