@@ -1,14 +1,14 @@
 """Place by cost: which operators gain from integers once Q, DQ and changes of layout are paid for.
 
 Each operator has one price in float and one in integers, and each tensor has prices for being converted between what
-writes and what reads it. Which operators to leave in float so that the sum is least is a minimum cut; it is solved as
-the linear program that it is the dual of, which has whole-numbered solutions.
+writes and what reads it. Which operators to leave in float so that the sum is least is a minimum cut (Picard and
+Ratliff 1975), solved here as a linear program: its rows are differences of choices, so that its corners are whole.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,184 +74,138 @@ def cheapest_in_float(model: ir.Model, placement: Placement, prices: Prices) -> 
     """
     problem = _Problem()
     nodes = [node for node in model.graph if structure.node_name(node) in placement.ops]
-    owner = _owners(nodes, placement)
-    free = sorted({name for name in owner.values() if name})
-    for name in free:
-        problem.variable(name)
+    owners = _owners(nodes, placement)
     for node in nodes:
         name = structure.node_name(node)
-        change = prices.as_integer.get(name, 0.0) - prices.as_float.get(name, 0.0)
+        makers = [_owner(value.producer(), owners) for value in structure.activation_inputs(node)]
         # What stays in float in any case may be fused with a float producer, and not with an integer one.
-        payer = owner[name] or next((o for o in _producers(node, owner) if o), "")
+        payer = owners[name] or next(filter(None, makers), "")
         if payer:
-            problem.charge(payer, change)
-    for node in nodes:
-        for value in node.outputs:
-            _price_tensor(problem, value, owner, placement, prices)
-    for value in model.graph.inputs:
-        _price_tensor(problem, value, owner, placement, prices)
-    for node in nodes:
-        # An elementwise operator takes codes where they arrive as such.
-        name = owner[structure.node_name(node)]
-        if name and not structure.is_linear(node):
-            for producer in _producers(node, owner):
-                problem.at_most(name, producer)
-    return problem.zeros(free)
+            problem.charge(payer, prices.as_integer.get(name, 0.0) - prices.as_float.get(name, 0.0))
+        if owners[name] and not structure.is_linear(node):
+            # An elementwise operator takes codes where they arrive as such.
+            for maker in makers:
+                if maker != owners[name]:
+                    problem.demand(_if_integer(maker), _if_integer(owners[name]))
+    for value in (*model.graph.inputs, *(value for node in nodes for value in node.outputs)):
+        if (conversion := prices.conversions.get(structure.name_of(value))) is not None:
+            _convert(problem, value, conversion, owners, placement, prices.blocked)
+    return problem.zeros(sorted(set(filter(None, owners.values()))))
 
 
-def _owners(nodes: list[ir.Node], placement: Placement) -> dict[str, str]:
+def _owners(nodes: Sequence[ir.Node], placement: Placement) -> dict[str, str]:
     """Return for each node the operator whose choice is its own too, "" where it stays in float in any case."""
-    by_output = {op.output: name for name, op in placement.ops.items() if op.output}
-    owner = {}
+    absorbing = {op.output: name for name, op in placement.ops.items() if op.output}
+    owners = {}
     for node in nodes:
         name = structure.node_name(node)
         op = placement.ops[name]
-        integer = op.precision is Precision.INTEGER
         # An absorbed activation goes where the operator goes that absorbs it.
-        absorbed = integer and bool(op.reason)
-        owner[name] = (by_output.get(structure.name_of(node.outputs[0]), "") if absorbed else name) if integer else ""
-    return owner
+        own = absorbing.get(structure.name_of(node.outputs[0]), "") if op.reason else name
+        owners[name] = own if op.precision is Precision.INTEGER else ""
+    return owners
 
 
-def _producers(node: ir.Node, owner: Mapping[str, str]) -> list[str]:
-    """Return the owners of what a node reads; "" for an input of the model and for what stays in float."""
-    found = []
-    for value in structure.activation_inputs(node):
-        producer = value.producer()
-        found.append("" if producer is None else owner.get(structure.node_name(producer), ""))
-    return found
+def _owner(node: ir.Node | None, owners: Mapping[str, str]) -> str:
+    return "" if node is None else owners.get(structure.node_name(node), "")
 
 
-def _price_tensor(
-    problem: _Problem, value: ir.Value, owner: Mapping[str, str], placement: Placement, prices: Prices
+@dataclass(frozen=True)
+class _Indicator:
+    """A number that is 0 or 1: constant + sign · (whether an operator is in integers)."""
+
+    constant: float = 0.0
+    sign: float = 0.0
+    name: str = ""
+
+
+def _if_integer(name: str) -> _Indicator:
+    return _Indicator(0.0, 1.0, name) if name else _Indicator()
+
+
+def _if_blocked(node: ir.Node | None, owners: Mapping[str, str], blocked: Collection[str]) -> _Indicator:
+    if node is None or structure.node_name(node) not in blocked:
+        return _Indicator()
+    owner = _owner(node, owners)
+    return _Indicator(1.0, -1.0, owner) if owner else _Indicator(1.0)
+
+
+def _convert(
+    problem: _Problem,
+    value: ir.Value,
+    conversion: Conversion,
+    owners: Mapping[str, str],
+    placement: Placement,
+    blocked: Collection[str],
 ) -> None:
-    conversion = prices.conversions.get(structure.name_of(value))
+    """Price what it takes to bring a value from the form that it is made in to those that it is read in."""
     producer = value.producer()
-    maker = "" if producer is None else owner.get(structure.node_name(producer), "")
-    if conversion is None:
-        return
-    if maker and placement.ops[maker].output != value.name:
-        inside = maker and any(owner.get(structure.node_name(r), "") == maker for r in structure.readers(value))
-        if inside:
-            return  # between an operator and the activation that it absorbs
-        coded = False
-    else:
-        coded = bool(maker)
-    blocked = producer is not None and structure.node_name(producer) in prices.blocked
-    names = [structure.node_name(reader) for reader in structure.readers(value)]
-    codes = sorted({owner[name] for name in names if owner.get(name)})
-    plain = any(not owner.get(name) and name not in prices.blocked for name in names) or value.is_graph_output()
-    fixed = any(not owner.get(name) and name in prices.blocked for name in names)
-    writer = maker if coded else ""
-    problem.convert(conversion.quantize, to=codes, unless=writer)
-    if coded:
-        problem.convert(conversion.dequantize, source=writer, always=plain or fixed, unless_all=codes)
-    readers_blocked = [owner[name] for name in names if owner.get(name) and name in prices.blocked]
-    if blocked:
-        problem.unblock(conversion.unblock, maker, plain, codes)
-    else:
-        problem.block(conversion.block, "", readers_blocked, fixed)
-    if blocked and coded:
-        problem.block(conversion.block, writer, readers_blocked, fixed)
+    maker = _owner(producer, owners)
+    readers = [node for node in structure.readers(value) if not maker or _owner(node, owners) != maker]
+    written = placement.ops[maker].output if maker else ""
+    gives_codes, gives_blocks = (
+        _if_integer(maker if written == value.name else ""),
+        _if_blocked(producer, owners, blocked),
+    )
+    # For each reader whether it wants codes, and whether blocks; the caller of the model wants neither.
+    wants = [(_if_integer(_owner(node, owners)), _if_blocked(node, owners, blocked)) for node in readers]
+    wants += [(_Indicator(), _Indicator())] if value.is_graph_output() else []
+    problem.convert(conversion.quantize, [(codes, gives_codes) for codes, _ in wants])
+    problem.convert(conversion.dequantize, [(gives_codes, codes) for codes, _ in wants])
+    problem.convert(conversion.unblock, [(gives_blocks, blocks) for _, blocks in wants])
+    problem.convert(conversion.block, [(blocks, gives_blocks) for _, blocks in wants])
 
 
 @dataclass
 class _Problem:
-    """min Σ price · z with z ≥ differences of choices: 1 is integers, 0 is float."""
+    """The least sum of prices over choices, 1 for integers and 0 for float, and over conversions that follow."""
 
     index: dict[str, int] = field(default_factory=dict)
-    price: list[float] = field(default_factory=list)
+    prices: list[float] = field(default_factory=list)
     rows: list[tuple[dict[int, float], float]] = field(default_factory=list)
-    charges: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def variable(self, name: str) -> int:
+    def _column(self, name: str) -> int:
         if name not in self.index:
-            self.index[name] = len(self.price)
-            self.price.append(0.0)
+            self.index[name] = self._new(0.0)
         return self.index[name]
+
+    def _new(self, microseconds: float) -> int:
+        self.prices.append(microseconds)
+        return len(self.prices) - 1
 
     def charge(self, name: str, microseconds: float) -> None:
         """Pay if an operator is in integers."""
-        self.price[self.variable(name)] += microseconds
+        self.prices[self._column(name)] += microseconds
 
-    def at_most(self, name: str, other: str) -> None:
-        """Let an operator be in integers only if another is; never if there is no other."""
-        row = {self.variable(name): -1.0}
-        if other:
-            row[self.variable(other)] = row.get(self.variable(other), 0.0) + 1.0
-        self.rows.append((row, 0.0))
+    def demand(self, more: _Indicator, less: _Indicator, column: int | None = None) -> None:
+        """Let z + more ≥ less, where z is a column, or 0."""
+        row: defaultdict[int, float] = defaultdict(float, {} if column is None else {column: 1.0})
+        for indicator, sign in ((more, 1.0), (less, -1.0)):
+            if indicator.name:
+                row[self._column(indicator.name)] += sign * indicator.sign
+        self.rows.append((dict(row), less.constant - more.constant))
 
-    def _auxiliary(self, microseconds: float) -> int:
-        self.price.append(microseconds)
-        return len(self.price) - 1
+    def convert(self, microseconds: float, cases: Sequence[tuple[_Indicator, _Indicator]]) -> None:
+        """Pay once if in any of the cases the first is 1 and the second 0."""
+        cases = [(wanted, given) for wanted, given in cases if wanted != given and wanted != _Indicator()]
+        if microseconds > 0.0 and cases:
+            z = self._new(microseconds)
+            for wanted, given in cases:
+                self.demand(given, wanted, z)
 
-    def _at_least(self, z: int, plus: Collection[str], minus: Collection[str], constant: float) -> None:
-        """Demand z ≥ Σ plus - Σ minus + constant."""
-        row: dict[int, float] = {z: 1.0}
-        for names, sign in ((plus, -1.0), (minus, 1.0)):
-            for name in names:
-                row[self.variable(name)] = row.get(self.variable(name), 0.0) + sign
-        self.rows.append((row, constant))
-
-    def convert(
-        self,
-        microseconds: float,
-        *,
-        to: Collection[str] = (),
-        unless: str = "",
-        source: str = "",
-        always: bool = False,
-        unless_all: Collection[str] = (),
-    ) -> None:
-        """Pay once where an integer reader meets a float writer, or an integer writer a float reader."""
-        if microseconds <= 0.0 or not (to or source):
-            return
-        z = self._auxiliary(microseconds)
-        for name in to:
-            self._at_least(z, [name], [unless] if unless else [], 0.0)
-        if source and always:
-            self._at_least(z, [source], [], 0.0)
-        for name in unless_all if source and not always else ():
-            self._at_least(z, [source], [name], 0.0)
-
-    def unblock(self, microseconds: float, maker: str, plain: bool, codes: Collection[str]) -> None:
-        """Pay where a float writer of blocked layout meets a reader of any other."""
-        if microseconds <= 0.0 or not (plain or codes):
-            return
-        z = self._auxiliary(microseconds)
-        minus = [maker] if maker else []
-        if plain:
-            self._at_least(z, [], minus, 1.0)
-        for name in codes if not plain else ():
-            self._at_least(z, [name], minus, 0.0)
-
-    def block(self, microseconds: float, maker: str, readers: Collection[str], fixed: bool) -> None:
-        """Pay where a float reader of blocked layout meets a writer of plain floats or of codes."""
-        if microseconds <= 0.0 or not (readers or fixed):
-            return
-        z = self._auxiliary(microseconds)
-        plus = [maker] if maker else []
-        constant = 0.0 if maker else 1.0
-        if fixed:
-            self._at_least(z, plus, [], constant)
-        for name in readers if not fixed else ():
-            self._at_least(z, plus, [name], constant)
-
-    def zeros(self, names: Collection[str]) -> set[str]:
-        """Solve, and return which of these are 0. Of equal solutions the one with more floats is taken."""
+    def zeros(self, names: Sequence[str]) -> set[str]:
+        """Solve, and return which of these are 0; of equally cheap solutions one with many of them."""
         if not names:
             return set()
-        chosen = {self.index[name] for name in names}
-        # Ties go to float: integers that gain nothing only lose.
-        tie = 10.0**-DIGITS / (1 + len(chosen))
-        price = np.round(self.price, DIGITS) + np.array([tie if i in chosen else 0.0 for i in range(len(self.price))])
-        matrix = scipy.sparse.lil_matrix((len(self.rows), len(price)))
+        columns = [self._column(name) for name in names]
+        prices = np.round(self.prices, DIGITS)
+        prices[columns] += 10.0**-DIGITS / (1 + len(columns))
+        matrix = scipy.sparse.lil_array((len(self.rows), len(prices)))
         for place, (row, _) in enumerate(self.rows):
-            for column, value in row.items():
-                matrix[place, column] = value
-        bounds = np.array([constant for _, constant in self.rows])
-        constraints = [scipy.optimize.LinearConstraint(matrix.tocsr(), bounds, np.inf)] if self.rows else []
-        whole = np.array([1 if i in chosen else 0 for i in range(len(price))])
-        found = scipy.optimize.milp(price, integrality=whole, bounds=(0, 1), constraints=constraints)
+            for column, factor in row.items():
+                matrix[place, column] = factor
+        bounds = [constant for _, constant in self.rows]
+        constraints = scipy.optimize.LinearConstraint(matrix.tocsr(), bounds, np.inf) if self.rows else ()
+        found = scipy.optimize.milp(prices, bounds=(0, 1), constraints=constraints)
         assert found.x is not None, found.message
-        return {name for name in names if found.x[self.index[name]] < 0.5}
+        return {name for name, column in zip(names, columns, strict=True) if found.x[column] < 0.5}

@@ -27,6 +27,7 @@ from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.lower_opset import LowerOpset
 from qcompile.pipeline import DRIFT, VERDICT, untracked
+from qcompile.pricing import predict
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def deliver(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan,
         latency = timing.interleave(proof.reference, run, job.evidence.samples)
         content = report.build(
             job.model, job.target, job.options, evidence, plan, job.pipeline.steps, lowered, proof, folder
-        )
+        ) | report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
         measurements = report.measurements(content, latency, job.pipeline)
         artifact.write(folder, plan, content, measurements)
     return CompileResult(output, plan, content, measurements)

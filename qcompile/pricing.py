@@ -21,7 +21,7 @@ from qcompile.calib.sensitivity import Choice
 from qcompile.calib.work import value_shapes
 from qcompile.core import numerics
 from qcompile.core.costs import CostTable
-from qcompile.core.execution import Kernel, Shape
+from qcompile.core.execution import Kernel, Shape, execute
 from qcompile.core.plan import Precision
 from qcompile.core.target import Target
 from qcompile.passes import structure
@@ -42,6 +42,33 @@ IMAGE_RANK = 4
 WORTH = 10.0
 #: Less than this, in parts of float's time, is not worth a change.
 GAIN = 0.01
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the cost table says of two models, in microseconds for a run.
+
+    Parameters
+    ----------
+    reference, candidate : float
+    """
+
+    reference: float
+    candidate: float
+
+    @property
+    def ratio(self) -> float:
+        """Candidate over reference: below 1 is faster."""
+        return self.candidate / self.reference
+
+
+def predict(
+    table: CostTable | None, backend: Backend, original: ir.Model, quantized: ir.Model, samples: Sequence[Sample]
+) -> Prediction | None:
+    """Predict the latency of a quantized model, and of the model as it came in; None without a table."""
+    if table is None:
+        return None
+    return Prediction(table.mean(execute(original, samples)), table.mean(backend.executed(quantized, samples)))
 
 
 @dataclass
@@ -80,11 +107,7 @@ class Pricer:
 
     def latency(self, placement: Placement) -> float:
         """Return the microseconds that a run of a placement takes."""
-        return self.mean(self.kernels(placement))
-
-    def mean(self, runs: Sequence[Sequence[Kernel]]) -> float:
-        """Return the mean of what runs take, in microseconds."""
-        return sum(map(self.table.total, runs)) / len(runs)
+        return self.table.mean(self.kernels(placement))
 
     def dear(self) -> dict[str, Wish]:
         """Return what to wish for so that no operator is in integers that gains nothing by that.
@@ -99,7 +122,7 @@ class Pricer:
         in_integers, in_float = self.kernels(integer), self.kernels(self._weights_alone(names))
         prices = self._prices(in_float[0], in_integers[0])
         some = sorted(cheapest_in_float(self.model, integer, prices) & set(names))
-        found = [(self.mean(in_float), names), (self.mean(in_integers), [])]
+        found = [(self.table.mean(in_float), names), (self.table.mean(in_integers), [])]
         if 0 < len(some) < len(names):
             found.insert(1, (self.latency(self._weights_alone(some)), some))
         chosen = min(found, key=lambda one: float(f"{one[0]:.3g}"))[1]

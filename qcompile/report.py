@@ -18,6 +18,7 @@ from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import EXPECTED_SQNR, Options
 from qcompile.pipeline import Pipeline, Step
+from qcompile.pricing import Prediction
 from qcompile.timing import Latency
 from qcompile.verify import Fidelity, Proof
 
@@ -74,6 +75,18 @@ def build(
     }  # fmt: skip
     content["warnings"] = [*(note for step in steps for note in step.notes), *_warnings(content, lowered)]
     return content
+
+
+def predicted(prediction: Prediction | None) -> dict[str, Any]:
+    """Return what the cost table predicts, as a part of the report."""
+    if prediction is None:
+        return {"predicted_latency": None}
+    times = {"float_us": _rounded(prediction.reference), "artifact_us": _rounded(prediction.candidate)}
+    return {"predicted_latency": times | {"ratio": _rounded(prediction.ratio)}}
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.3g}")
 
 
 def warnings(content: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:

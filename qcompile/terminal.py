@@ -77,6 +77,9 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)
+    if (expected := report["predicted_latency"]) is not None:
+        reference, artifact = (f"{expected[key] / 1e3:.3g} ms" for key in ("float_us", "artifact_us"))
+        table.add_row("latency predicted", reference, artifact, f"{expected['ratio']:.2f}x")
     if (accuracy := fidelity["accuracy"]) is not None:
         of = accuracy["labelled"]
         table.add_row("accuracy", f"{accuracy['float_correct']}/{of}", f"{accuracy['artifact_correct']}/{of}", "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources.abc import Traversable
@@ -173,6 +173,10 @@ class CostTable:
     def total(self, kernels: Iterable[Kernel]) -> float:
         """Return the microseconds of a run."""
         return self.run + sum(map(self.price, kernels))
+
+    def mean(self, runs: Sequence[Sequence[Kernel]]) -> float:
+        """Return the mean of what runs take, in microseconds."""
+        return sum(map(self.total, runs)) / len(runs)
 
     @cached_property
     def _rates(self) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:

@@ -6,15 +6,28 @@ Contrib operators (``com.microsoft``) appear here and nowhere else.
 from __future__ import annotations
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
+from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
 from qcompile.backends.ort.legalize.join_activations import JoinActivations
 from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
+from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
 
-__all__ = ["HideSkipAdd", "JoinActivations", "JoinMatMulBias", "SinkFactors", "UnpackWeightsAtLoad", "legalize"]
+__all__ = ["RULES", "legalize"]
+
+#: In their order: a factor that a joined activation leaves sinks into scales before the operators that hold those are
+#: rewritten, and what can be left out is known last.
+RULES: tuple[ir.passes.PassBase, ...] = (
+    JoinActivations(),
+    SinkFactors(),
+    JoinMatMulBias(),
+    UnpackWeightsAtLoad(),
+    UnpackBiases(),
+    HideSkipAdd(),
+    DropInferable(),
+)
 
 
 def legalize(model: ir.Model) -> ir.Model:
@@ -26,8 +39,6 @@ def legalize(model: ir.Model) -> ir.Model:
         With Q/DQ nodes, or in float.
     """
     legal = model.clone()
-    # A factor that a joined activation leaves sinks into scales before the operators that hold those are rewritten.
-    for rule in (JoinActivations(), SinkFactors(), JoinMatMulBias(), UnpackWeightsAtLoad(), HideSkipAdd()):
+    for rule in RULES:
         rule(legal)
-    common_passes.RemoveUnusedNodesPass()(legal)
     return legal
