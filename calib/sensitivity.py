@@ -65,7 +65,7 @@ class Choice:
     @property
     def noise(self) -> float:
         """Noise over signal at the outputs with everything quantized as chosen, as far as it was measured."""
-        return min(self.together.values(), default=sum(self.alone.values()))
+        return min(self.together.values(), default=0.0) or sum(self.alone.values())
 
 
 #: The choice that gives each tensor the observer that is best for it alone.

@@ -33,7 +33,7 @@ from qcompile.pipeline import CHOICE, STATISTICS, WISHES
 from qcompile.pricing import Pricer
 
 #: What remains may spoil the outputs as well; so often it is looked at again.
-ATTEMPTS = 4
+ATTEMPTS = 3
 #: Why an operator keeps its float activations without data.
 UNTOLD = "no data, and no BatchNormalization tells the ranges that it needs"
 
@@ -48,18 +48,18 @@ def calibrate(job: Job, canonical: ir.Model) -> Calibration:
         return _guess(job, canonical)
     pricer = _pricer(job, canonical)
     spared: dict[str, Wish] = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
-    for attempt in range(ATTEMPTS):
-        turn = f" {attempt + 1}" if attempt else ""
-        placement = choose_operators(canonical, job.target, job.options, True, spared)
-        statistics, choice = _measure(job, canonical, placement, turn)
-        if pricer is None or attempt + 1 == ATTEMPTS:
-            break
-        worst = partial(pricer.spoiling, choice, spared)
-        spoiling = job.pipeline.measure(f"spoilers{turn}", WISHES, worst)
+    statistics, choice = _measure(job, canonical, spared, "")
+    for attempt in range(2, ATTEMPTS + 1) if pricer is not None else ():
+        assert pricer is not None
+        spoiling = job.pipeline.measure(f"spoilers {attempt}", WISHES, partial(pricer.spoiling, choice, spared))
         if not spoiling:
             break
         # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
-        spared |= spoiling
+        others = spared | spoiling
+        measured = _measure(job, canonical, others, f" {attempt}")
+        if pricer.worth(others, measured[1].noise) >= pricer.worth(spared, choice.noise):
+            break
+        spared, (statistics, choice) = others, measured
     return _calibration(job, statistics, choice, spared, calibrated=True)
 
 
@@ -99,7 +99,8 @@ def _pricer(job: Job, canonical: ir.Model) -> Pricer | None:
     return Pricer(canonical, target, job.backend, job.evidence.samples, placed)
 
 
-def _measure(job: Job, canonical: ir.Model, placement: Placement, attempt: str) -> tuple[Statistics, Choice]:
+def _measure(job: Job, canonical: ir.Model, spared: Mapping[str, Wish], attempt: str) -> tuple[Statistics, Choice]:
+    placement = choose_operators(canonical, job.target, job.options, True, spared)
     data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
     wanted, readers = placement.activations, code_readers(canonical, placement)
     among, threads = job.options.observers, job.options.threads

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -37,9 +38,9 @@ SUFFIXES = re.compile(r"(_token_\d+|_nchwc|_unscaled)+$")
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
 #: Axes of what convolutions work on: integer kernels have channels last, float ones in blocks.
 IMAGE_RANK = 4
-#: What noise is worth, as noise power over signal power at the outputs against latency over that in float: to get rid
-#: of a percent of noise (from 20 dB to none), ten percent of float's time may be spent.
-WORTH = 10.0
+#: What noise power over signal power at the outputs is worth, in parts of float's latency: nothing at 30 dB, a tenth of
+#: float's time at 15 dB, all of it at 5 dB.
+WORTH = 3.0
 #: Less than this, in parts of float's time, is not worth a change.
 GAIN = 0.01
 
@@ -126,7 +127,17 @@ class Pricer:
         if 0 < len(some) < len(names):
             found.insert(1, (self.latency(self._weights_alone(some)), some))
         chosen = min(found, key=lambda one: float(f"{one[0]:.3g}"))[1]
-        return {name: Wish(Precision.WEIGHT_ONLY, _dear(name, prices)) for name in chosen}
+        absorbed = {op.output: name for name, op in integer.ops.items() if op.output}
+        groups = {name: [name] for name in chosen}
+        for node in self.model.graph:
+            owner = absorbed.get(structure.name_of(node.outputs[0]))
+            if owner in groups and owner != node.name:
+                groups[owner].append(structure.node_name(node))
+        return {name: Wish(Precision.WEIGHT_ONLY, _dear(group, prices)) for name, group in groups.items()}
+
+    def worth(self, wishes: Mapping[str, Wish], noise: float) -> float:
+        """Return what a placement costs: latency, in parts of float's, and `WORTH` times its noise."""
+        return self.latency(self.placed(wishes)) / self._float_latency + WORTH * noise
 
     def spoiling(self, choice: Choice, spared: Mapping[str, Wish]) -> dict[str, Wish]:
         """Return what to wish for, beside what is spared, so that noise is not paid for with too little time.
@@ -140,24 +151,28 @@ class Pricer:
         spared : mapping of str to Wish
         """
         placement, noise = self.placed(spared), choice.noise
-        names = _integers(placement)
-        reference = self.latency(self._weights_alone([*spared, *names]))
+        names, total = _integers(placement), sum(choice.alone.values())
+        if not names or WORTH * noise < GAIN:
+            return {}
         worst = sorted(choice.alone, key=lambda name: -choice.alone[name])
-        total = sum(choice.alone.values())
-        best, least = dict[str, Wish](), self.latency(placement) / reference + WORTH * noise
-        for count in _counts(len(worst)):
+        best, least = dict[str, Wish](), self.worth(spared, noise)
+        if least - GAIN > 1.0:
+            best = {name: Wish(Precision.WEIGHT_ONLY, _spoils(noise, "codes everywhere")) for name in names}
+            least = 1.0
+        for count in _counts(len(worst)) if total > 0.0 else ():
             rest = noise * sum(choice.alone[name] for name in worst[count:]) / total
             if WORTH * (noise - rest) < GAIN:
                 continue
             wishes = sparing(self.model, placement, {name: _spoils(choice.alone[name]) for name in worst[:count]})
-            price = self.latency(self.placed({**spared, **wishes})) / reference + WORTH * rest
-            if price < least - GAIN:
+            if (price := self.worth({**spared, **wishes}, rest)) < least - GAIN:
                 best, least = wishes, price
             if WORTH * rest < GAIN:
                 break
-        if names and least - GAIN > 1.0:
-            return {name: Wish(Precision.WEIGHT_ONLY, _spoils(noise, "codes everywhere")) for name in names}
         return best
+
+    @cached_property
+    def _float_latency(self) -> float:
+        return self.latency(self._weights_alone(_integers(self.placed({}))))
 
     def _weights_alone(self, names: Iterable[str]) -> Placement:
         return self.placed(dict.fromkeys(names, Wish(Precision.WEIGHT_ONLY, "")))
@@ -235,12 +250,13 @@ def _integers(placement: Placement) -> list[str]:
 
 
 def _counts(most: int) -> list[int]:
-    """Return how many tensors to try: all small numbers, and fewer of the large ones."""
-    return sorted({min(most, round(1.4**step)) for step in range(40)} - {0})
+    """Return how many tensors to try: fewer of the large numbers."""
+    return sorted({min(most, 2**step) for step in range(20)} - {0})
 
 
-def _dear(name: str, prices: Prices) -> str:
-    as_float, as_integer = prices.as_float.get(name, 0.0), prices.as_integer.get(name, 0.0)
+def _dear(names: Sequence[str], prices: Prices) -> str:
+    """Say what an operator, and the activation that it would absorb, take."""
+    as_float, as_integer = (sum(of.get(name, 0.0) for name in names) for of in (prices.as_float, prices.as_integer))
     return f"integers do not pay: {as_float:.3g} µs in float, {as_integer:.3g} µs in integers and conversions around it"
 
 
