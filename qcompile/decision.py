@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import onnx_ir as ir
@@ -29,6 +29,7 @@ from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.passes.read_plan import is_quantized
+from qcompile.passes.share_scales import unlike_ranges
 from qcompile.pipeline import CHOICE, STATISTICS, WISHES
 from qcompile.pricing import Pricer
 
@@ -47,20 +48,38 @@ def calibrate(job: Job, canonical: ir.Model) -> Calibration:
     if not job.evidence.calibrated:
         return _guess(job, canonical)
     pricer = _pricer(job, canonical)
-    spared: dict[str, Wish] = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
-    statistics, choice = _measure(job, canonical, spared, "")
-    for attempt in range(2, ATTEMPTS + 1) if pricer is not None else ():
-        assert pricer is not None
-        spoiling = job.pipeline.measure(f"spoilers {attempt}", WISHES, partial(pricer.spoiling, choice, spared))
+    dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
+    best = _measure(job, canonical, dear, "")
+    if pricer is not None:
+        best = _spare(job, canonical, pricer, best)
+    return _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured, and what was spared meanwhile."""
+
+    spared: Mapping[str, Wish]
+    statistics: Statistics
+    choice: Choice
+
+    def worth(self, pricer: Pricer) -> float:
+        return pricer.worth(self.spared, self.choice.noise)
+
+
+def _spare(job: Job, canonical: ir.Model, pricer: Pricer, best: _Measured) -> _Measured:
+    """Spare the tensors whose noise is not paid for by time, as long as that pays in what is measured then."""
+    for attempt in range(2, ATTEMPTS + 1):
+        worst = partial(pricer.spoiling, best.choice, best.spared)
+        spoiling = job.pipeline.measure(f"spoilers {attempt}", WISHES, worst)
         if not spoiling:
             break
         # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
-        others = spared | spoiling
-        measured = _measure(job, canonical, others, f" {attempt}")
-        if pricer.worth(others, measured[1].noise) >= pricer.worth(spared, choice.noise):
+        other = _measure(job, canonical, {**best.spared, **spoiling}, f" {attempt}")
+        if other.worth(pricer) >= best.worth(pricer):
             break
-        spared, (statistics, choice) = others, measured
-    return _calibration(job, statistics, choice, spared, calibrated=True)
+        best = other
+    return best
 
 
 def choose_operators(
@@ -99,21 +118,29 @@ def _pricer(job: Job, canonical: ir.Model) -> Pricer | None:
     return Pricer(canonical, target, job.backend, job.evidence.samples, placed)
 
 
-def _measure(job: Job, canonical: ir.Model, spared: Mapping[str, Wish], attempt: str) -> tuple[Statistics, Choice]:
-    placement = choose_operators(canonical, job.target, job.options, True, spared)
+def _measure(job: Job, canonical: ir.Model, spared: Mapping[str, Wish], turn: str) -> _Measured:
     data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
-    wanted, readers = placement.activations, code_readers(canonical, placement)
     among, threads = job.options.observers, job.options.threads
-    statistics = pipeline.measure(f"statistics{attempt}", STATISTICS, lambda: collect(canonical, wanted, data, track))
+
+    def seen(wishes: Mapping[str, Wish], stage: str) -> tuple[Placement, Statistics]:
+        placement = choose_operators(canonical, job.target, job.options, True, wishes)
+        names = placement.activations
+        return placement, pipeline.measure(stage + turn, STATISTICS, lambda: collect(canonical, names, data, track))
+
+    placement, statistics = seen(spared, "statistics")
+    if unlike := unlike_ranges(canonical, placement, statistics):
+        spared = {**unlike, **spared}
+        placement, statistics = seen(spared, "statistics apart")
     # How wide an activation's range is hardly bears on the weights' scales: the first observer serves for these.
-    plan = allocate_bits(canonical, placement, statistics, job.target, dict.fromkeys(wanted, among[0]))
-    rounded = round_to_codes(canonical, plan)
+    first = dict.fromkeys(placement.activations, among[0])
+    rounded = round_to_codes(canonical, allocate_bits(canonical, placement, statistics, job.target, first))
+    readers = code_readers(canonical, placement)
     choice = pipeline.measure(
-        f"observers{attempt}",
+        f"observers{turn}",
         CHOICE,
         lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, threads),
     )
-    return statistics, choice
+    return _Measured(spared, statistics, choice)
 
 
 def _guess(job: Job, canonical: ir.Model) -> Calibration:
