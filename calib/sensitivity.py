@@ -26,7 +26,8 @@ Alone = Mapping[str, Mapping[Observer, OutputError]]
 #: More samples than this of each half move no decision that stands, and cost time in proportion; so do more for ranges.
 SAMPLES, MEASURED = 64, 256
 #: Runs of a half, at most, with each choice: few samples are run up to four times, to average the chance of their
-#: roundings. Four halve it; what is left after that is mostly the difference between samples.
+#: roundings, where that takes a quarter of the work that comparing may take. Four halve it; what is left after that is
+#: mostly the difference between samples.
 RUNS, REPEATS = 128, 4
 #: Multiply-accumulates that trying the tensors one by one may take, and comparing whole choices after that. A thread
 #: does 2e10 to 6e10 in a second.
@@ -205,7 +206,7 @@ class _Search:
             choices |= {OWN: own[index]} if own else {}
             parameters = {name: _parameters(half.candidates, choice) for name, choice in choices.items()}
             samples = spread(self.data, self.trials.sample_bytes, runs, half.held_out)
-            repeats = int(np.clip(min(runs, RUNS) / len(samples), 1, REPEATS))
+            repeats = int(np.clip(min(runs / 4, RUNS) / len(samples), 1, REPEATS))
             errors = self.trials.together(samples, parameters, repeats, self.track, self.threads)
             found = {name: found[name] + error if found else error for name, error in errors.items()}
         return found
