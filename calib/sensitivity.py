@@ -140,7 +140,7 @@ def choose_observers(
     halves = search.halves(model)
     alone: list[Alone] = []
     if trials.work_alone(candidates) * FEWEST <= ALONE:
-        alone = [search.alone(half.candidates, half.measured, len(halves)) for half in halves]
+        alone = search.alone([(half.candidates, half.measured) for half in halves])
     errors = search.compare(halves, [_own(errors) for errors in alone])
     best = _decide(errors)
     together = {name: error.value for name, error in errors.items()}
@@ -183,18 +183,19 @@ class _Search:
             found.append(_Half(measured, held_out, ranges))
         return found
 
-    def alone(self, candidates: Mapping[str, Quantizations], among: Sequence[int], parts: int) -> Alone:
-        """Try the tensors one by one on some of the samples, with a share of the work; none where it is too much."""
-        work = self.trials.work_alone(candidates)
-        if work > ALONE:
-            return {}
-        samples = spread(self.data, self.trials.sample_bytes, ALONE / work / parts, among)
-        return self.trials.alone(candidates, samples, self.track, self.threads)
+    def alone(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Alone]:
+        """Try the tensors one by one, in each part on some of its samples; on none where that is too much work."""
+        most = [ALONE / self.trials.work_alone(candidates) / len(parts) for candidates, _ in parts]
+        if min(most) * len(parts) < 1:
+            return [{} for _ in parts]
+        tried = [(candidates, spread(self.data, self.trials.sample_bytes * len(parts), runs, among))
+                 for runs, (candidates, among) in zip(most, parts, strict=True)]  # fmt: skip
+        return list(self.trials.alone(tried, self.track, self.threads))
 
     def alone_by(self, observer: Observer) -> Alone:
         """Try what one observer makes of each tensor."""
         candidates = {name: {observer: found[observer]} for name, found in self.candidates.items()}
-        return self.alone(candidates, range(len(self.data)), 1)
+        return self.alone([(candidates, range(len(self.data)))])[0]
 
     def compare(self, halves: Sequence[_Half], own: Sequence[Mapping[str, Observer]]) -> dict[str, OutputError]:
         """Return the error of each observer for all tensors, and of each half's own, on what is held out."""

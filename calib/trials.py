@@ -219,20 +219,21 @@ class Trials:
 
     def alone(
         self,
-        candidates: Mapping[str, Quantizations],
-        samples: Sequence[Sample],
-        track: Track[tuple[str, dict[Observer, OutputError]]],
+        parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[Sample]]],
+        track: Track[tuple[str, list[dict[Observer, OutputError]]]],
         threads: int,
-    ) -> dict[str, dict[Observer, OutputError]]:
-        """Quantize one tensor at a time; return the outputs' error by tensor and observer.
+    ) -> list[dict[str, dict[Observer, OutputError]]]:
+        """Quantize one tensor at a time; return, for each part of the samples, the error by tensor and observer.
 
         The part of the graph before the tensor runs once per sample, the part behind it once per sample and distinct
-        quantization.
+        quantization. Every part of the samples has candidates of its own, for the same tensors.
         """
-        outputs = self._outputs(samples)
+        names = list(parts[0][0])
+        outputs = [self._outputs(samples) for _, samples in parts]
         with ThreadPoolExecutor(threads) as pool:
-            errors = pool.map(partial(self._alone, samples, outputs), candidates, candidates.values())
-            return dict(track(zip(candidates, errors, strict=True), len(candidates), "choosing ranges"))
+            errors = pool.map(partial(self._alone, parts, outputs), names)
+            found = dict(track(zip(names, errors, strict=True), len(names), "choosing ranges"))
+        return [{name: found[name][index] for name in names} for index in range(len(parts))]
 
     def _outputs(self, samples: Sequence[Sample]) -> list[runtime.Outputs]:
         session = runtime.Session(self.model)
@@ -240,21 +241,24 @@ class Trials:
 
     def _alone(
         self,
-        samples: Sequence[Sample],
-        outputs: Sequence[runtime.Outputs],
+        parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[Sample]]],
+        outputs: Sequence[Sequence[runtime.Outputs]],
         name: str,
-        candidates: Quantizations,
-    ) -> dict[Observer, OutputError]:
+    ) -> list[dict[Observer, OutputError]]:
         model, cuts = self._quantized(self.model, [name])
         before, behind = _split(model, cuts[name])
-        groups = distinct(candidates)
-        errors = {observer: OutputError() for observer in groups}
-        if behind is not None:
-            for feeds, expected in zip(samples, outputs, strict=True):
+        found = []
+        for (candidates, samples), part in zip(parts, outputs, strict=True):
+            groups = distinct(candidates[name])
+            errors = {observer: OutputError() for observer in groups}
+            for feeds, expected in zip(samples, part, strict=True):
+                if behind is None:
+                    break
                 state = feeds if before is None else {**feeds, **before.run(feeds)}
                 for observer, error in errors.items():
-                    error.add(expected, behind.run({**state, **_inputs({name: candidates[observer]})}))
-        return {observer: errors[first] for first, group in groups.items() for observer in group}
+                    error.add(expected, behind.run({**state, **_inputs({name: candidates[name][observer]})}))
+            found.append({observer: errors[first] for first, group in groups.items() for observer in group})
+        return found
 
     def _quantized(self, model: ir.Model, names: Collection[str]) -> tuple[ir.Model, dict[str, int]]:
         """Return the model with these tensors quantized, and the number of nodes in front of each's QuantizeLinear."""
