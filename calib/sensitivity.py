@@ -13,24 +13,27 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calib.collect import Statistics
+from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.trials import OutputError, Trials, quantizations
+from qcompile.calib.trials import OutputError, Parameters, Quantizations, Trials, gain, quantizations
 from qcompile.core.contract import Track
 
 Key = TypeVar("Key", str, Observer)
+Alone = Mapping[str, Mapping[Observer, OutputError]]
 
-#: More samples than this move no decision that stands, and cost time in proportion.
-SAMPLES = 64
+#: More samples than this of each half move no decision that stands, and cost time in proportion; so do more for ranges.
+SAMPLES, MEASURED = 64, 256
+#: Runs of a half, at most, with each choice: few samples are run up to four times, to average the chance of their
+#: roundings, where that takes a quarter of the work that comparing may take. Four halve it; what is left after that is
+#: mostly the difference between samples.
+RUNS, REPEATS = 128, 4
 #: Multiply-accumulates that trying the tensors one by one may take, and comparing whole choices after that. A thread
 #: does 2e10 to 6e10 in a second.
 ALONE, TOGETHER = 5e11, 6e11
 #: With fewer samples than this, tensors are not tried one by one.
 FEWEST = 8
-#: Every so many-th sample is kept from the trials, for comparing what came of them.
-KEPT = 4
 #: Bytes of arrays that are held over all samples; where they would be more, there are fewer samples.
 MEMORY = 512 << 20
 
@@ -47,9 +50,8 @@ class Choice:
         Noise over signal at the outputs when only that tensor is quantized, by its best observer. Empty where tensors
         were not tried one by one.
     together : mapping of str to float
-        Noise over signal at the outputs with all tensors quantized, on the samples that the tensors were tried on or on
-        others, whichever is worse: by an observer's name, which then serves all tensors, and ``"each its own"``. The
-        least of them was chosen.
+        Noise over signal at the outputs with all tensors quantized, on samples that the ranges were not measured on: by
+        an observer's name, which then serves all tensors, and ``"each its own"``.
     """
 
     observers: Mapping[str, Observer]
@@ -65,7 +67,9 @@ class Choice:
     @property
     def noise(self) -> float:
         """Noise over signal at the outputs with everything quantized as chosen, as far as it was measured."""
-        return min(self.together.values(), default=0.0) or sum(self.alone.values())
+        kinds = set(self.observers.values())
+        chosen = kinds.pop().value if len(kinds) == 1 else OWN
+        return self.together.get(chosen, 0.0) or sum(self.alone.values())
 
 
 #: The choice that gives each tensor the observer that is best for it alone.
@@ -85,10 +89,14 @@ def choose_observers(
 ) -> Choice:
     """Choose for each measured tensor the observer whose range moves the model's outputs least.
 
-    First each tensor is quantized alone and everything else stays in float: the part of the graph before the tensor
-    runs once per sample, the part behind it once per sample and distinct range. What comes of it, and each observer for
-    all tensors, are then held against one another with all tensors quantized, also on samples that were kept from the
-    trials: what is best alone need not be best together, and a choice among many can fit its samples.
+    Each observer for all tensors, and each tensor its own, are held against one another with everything quantized,
+    always on samples that had no part in the choice: the ranges of every second sample are judged on the others, and
+    the other way round (twofold cross-validation; Stone 1974). On the samples that a range was measured on, minmax
+    never clips, and a moving average may happen to lie between two outliers.
+
+    A tensor's own observer is the one that does best when that tensor alone is quantized: the part of the graph before
+    it runs once per sample, the part behind it once per sample and distinct range. What is chosen so often fits its
+    samples, so it must be better than the best single observer by more than the standard error of the difference.
 
     Memory holds the samples, the float outputs and one sample's values per thread. The number of samples follows from
     the model's work, so that the time is bounded whatever its size.
@@ -108,7 +116,7 @@ def choose_observers(
     dtype : str
         Integer type of the codes.
     data : Dataset
-        At most `SAMPLES` of it are run, spread evenly.
+        At most `SAMPLES` of each half are run, spread evenly.
     track : callable
         Shows progress.
     threads : int
@@ -118,41 +126,132 @@ def choose_observers(
     if not candidates or not cuttable(model):
         return Choice(dict.fromkeys(candidates, among[-1]))
     first = next(iter(data))
-    trials = Trials(typed(at_scores(model), first), typed(at_scores(rounded), first), candidates, readers, first)
-    fit, kept = _apart(len(data))
-    choices: dict[str, Mapping[str, Observer]] = {o.value: dict.fromkeys(candidates, o) for o in among}
+    trials = Trials(
+        typed(at_scores(model), first), typed(at_scores(rounded), first), list(candidates), dtype, readers, first
+    )
+    search = _Search(trials, candidates, data, among, track, threads)
+    if len(among) == 1:
+        return Choice(dict.fromkeys(candidates, among[0]), _spoilt(search.alone_by(among[0])), {among[0].value: 0.0})
+    halves = search.halves(model)
+    alone: list[Alone] = []
+    if trials.work_alone(candidates) * FEWEST <= ALONE:
+        alone = search.alone([(half.candidates, half.measured) for half in halves])
+    errors = search.compare(halves, [_own(errors) for errors in alone])
+    best = _decide(errors)
+    together = {name: error.value for name, error in errors.items()}
+    tried = _joined(alone) if alone else search.alone_by(Observer(best))
+    observers = _own(tried) if best == OWN else dict.fromkeys(candidates, Observer(best))
+    return Choice(observers, _spoilt(tried), together)
 
-    def compare(positions: Sequence[int], halves: int) -> dict[str, float]:
-        samples = spread(data, trials.sample_bytes, TOGETHER / halves / (len(choices) * trials.work), positions)
-        return trials.together(samples, choices, track, threads) if len(choices) > 1 else {among[0].value: 0.0}
 
-    tried = candidates
-    each_its_own = len(among) > 1 and trials.work_alone(candidates) * FEWEST <= ALONE
-    if not each_its_own:
-        best = choices[_least(compare(fit, 1))]
-        tried = {name: {best[name]: found[best[name]]} for name, found in candidates.items()}
-    alone: Mapping[str, Mapping[Observer, OutputError]] = {}
-    if (work := trials.work_alone(tried)) <= ALONE:
-        alone = trials.alone(tried, spread(data, trials.sample_bytes, ALONE / work, fit), track, threads)
-    if each_its_own:
-        choices[OWN] = {name: _least({observer: error.value for observer, error in errors.items()})
-                        for name, errors in alone.items()}  # fmt: skip
-    first_half, second_half = compare(fit, 2), compare(kept, 2)
-    # Few samples hold most of what is clipped: a range that happens to suit one half is found out by the other.
-    together = {name: max(error, second_half[name]) for name, error in first_half.items()}
-    spoilt = {name: min(error.total for error in errors.values()) for name, errors in alone.items()}
-    return Choice(choices[_least(together)], spoilt, together)
+@dataclass(frozen=True)
+class _Half:
+    """Some samples, what each observer makes of them, and the samples that this is judged on."""
+
+    measured: Sequence[int]
+    held_out: Sequence[int]
+    candidates: Mapping[str, Quantizations]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What the steps of `choose_observers` share; see there."""
+
+    trials: Trials
+    candidates: Mapping[str, Quantizations]
+    data: Dataset
+    among: Sequence[Observer]
+    track: Track[Any]
+    threads: int
+
+    def halves(self, model: ir.Model) -> list[_Half]:
+        """Measure the ranges of each half of the samples; a single sample is judged by itself."""
+        count = len(self.data)
+        if count == 1:
+            return [_Half([0], [0], self.candidates)]
+        found = []
+        for measured, held_out in ((even := range(0, count, 2), odd := range(1, count, 2)), (odd, even)):
+            chosen = _evenly(measured, min(MEASURED, TOGETHER / self.trials.work / 2))
+            seen = collect(model, list(self.candidates), _subset(self.data, chosen), self.track)
+            ranges = {name: quantizations(histogram, self.among, self.trials.dtype)
+                      for name, histogram in seen.histograms.items()}  # fmt: skip
+            found.append(_Half(measured, held_out, ranges))
+        return found
+
+    def alone(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Alone]:
+        """Try the tensors one by one, in each part on some of its samples; on none where that is too much work."""
+        most = [ALONE / self.trials.work_alone(candidates) / len(parts) for candidates, _ in parts]
+        if min(most) * len(parts) < 1:
+            return [{} for _ in parts]
+        tried = [(candidates, spread(self.data, self.trials.sample_bytes * len(parts), runs, among))
+                 for runs, (candidates, among) in zip(most, parts, strict=True)]  # fmt: skip
+        return list(self.trials.alone(tried, self.track, self.threads))
+
+    def alone_by(self, observer: Observer) -> Alone:
+        """Try what one observer makes of each tensor."""
+        candidates = {name: {observer: found[observer]} for name, found in self.candidates.items()}
+        return self.alone([(candidates, range(len(self.data)))])[0]
+
+    def compare(self, halves: Sequence[_Half], own: Sequence[Mapping[str, Observer]]) -> dict[str, OutputError]:
+        """Return the error of each observer for all tensors, and of each half's own, on what is held out."""
+        found: dict[str, OutputError] = {}
+        runs = TOGETHER / self.trials.work / (len(self.among) + len(own[:1])) / len(halves)
+        for index, half in enumerate(halves):
+            choices: dict[str, Mapping[str, Observer]]
+            choices = {observer.value: dict.fromkeys(half.candidates, observer) for observer in self.among}
+            choices |= {OWN: own[index]} if own else {}
+            parameters = {name: _parameters(half.candidates, choice) for name, choice in choices.items()}
+            samples = spread(self.data, self.trials.sample_bytes, runs, half.held_out)
+            repeats = int(np.clip(min(runs / 4, RUNS) / len(samples), 1, REPEATS))
+            errors = self.trials.together(samples, parameters, repeats, self.track, self.threads)
+            found = {name: found[name] + error if found else error for name, error in errors.items()}
+        return found
+
+
+def _decide(errors: Mapping[str, OutputError]) -> str:
+    """Return the choice of least error, unless by chance: the last observer, then another, then each tensor its own.
+
+    A step is taken where it is better by more than the standard error of the paired difference.
+    """
+    *others, chosen = (name for name in errors if name != OWN)
+    steps = [_least({name: errors[name].value for name in (*others, chosen)}), *({OWN} & errors.keys())]
+    for step in steps:
+        if _surely_less(errors[step], errors[chosen]):
+            chosen = step
+    return chosen
+
+
+def _surely_less(error: OutputError, other: OutputError) -> bool:
+    if not error.value < other.value:
+        return False
+    if error.value == 0.0 or not np.isfinite(other.value):
+        return True
+    better, uncertain = gain(error, over=other)
+    return better > uncertain
+
+
+def _own(alone: Alone) -> dict[str, Observer]:
+    """Return for each tensor the observer that did best when it alone was quantized."""
+    return {name: _least({observer: error.value for observer, error in errors.items()})
+            for name, errors in alone.items()}  # fmt: skip
+
+
+def _joined(parts: Sequence[Alone]) -> Alone:
+    first, *others = parts
+    return {name: {observer: sum((other[name][observer] for other in others), error)
+                   for observer, error in errors.items()} for name, errors in first.items()}  # fmt: skip
+
+
+def _spoilt(alone: Alone) -> dict[str, float]:
+    return {name: min(error.total for error in errors.values()) for name, errors in alone.items()}
+
+
+def _parameters(candidates: Mapping[str, Quantizations], choice: Mapping[str, Observer]) -> dict[str, Parameters]:
+    return {name: candidates[name][observer] for name, observer in choice.items()}
 
 
 def _least(errors: Mapping[Key, float]) -> Key:
     return min(errors, key=lambda key: errors[key])
-
-
-def _apart(count: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Return which samples to try tensors on and which to compare on; a few samples serve for both."""
-    if count < KEPT:
-        return range(count), range(count)
-    return [i for i in range(count) if i % KEPT != KEPT - 1], range(KEPT - 1, count, KEPT)
 
 
 def spread(data: Dataset, sample_bytes: int, most: float = SAMPLES, among: Sequence[int] | None = None) -> list[Sample]:
@@ -169,6 +268,14 @@ def spread(data: Dataset, sample_bytes: int, most: float = SAMPLES, among: Seque
         Positions in the data; all by default.
     """
     among = range(len(data)) if among is None else among
-    wanted = int(min(len(among), most, SAMPLES, MEMORY // max(1, sample_bytes)))
-    chosen = {among[i] for i in np.linspace(0, len(among) - 1, max(1, wanted)).round().astype(int)}
+    chosen = _evenly(among, min(most, SAMPLES, MEMORY // max(1, sample_bytes)))
     return [feeds for index, feeds in enumerate(data) if index in chosen]
+
+
+def _evenly(among: Sequence[int], most: float) -> set[int]:
+    wanted = int(min(len(among), max(1, most)))
+    return {among[i] for i in np.linspace(0, len(among) - 1, wanted).round().astype(int)}
+
+
+def _subset(data: Dataset, chosen: Collection[int]) -> Dataset:
+    return Dataset(data.place, lambda: (feeds for i, feeds in enumerate(data) if i in chosen), data.specs)

@@ -23,6 +23,10 @@ from qcompile.core.contract import Track
 _FLOAT, _REAL = "qcompile.trial/float/", "qcompile.trial/real/"
 _SCALE, _ZERO_POINT = "qcompile.trial/scale/", "qcompile.trial/zero_point/"
 
+#: By how much a repeat's scales are widened at most: a few steps at the largest codes, a tenth of a decibel in noise.
+#: They are never narrowed, which would clip what minmax keeps.
+SPREAD = 0.02
+
 #: Part of the mean signal that is added to every sample's, and the least noise over signal that makes a difference.
 QUIET, EXACT = 1e-3, 1e-9
 
@@ -43,15 +47,24 @@ class OutputError:
     signal: dict[str, list[float]] = field(default_factory=dict)
     noise: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, reference: runtime.Outputs, candidate: runtime.Outputs) -> None:
-        """Count one sample. Outputs that the candidate does not give are without noise."""
+    def add(self, reference: runtime.Outputs, *candidates: runtime.Outputs) -> None:
+        """Count one sample; the noise is the mean over repeats. Outputs that a candidate lacks are without noise."""
         for name, expected in reference.items():
             # A masked score is -inf in both; where the candidate alone is not finite, the error is infinite.
             finite = np.isfinite(expected)
             y = np.asarray(expected, np.float64)[finite]
-            difference = y - np.asarray(candidate.get(name, expected), np.float64)[finite]
-            self.signal.setdefault(name, []).append(float(np.mean(y * y)) if y.size else 0.0)
-            self.noise.setdefault(name, []).append(float(np.mean(difference * difference)) if y.size else 0.0)
+            repeats = [np.asarray(candidate.get(name, expected), np.float64)[finite] for candidate in candidates]
+            self.signal.setdefault(name, []).append(_power(y))
+            self.noise.setdefault(name, []).append(sum(_power(y - repeat) for repeat in repeats) / len(repeats))
+
+    def __add__(self, other: OutputError) -> OutputError:
+        """Return the error over both's samples."""
+        both = OutputError()
+        for error in (self, other):
+            for name in error.noise:
+                both.signal.setdefault(name, []).extend(error.signal[name])
+                both.noise.setdefault(name, []).extend(error.noise[name])
+        return both
 
     @property
     def value(self) -> float:
@@ -65,15 +78,45 @@ class OutputError:
         return sum((noise / signal if signal > 0.0 and np.isfinite(noise) else np.inf)
                    for noise, signal in pairs if noise != 0.0)  # fmt: skip
 
+    @property
+    def decibels(self) -> npt.NDArray[np.float64]:
+        """What each sample says of the SQNR: the mean is that of `value` in dB, the spread its uncertainty.
+
+        For one output these are the samples' own ratios; for several, what each sample moves the sum by (the delta
+        method). Only for a `value` that is finite and not 0.
+        """
+        logs = {name: self._logs(name) for name in self.noise if any(self.noise[name])}
+        moved = sum(np.exp(log.mean()) * (log - log.mean()) for log in logs.values()) / self.value
+        return np.asarray(-10.0 / np.log(10.0) * (np.log(self.value) + moved))
+
     def _of(self, name: str) -> float:
         noise, signal = np.array(self.noise[name]), np.array(self.signal[name])
         if not noise.any():
             return 0.0
         if not np.isfinite(noise).all() or not signal.any():
             return float("inf")
+        return float(np.exp(np.mean(self._logs(name))))
+
+    def _logs(self, name: str) -> npt.NDArray[np.float64]:
+        """Return the logarithm of each sample's noise over signal."""
+        noise, signal = np.array(self.noise[name]), np.array(self.signal[name])
         # A sample that says nothing is judged by what the others say.
-        ratio = noise / (signal + QUIET * signal.mean())
-        return float(np.exp(np.mean(np.log(np.maximum(ratio, EXACT)))))
+        return np.asarray(np.log(np.maximum(noise / (signal + QUIET * signal.mean()), EXACT)))
+
+
+def _power(values: npt.NDArray[np.float64]) -> float:
+    return float(np.mean(values * values)) if values.size else 0.0
+
+
+def gain(error: OutputError, over: OutputError) -> tuple[float, float]:
+    """Return by how many dB an error is less than another on the same samples, and that number's standard error.
+
+    The samples are paired: what makes one hard for both does not count. Both errors must be finite and not 0; of a
+    single sample, the standard error is infinite.
+    """
+    differences = error.decibels - over.decibels
+    count = differences.size
+    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else float("inf")
 
 
 def quantizations(histogram: Histogram, observers: Iterable[Observer], dtype: str) -> dict[Observer, Parameters]:
@@ -104,8 +147,10 @@ class Trials:
         Topologically sorted, every value's element type known.
     rounded : onnx_ir.Model
         The same with its weights rounded: what quantized tensors meet in the end.
-    candidates : mapping of str to Quantizations
-        By value name.
+    names : sequence of str
+        The values that `together` quantizes.
+    dtype : str
+        Integer type of the codes.
     readers : mapping of str to collection of str
         By value name, the nodes that read its codes; all of them where the value is not listed.
     sample : Sample
@@ -114,7 +159,8 @@ class Trials:
 
     model: ir.Model
     rounded: ir.Model
-    candidates: Mapping[str, Quantizations]
+    names: Sequence[str]
+    dtype: str
     readers: Mapping[str, Collection[str]]
     sample: Sample
 
@@ -144,35 +190,50 @@ class Trials:
     def together(
         self,
         samples: Sequence[Sample],
-        assignments: Mapping[str, Mapping[str, Observer]],
-        track: Track[tuple[str, float]],
+        choices: Mapping[str, Mapping[str, Parameters]],
+        repeats: int,
+        track: Track[tuple[str, OutputError]],
         threads: int,
-    ) -> dict[str, float]:
-        """Quantize all tensors and weights, by one choice of observers after another; return the outputs' error."""
+    ) -> dict[str, OutputError]:
+        """Quantize all tensors and weights, by one choice of parameters after another; return the outputs' error.
+
+        Parameters
+        ----------
+        samples : sequence of Sample
+        choices : mapping of str to mapping of str to Parameters
+            By the name of the choice and the value's name.
+        repeats : int
+            How often each sample runs, after the first time with every scale wider by up to `SPREAD`. The noise of one
+            run is mostly the chance of its roundings, above all where few numbers come out.
+        track : callable
+            Shows progress.
+        threads : int
+        """
         outputs, session = (
             self._outputs(samples),
-            runtime.Session(self._quantized(self.rounded, self.candidates)[0], integer_kernels=False),
+            runtime.Session(self._quantized(self.rounded, self.names)[0], integer_kernels=False),
         )
         with ThreadPoolExecutor(threads) as pool:
-            errors = pool.map(partial(self._together, session, samples, outputs), assignments.values())
-            return dict(track(zip(assignments, errors, strict=True), len(assignments), "comparing observers"))
+            errors = pool.map(partial(_together, session, samples, outputs, repeats), choices.values())
+            return dict(track(zip(choices, errors, strict=True), len(choices), "comparing observers"))
 
     def alone(
         self,
-        candidates: Mapping[str, Quantizations],
-        samples: Sequence[Sample],
-        track: Track[tuple[str, dict[Observer, OutputError]]],
+        parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[Sample]]],
+        track: Track[tuple[str, list[dict[Observer, OutputError]]]],
         threads: int,
-    ) -> dict[str, dict[Observer, OutputError]]:
-        """Quantize one tensor at a time; return the outputs' error by tensor and observer.
+    ) -> list[dict[str, dict[Observer, OutputError]]]:
+        """Quantize one tensor at a time; return, for each part of the samples, the error by tensor and observer.
 
         The part of the graph before the tensor runs once per sample, the part behind it once per sample and distinct
-        quantization.
+        quantization. Every part of the samples has candidates of its own, for the same tensors.
         """
-        outputs = self._outputs(samples)
+        names = list(parts[0][0])
+        outputs = [self._outputs(samples) for _, samples in parts]
         with ThreadPoolExecutor(threads) as pool:
-            errors = pool.map(partial(self._alone, samples, outputs), candidates, candidates.values())
-            return dict(track(zip(candidates, errors, strict=True), len(candidates), "choosing ranges"))
+            errors = pool.map(partial(self._alone, parts, outputs), names)
+            found = dict(track(zip(names, errors, strict=True), len(names), "choosing ranges"))
+        return [{name: found[name][index] for name in names} for index in range(len(parts))]
 
     def _outputs(self, samples: Sequence[Sample]) -> list[runtime.Outputs]:
         session = runtime.Session(self.model)
@@ -180,55 +241,63 @@ class Trials:
 
     def _alone(
         self,
-        samples: Sequence[Sample],
-        outputs: Sequence[runtime.Outputs],
+        parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[Sample]]],
+        outputs: Sequence[Sequence[runtime.Outputs]],
         name: str,
-        candidates: Quantizations,
-    ) -> dict[Observer, OutputError]:
+    ) -> list[dict[Observer, OutputError]]:
         model, cuts = self._quantized(self.model, [name])
         before, behind = _split(model, cuts[name])
-        groups = distinct(candidates)
-        errors = {observer: OutputError() for observer in groups}
-        if behind is not None:
-            for feeds, expected in zip(samples, outputs, strict=True):
+        found = []
+        for (candidates, samples), part in zip(parts, outputs, strict=True):
+            groups = distinct(candidates[name])
+            errors = {observer: OutputError() for observer in groups}
+            for feeds, expected in zip(samples, part, strict=True):
+                if behind is None:
+                    break
                 state = feeds if before is None else {**feeds, **before.run(feeds)}
                 for observer, error in errors.items():
-                    error.add(expected, behind.run({**state, **self._parameters({name: observer})}))
-        return {observer: errors[first] for first, group in groups.items() for observer in group}
-
-    def _together(
-        self,
-        session: runtime.Session,
-        samples: Sequence[Sample],
-        outputs: Sequence[runtime.Outputs],
-        observers: Mapping[str, Observer],
-    ) -> float:
-        parameters, error = self._parameters(observers), OutputError()
-        for feeds, expected in zip(samples, outputs, strict=True):
-            error.add(expected, session.run({**feeds, **parameters}))
-        return error.value
-
-    def _parameters(self, observers: Mapping[str, Observer]) -> dict[str, npt.NDArray[Any]]:
-        """Return the scales and zero points as what the quantized graph takes them for, its inputs."""
-        parameters: dict[str, npt.NDArray[Any]] = {}
-        for name, observer in observers.items():
-            parameters[_SCALE + name], parameters[_ZERO_POINT + name] = self.candidates[name][observer]
-        return parameters
+                    error.add(expected, behind.run({**state, **_inputs({name: candidates[name][observer]})}))
+            found.append({observer: errors[first] for first, group in groups.items() for observer in group})
+        return found
 
     def _quantized(self, model: ir.Model, names: Collection[str]) -> tuple[ir.Model, dict[str, int]]:
         """Return the model with these tensors quantized, and the number of nodes in front of each's QuantizeLinear."""
         copy = model.clone()
         values = ir.convenience.create_value_mapping(copy.graph)
-        quantize = {name: _quantize_here(copy.graph, values[name], name, self._dtype, self.readers.get(name))
+        quantize = {name: _quantize_here(copy.graph, values[name], name, self.dtype, self.readers.get(name))
                     for name in names}  # fmt: skip
         copy.graph.sort()
         positions = {node: index for index, node in enumerate(copy.graph)}
         return copy, {name: positions[node] for name, node in quantize.items()}
 
-    @property
-    def _dtype(self) -> np.dtype[Any]:
-        some = next(iter(self.candidates.values()))
-        return next(iter(some.values()))[1].dtype
+
+def _together(
+    session: runtime.Session,
+    samples: Sequence[Sample],
+    outputs: Sequence[runtime.Outputs],
+    repeats: int,
+    parameters: Mapping[str, Parameters],
+) -> OutputError:
+    error = OutputError()
+    inputs = [_inputs(_widened(parameters, repeat)) for repeat in range(repeats)]
+    for feeds, expected in zip(samples, outputs, strict=True):
+        error.add(expected, *(session.run({**feeds, **given}) for given in inputs))
+    return error
+
+
+def _widened(parameters: Mapping[str, Parameters], repeat: int) -> Mapping[str, Parameters]:
+    """Return the parameters of a repeat: the first has them as they are."""
+    if repeat == 0:
+        return parameters
+    factors = np.random.default_rng(repeat).uniform(1.0, 1.0 + SPREAD, len(parameters))
+    return {name: (np.asarray(scale * factor, np.float32), zero_point)
+            for factor, (name, (scale, zero_point)) in zip(factors, parameters.items(), strict=True)}  # fmt: skip
+
+
+def _inputs(parameters: Mapping[str, Parameters]) -> dict[str, npt.NDArray[Any]]:
+    """Return the scales and zero points as what the quantized graph takes them for, its inputs."""
+    scales = {_SCALE + name: scale for name, (scale, _) in parameters.items()}
+    return scales | {_ZERO_POINT + name: zero_point for name, (_, zero_point) in parameters.items()}
 
 
 def _split(model: ir.Model, cut: int) -> tuple[Section | None, Section | None]:
@@ -251,12 +320,10 @@ def _cuts(graph: ir.Graph) -> dict[str, int]:
     return cuts
 
 
-def _quantize_here(
-    graph: ir.Graph, value: ir.Value, name: str, dtype: np.dtype[Any], readers: Collection[str] | None
-) -> ir.Node:
+def _quantize_here(graph: ir.Graph, value: ir.Value, name: str, dtype: str, readers: Collection[str] | None) -> ir.Node:
     """Put Q → DQ behind a value, for some or all of its readers, and return the Q; the parameters are graph inputs."""
     scale = ir.val(_SCALE + name, ir.DataType.FLOAT, ())
-    zero_point = ir.val(_ZERO_POINT + name, ir.DataType.from_numpy(dtype), ())
+    zero_point = ir.val(_ZERO_POINT + name, ir.DataType.from_numpy(np.dtype(dtype)), ())
     graph.inputs.extend([scale, zero_point])
     uses = [(node, index) for node, index in value.uses() if readers is None or node.name in readers]
     quantize = ir.node("QuantizeLinear", [value, scale, zero_point])

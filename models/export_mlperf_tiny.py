@@ -22,7 +22,9 @@ _PERSON, _NO_PERSON = 0, 1  # the order of the classes in visual_wake_words.py, 
 # say the rest; with the gain control the mean behind the first convolution is what its BatchNormalization remembers,
 # up to a factor of 1.2.
 _KEYWORDS = Spectrogram(window=480, step=320, channels=10, low=125, high=4000, gain_control=True)
-_KEYWORD_FRAMES, _KEYWORD_CALIBRATION, _KEYWORD_EVALUATION = 50, 128, 58
+_KEYWORD_FRAMES = 50
+_KEYWORD_SPEECH = {"calib": 128, "eval": 58}  # windows of the long recordings, and of each meeting: without overlap
+_KEYWORD_MEETING = {"calib": 14, "eval": 29}
 
 # Window, step and channels as anomaly_detection.py says; it was trained up to 24 kHz, on recordings of toy cars.
 _MACHINE = Spectrogram(window=1024, step=512, channels=128, low=0, high=8000, gain_control=False)
@@ -83,16 +85,17 @@ def build_ds_cnn(archive: Archive, folder: Path) -> None:
     Parameters
     ----------
     archive
-        Sources `weights`, `calib_speech` and `eval_speech`: two recordings of running speech, without
-        labels.
+        Sources `weights`, `calib_speech` and `eval_speech`: a recording of running speech each, without
+        labels, `calib_meetings` and `eval_meetings`: recordings of other speakers.
     folder
         An existing folder.
     """
     _export(archive, folder, "ds_cnn", "probabilities")
-    for kind, count in (("calib", _KEYWORD_CALIBRATION), ("eval", _KEYWORD_EVALUATION)):
-        spectrogram = _KEYWORDS.of(read_wav(archive.read(f"{kind}_speech")))
-        windows = cut(spectrogram, _KEYWORD_FRAMES, count)
-        write_npz(folder / f"{kind}.npz", {"x": windows[:, None, :, :, None]})
+    for kind, count in _KEYWORD_SPEECH.items():
+        windows = [cut(_KEYWORDS.of(read_wav(archive.read(f"{kind}_speech"))), _KEYWORD_FRAMES, count)]
+        for meeting in archive.read_all(f"{kind}_meetings").values():
+            windows.append(cut(_KEYWORDS.of(read_wav(meeting)), _KEYWORD_FRAMES, _KEYWORD_MEETING[kind]))
+        write_npz(folder / f"{kind}.npz", {"x": np.concatenate(windows)[:, None, :, :, None]})
 
 
 def build_vww_mobilenet(archive: Archive, folder: Path) -> None:

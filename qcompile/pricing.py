@@ -41,6 +41,8 @@ IMAGE_RANK = 4
 #: What noise power over signal power at the outputs is worth, in parts of float's latency: nothing at 30 dB, a tenth of
 #: float's time at 15 dB, all of it at 5 dB.
 WORTH = 3.0
+#: Noise beyond this is all the same.
+WORST = 1e3
 #: Less than this, in parts of float's time, is not worth a change.
 GAIN = 0.01
 
@@ -150,17 +152,19 @@ class Pricer:
             What was measured with all that is not spared in integers.
         spared : mapping of str to Wish
         """
-        placement, noise = self.placed(spared), choice.noise
-        names, total = _integers(placement), sum(choice.alone.values())
+        # What drives an output to infinity is as bad as can be, and still to be reckoned with.
+        alone = {name: min(error, WORST) for name, error in choice.alone.items()}
+        placement, noise = self.placed(spared), min(choice.noise, WORST)
+        names, total = _integers(placement), sum(alone.values())
         if not names or WORTH * noise < GAIN:
             return {}
-        worst = sorted(choice.alone, key=lambda name: -choice.alone[name])
+        worst = sorted(alone, key=lambda name: -alone[name])
         best, least = dict[str, Wish](), self.worth(spared, noise)
         if least - GAIN > 1.0:
             best = {name: Wish(Precision.WEIGHT_ONLY, _spoils(noise, "codes everywhere")) for name in names}
             least = 1.0
         for count in _counts(len(worst)) if total > 0.0 else ():
-            rest = noise * sum(choice.alone[name] for name in worst[count:]) / total
+            rest = noise * sum(alone[name] for name in worst[count:]) / total
             if WORTH * (noise - rest) < GAIN:
                 continue
             wishes = sparing(self.model, placement, {name: _spoils(choice.alone[name]) for name in worst[:count]})
