@@ -31,7 +31,8 @@ HERE = Path(__file__).parent
 SCRIPTS = HERE / "peer_scripts"
 #: Characters of a reason for failing that a table has room for.
 LONGEST = 160
-_INSTALLED = "installed.txt"  # written last, so its presence means that an environment is complete
+#: An environment's list of packages; written last, so its presence means that the environment is complete.
+INSTALLED = "installed.txt"
 
 
 class PeerError(Exception):
@@ -196,11 +197,15 @@ class Workshop:
             raise found
         return found
 
-    def _install(self, peer: Peer) -> Path:
+    def environment(self, peer: Peer) -> Path:
+        """Return the folder of a peer's environment, another one for other requirements."""
         wanted = hashlib.sha256(repr((peer.requirements, sys.version_info[:2])).encode()).hexdigest()
-        folder = self.folder / "environments" / f"{peer.name}-{wanted[:16]}"
+        return self.folder / "environments" / f"{peer.name}-{wanted[:16]}"
+
+    def _install(self, peer: Peer) -> Path:
+        folder = self.environment(peer)
         python = folder / "bin" / "python"
-        if not (folder / _INSTALLED).exists():
+        if not (folder / INSTALLED).exists():
             print(f"{peer.name}: installing {' '.join(peer.requirements)}", file=sys.stderr, flush=True)
             install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             for words in ([sys.executable, "-m", "venv", "--clear", str(folder)], [*install, *peer.requirements]):
@@ -209,7 +214,7 @@ class Workshop:
                     raise PeerError(f"does not install: {last_line(done.stderr)}")
             freeze = [str(python), "-m", "pip", "freeze"]
             packages = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
-            (folder / _INSTALLED).write_text(packages, encoding="utf-8")
+            (folder / INSTALLED).write_text(packages, encoding="utf-8")
         return python
 
     def attempt(self, peer: Peer, setting: Setting, material: Material) -> Attempt:
@@ -218,7 +223,7 @@ class Workshop:
             python = self.interpreter(peer)
         except PeerError as error:
             return Attempt(None, 0.0, str(error))
-        folder = self.folder / "attempts" / self._key(peer, setting, material, python.parent.parent)
+        folder = self.folder / "attempts" / self._key(peer, setting, material)
         output, record = folder / "model.onnx", folder / "attempt.json"
         limits = [self.limits.seconds, self.limits.gigabytes]
         if record.exists():
@@ -241,11 +246,10 @@ class Workshop:
         record.write_text(json.dumps(found), encoding="utf-8")
         return Attempt(None if failure else output, seconds, failure)
 
-    @staticmethod
-    def _key(peer: Peer, setting: Setting, material: Material, environment: Path) -> str:
+    def _key(self, peer: Peer, setting: Setting, material: Material) -> str:
         digest = hashlib.sha256(material.digest.encode())
         digest.update(json.dumps(setting.arguments, sort_keys=True).encode())
-        for path in (environment / _INSTALLED, SCRIPTS / "job.py", SCRIPTS / peer.script):
+        for path in (self.environment(peer) / INSTALLED, SCRIPTS / "job.py", SCRIPTS / peer.script):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:32]
 
