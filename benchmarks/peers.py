@@ -25,7 +25,7 @@ from pathlib import Path
 import onnx
 import peer_page
 from catalog import ROOT, fetch
-from peer_attempts import Limits, Material, Peer, Workshop, read_peers
+from peer_attempts import Limits, Material, Peer, Workshop, last_line, read_peers
 from peer_plot import scatter
 from peer_results import OURS, Result, Row, judge
 
@@ -68,12 +68,12 @@ class Candidate:
     model: Path | None
 
 
-def compiled(paths: Sequence[Path], folder: Path, cache: Path) -> Candidate:
-    """Compile with all defaults."""
+def compiled(paths: Sequence[Path], folder: Path) -> Candidate:
+    """Compile with all defaults, and without a cache of stages: what it takes stands beside what peers take."""
     model, calibration, evaluation = map(str, paths)
     start = time.perf_counter()
     try:
-        compile(model, Options("cpu", data=calibration, eval=evaluation, output=folder / "out", cache=cache))
+        compile(model, Options("cpu", data=calibration, eval=evaluation, output=folder / "out"))
     except QcompileError as error:
         return Candidate(Row(OURS, "default", failure=str(error)), None)
     return Candidate(Row(OURS, "default", seconds=time.perf_counter() - start), folder / "out" / "model.onnx")
@@ -101,14 +101,14 @@ def judged(candidate: Candidate, samples: Sequence[Feeds], expected: Sequence[Ou
     if path is None:
         return row, None
     try:
+        session, fidelity = Session(path), Fidelity()
         if row.peer != OURS and not is_quantized(path):
             return replace(row, failure="returned the float model without a word"), None
-        session, fidelity = Session(path), Fidelity()
         for feeds, outputs in zip(samples, expected, strict=True):
             fidelity.add(outputs, session.run(feeds))
     except (QcompileError, KeyError, ValueError) as error:
         reason = error.fact if isinstance(error, QcompileError) else f"its outputs are not float's: {error}"
-        return replace(row, failure=peer_page.cell(reason)), None
+        return replace(row, failure=last_line(reason)), None
     sqnr = fidelity.worst("sqnr")
     if sqnr == float("-inf"):
         return replace(row, failure="an output is NaN or infinite, or not zero where float's is"), None
@@ -125,7 +125,7 @@ def compare(name: str, paths: Sequence[Path], peers: Sequence[Peer], workshop: W
     material = Material.lay_out(source, list(open_data(str(calibration), specs)), workshop.folder / "samples" / name)
     samples = list(open_data(str(evaluation), specs))
     with tempfile.TemporaryDirectory() as folder:
-        candidates = [compiled(paths, Path(folder), workshop.folder / "qcompile")]
+        candidates = [compiled(paths, Path(folder))]
         say(f"{OURS}: {candidates[0].row.failure or f'{candidates[0].row.seconds:.0f} s'}")
         candidates += attempted(peers, workshop, material)
         reference = Session(source)

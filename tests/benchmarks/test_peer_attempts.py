@@ -212,3 +212,41 @@ def test_a_model_that_cannot_be_judged_is_a_row_with_the_reason(text, reason, fl
 def test_an_attempt_without_a_model_stays_a_row():
     failed = Row("tool", "a", failure=Attempt(None, 1.0, "crashed").failure)
     assert peers.judged(peers.Candidate(failed, None), SAMPLES, []) == (failed, None)
+
+
+def test_a_file_that_is_no_model_is_a_row_with_the_reason(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"nothing")
+    row, session = peers.judged(peers.Candidate(Row("tool", "a"), path), SAMPLES, [])
+    assert session is None and row.failure is not None and str(tmp_path) not in row.failure
+
+
+BOTH = """
+import json, shutil
+job = json.load(open("job.json"))
+if "broken" in job["setting"]:
+    raise ValueError("no such method")
+shutil.copy(job["setting"]["made"], job["output"])
+"""
+
+
+def test_a_model_is_quantized_by_all_and_measured_in_one_go(tmp_path, peer_of, proto_of):
+    weight = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    text = "(float[1,8] x) => (float[1,8] y) { y = MatMul (x, w) }"
+    source, calibration, evaluation = paths = [tmp_path / name for name in ("net.onnx", "calib.npz", "eval.npz")]
+    onnx.save(proto_of(text, w=weight), source)
+    for seed, path in enumerate((calibration, evaluation), 1):
+        np.savez(path, x=np.random.default_rng(seed).normal(size=(8, 1, 8)).astype(np.float32))
+    made = tmp_path / "made.onnx"
+    body = CODES.replace("[1,3]", "[1,8]").replace("y = DequantizeLinear (codes, scale, zero)", "y = MatMul (d, w)")
+    body = body.replace("y = MatMul", "d = DequantizeLinear (codes, scale, zero)\n    y = MatMul")
+    onnx.save(proto_of(body, w=weight), made)
+    workshop = Workshop(tmp_path / "work", Limits())
+    peer = peer_of(BOTH, workshop)
+    peer = replace(peer, settings=(Setting("works", {"made": str(made)}), Setting("fails", {"broken": True})))
+    result = peers.compare("net", paths, [peer], workshop, repeats=3)
+    ours, works, fails = result.rows
+    assert result.calibrated == result.evaluated == 8 and result.rounds == 3 and result.float_bytes > 0
+    assert ours.peer == "qcompile" and ours.latency_ms is not None and works.latency_ms is not None
+    assert fails.failure == "ValueError: no such method" and fails.latency_ms is None
+    assert all(row.sqnr is None or row.sqnr > 0.0 for row in (ours, works))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import peer_page
+import peer_plot
+import peers
 import pytest
 from peer_results import OURS, Result, Row, judge
 
@@ -100,8 +102,15 @@ def test_a_row_that_failed_has_no_ratio():
         result_of(ours()).ratio(Row("tool", "a", failure="crashed"))
 
 
+def test_what_leaves_the_plot_stands_at_its_edge_with_its_figure():
+    rows = [ours(), row("a", sqnr=None), row("b", sqnr=-4.0, latency_ms=6.25), row("c", latency_ms=2.0)]
+    result = result_of(*rows)
+    assert [peer_plot.height(found, rows) for found in rows] == [30.0, 36.0, 0.0, 31.0]
+    assert [peer_plot.place(result, found) for found in rows] == [0.5, 0.4, peer_plot.SLOWEST, 2.0]
+    assert [peer_plot.name(result, found) for found in rows[1:]] == ["1", "2: 6.2x", "3"]
+
+
 def test_the_committed_page_is_that_of_the_committed_figures(root):
-    peers = pytest.importorskip("peers")
     results = [Result.load(path) for name in peers.MODELS if (path := root / f"docs/peers/{name}.json").exists()]
     assert results, "python benchmarks/peers.py writes them"
     assert (root / "docs/peers.md").read_text(encoding="utf-8") == peer_page.page(results)
