@@ -17,8 +17,11 @@ MARKS = {
     "quark": ("^", "#009e73"),
     "onnxsim": ("D", "#cc79a7"),
 }
-#: Where a label may stand, in points from its mark, from the best place to the last.
-PLACES = [(6, 3), (6, -8), (-6, 3), (-6, -8), (-3, 8), (-3, -13), (14, -3), (-14, -3), (10, 12), (-10, 12), (10, -18)]
+#: Where a text may stand, in points from its mark, from the best place to the last; at the right edge, only before it.
+PLACES = [(5, -3), (5, 3), (5, -9), (-5, -3), (-5, 3), (-5, -9), (3, 8), (3, -14), (-3, 8), (-3, -14)]
+PLACES += [(14, 11), (14, -17), (-14, 11), (-14, -17), (3, 17), (3, -23)]
+ASIDE = [(-6, -3), (-6, 5), (-6, -11), (-6, 13), (-6, -19)]
+Place = tuple[float, float]
 #: Ratios that the axis names, and where it ends: what is slower stands at its end with its ratio.
 TICKS, SLOWEST = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4), 2.4
 
@@ -104,20 +107,24 @@ def decorate(axes: Any, result: Result, rows: list[Row]) -> None:
 
 
 def label(axes: Any, points: list[tuple[float, float, str]]) -> None:
-    """Write each number beside its mark, where it hides no other mark and no other number."""
+    """Write each text beside its mark, where it hides no other mark and no other text, if there is such a place."""
     axes.figure.canvas.draw()
-    scale = axes.figure.dpi / 72
-    marks = [tuple(axes.transData.transform((x, y))) for x, y, _ in points]
-    taken = [(x, y) for x, y in marks]
-    for (x, y, text), (left, low) in zip(points, marks, strict=True):
+    marks = [axes.transData.transform((x, y)) * 72 / axes.figure.dpi for x, y, _ in points]
+    taken = [(float(left), float(low)) for left, low in marks]
+    for (x, y, text), (left, low) in zip(points, list(taken), strict=True):
+        width = 4.5 * len(text)
 
-        def room(offset: tuple[int, int], left: float = left, low: float = low) -> float:
-            centre = (left + scale * offset[0], low + scale * (offset[1] + 3))
-            away = ((centre[0] - a) ** 2 + (centre[1] - b) ** 2 for a, b in taken if (a, b) != (left, low))
-            return min((distance**0.5 for distance in away), default=1e9)
+        def centre(offset: tuple[int, int], left: float = left, low: float = low, width: float = width) -> Place:
+            return left + offset[0] + (width / 2 if offset[0] > 0 else -width / 2), low + offset[1] + 3
 
-        places = [(-8, 3), (-8, -9), (-8, 9), (-8, -15)] if ":" in text else PLACES
-        chosen = next((offset for offset in places if room(offset) > 9 * scale), max(places, key=room))
-        taken.append((left + scale * chosen[0], low + scale * (chosen[1] + 3)))
+        def room(offset: tuple[int, int], own: Place = (left, low), width: float = width) -> float:
+            at = centre(offset)
+            others = (other for other in taken if other != own)
+            away = (max(abs(at[0] - x) / (width + 2), abs(at[1] - y) / 8) for x, y in others)
+            return min(away, default=9.0)
+
+        places = ASIDE if ":" in text else PLACES
+        chosen = next((offset for offset in places if room(offset) > 1), max(places, key=room))
+        taken.append(centre(chosen))
         side = "left" if chosen[0] > 0 else "right"
         axes.annotate(text, (x, y), chosen, textcoords="offset points", fontsize=7, ha=side)
