@@ -31,6 +31,8 @@ HERE = Path(__file__).parent
 SCRIPTS = HERE / "peer_scripts"
 #: Characters of a reason for failing that a table has room for.
 LONGEST = 160
+#: Seconds that a step of an installation may take.
+LONGEST_INSTALLATION = 1800.0
 #: An environment's list of packages; written last, so its presence means that the environment is complete.
 INSTALLED = "installed.txt"
 
@@ -207,14 +209,10 @@ class Workshop:
         python = folder / "bin" / "python"
         if not (folder / INSTALLED).exists():
             print(f"{peer.name}: installing {' '.join(peer.requirements)}", file=sys.stderr, flush=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            for words in ([sys.executable, "-m", "venv", "--clear", str(folder)], [*install, *peer.requirements]):
-                done = subprocess.run(words, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise PeerError(f"does not install: {last_line(done.stderr)}")
-            freeze = [str(python), "-m", "pip", "freeze"]
-            packages = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
-            (folder / INSTALLED).write_text(packages, encoding="utf-8")
+            pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+            _told([sys.executable, "-m", "venv", "--clear", str(folder)])
+            _told([*pip, "install", "--quiet", *peer.requirements])
+            (folder / INSTALLED).write_text(_told([*pip, "freeze"]), encoding="utf-8")
         return python
 
     def attempt(self, peer: Peer, setting: Setting, material: Material) -> Attempt:
@@ -252,6 +250,18 @@ class Workshop:
         for path in (self.environment(peer) / INSTALLED, SCRIPTS / "job.py", SCRIPTS / peer.script):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:32]
+
+
+def _told(words: Sequence[str]) -> str:
+    """Run a step of an installation and return what it says."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=LONGEST_INSTALLATION)
+    except subprocess.TimeoutExpired as error:
+        raise PeerError(f"does not install within {error.timeout:g} s") from error
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise PeerError(f"does not install: {last_line(errors[0] if errors else done.stderr)}")
+    return done.stdout
 
 
 def _tidy(folder: Path) -> None:

@@ -143,6 +143,17 @@ def test_a_peer_that_does_not_install_is_tried_once_and_fails_in_every_setting(t
     assert [row.failure for row in found] == ["does not install: no matching distribution"] * 2 and tries == ["tool"]
 
 
+def test_a_step_of_an_installation_fails_with_its_error(monkeypatch):
+    program = "import sys; sys.exit('WARNING: old\\nERROR: no such version\\nERROR: see the manual')"
+    with pytest.raises(peer_attempts.PeerError, match="^does not install: ERROR: no such version$"):
+        peer_attempts._told(python(program))
+    monkeypatch.setattr(peer_attempts, "LONGEST_INSTALLATION", 0.1)
+    with pytest.raises(peer_attempts.PeerError, match=r"^does not install within 0\.1 s$"):
+        peer_attempts._told(python("import time; time.sleep(30)"))
+    monkeypatch.undo()
+    assert peer_attempts._told(python("print('tool==1.0')")) == "tool==1.0\n"
+
+
 def test_samples_are_laid_out_one_by_one_and_known_by_their_content(tmp_path, material):
     model, folder = material.model, material.samples
     assert [path.name for path in sorted(folder.iterdir())] == ["000000.npz", "000001.npz"] and material.count == 2
