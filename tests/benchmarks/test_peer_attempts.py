@@ -145,7 +145,7 @@ def test_a_peer_that_does_not_install_is_tried_once_and_fails_in_every_setting(t
 
 def test_a_step_of_an_installation_fails_with_its_error(monkeypatch):
     program = "import sys; sys.exit('WARNING: old\\nERROR: no such version\\nERROR: see the manual')"
-    with pytest.raises(peer_attempts.PeerError, match="^does not install: ERROR: no such version$"):
+    with pytest.raises(peer_attempts.PeerError, match=r"^does not install: ERROR: no such version$"):
         peer_attempts._told(python(program))
     monkeypatch.setattr(peer_attempts, "LONGEST_INSTALLATION", 0.1)
     with pytest.raises(peer_attempts.PeerError, match=r"^does not install within 0\.1 s$"):
