@@ -37,7 +37,7 @@ def scatter(result: Result, folder: Path) -> None:
     # the bytes depend on the figures alone.
     style = {"svg.hashsalt": result.model, "font.size": 9.0, "font.family": "DejaVu Sans"}
     with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained", facecolor="white")
+        figure, axes = pyplot.subplots(figsize=(8.8, 5.0), layout="constrained", facecolor="white")
         rows = [row for row in result.rows if row.latency_ms is not None]
         draw(axes, result, rows)
         decorate(axes, result, rows)
@@ -102,7 +102,7 @@ def decorate(axes: Any, result: Result, rows: list[Row]) -> None:
     axes.set_xlabel("latency over float's (left is faster)")
     axes.set_ylabel("SQNR, dB (up is nearer to float)")
     axes.set_title(f"{result.model}: shaded is both faster and more faithful than qcompile's default")
-    axes.legend(loc="lower right", framealpha=0.9)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     label(axes, [(place(result, row), height(row, rows), name(result, row)) for row in rows if row.peer != OURS])
 
 
