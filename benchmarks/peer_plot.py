@@ -58,7 +58,9 @@ def place(result: Result, row: Row) -> float:
 
 
 def name(result: Result, row: Row) -> str:
-    """Return what is written beside a row's mark."""
+    """Return what is written beside a row's mark: nothing beside the star."""
+    if row.peer == OURS:
+        return ""
     number, ratio = numbers(result)[row.name], result.ratio(row)
     return number if ratio <= SLOWEST else f"{number}: {ratio:.1f}x"
 
@@ -103,7 +105,7 @@ def decorate(axes: Any, result: Result, rows: list[Row]) -> None:
     axes.set_ylabel("SQNR, dB (up is nearer to float)")
     axes.set_title(f"{result.model}: shaded is both faster and more faithful than qcompile's default")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    label(axes, [(place(result, row), height(row, rows), name(result, row)) for row in rows if row.peer != OURS])
+    label(axes, [(place(result, row), height(row, rows), name(result, row)) for row in rows])
 
 
 def label(axes: Any, points: list[tuple[float, float, str]]) -> None:
@@ -112,6 +114,8 @@ def label(axes: Any, points: list[tuple[float, float, str]]) -> None:
     marks = [axes.transData.transform((x, y)) * 72 / axes.figure.dpi for x, y, _ in points]
     taken = [(float(left), float(low)) for left, low in marks]
     for (x, y, text), (left, low) in zip(points, list(taken), strict=True):
+        if not text:
+            continue
         width = 4.5 * len(text)
 
         def centre(offset: tuple[int, int], left: float = left, low: float = low, width: float = width) -> Place:

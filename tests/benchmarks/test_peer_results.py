@@ -107,7 +107,7 @@ def test_what_leaves_the_plot_stands_at_its_edge_with_its_figure():
     result = result_of(*rows)
     assert [peer_plot.height(found, rows) for found in rows] == [30.0, 36.0, 0.0, 31.0]
     assert [peer_plot.place(result, found) for found in rows] == [0.5, 0.4, peer_plot.SLOWEST, 2.0]
-    assert [peer_plot.name(result, found) for found in rows[1:]] == ["1", "2: 6.2x", "3"]
+    assert [peer_plot.name(result, found) for found in rows] == ["", "1", "2: 6.2x", "3"]
 
 
 def test_the_committed_page_is_that_of_the_committed_figures(root):
