@@ -12,9 +12,9 @@ Written by `python benchmarks/peers.py`; do not edit. qcompile with all defaults
 [benchmarks/peers.toml](../benchmarks/peers.toml), each model quantized with the same calibration samples by all, each
 result run by ONNX Runtime with its default optimizations and held against the float model on evaluation samples by the
 same function. SQNR is that of the output that loses most; argmax is how often the model still says what float says, if
-it classifies; latency is over float's, medians of rounds in which every contender of the model runs twice and the
-second run counts, in changing order, batch 1, one thread; size is the file's over float's; seconds are those of the
-whole process, Python's start included.
+it classifies. Latency is over float's, batch 1, one thread: in each round every contender of the model runs twice on one
+sample, the second run counts, and the order changes; of the ratios to float's time in each round it is the median. Size
+is the file's over float's; seconds are those of the whole process, Python's start included.
 
 **Faster** means by more than {1 - FASTER:.0%}, **more faithful** by more than {MORE_FAITHFUL:g} dB. qcompile's default
 holds on a model if no setting is both faster and more faithful, and if float is not faster than it. *Open* settings use
@@ -47,10 +47,10 @@ def page(results: Sequence[Result]) -> str:
 def verdict_row(result: Result, verdict: Verdict) -> str:
     """Return one line of the table of verdicts."""
     ours = result.ours
-    if ours.latency_ms is None:
+    if ours.latency is None:
         return f"| {result.model} | {cell(ours.failure or '')} | no | | |"
     holds = "no: slower than float" if verdict.slower else "yes" if verdict.holds else "no"
-    figures = f"{decibel(ours)}, {result.ratio(ours):.2f}x"
+    figures = f"{decibel(ours)}, {ours.ratio:.2f}x"
     better, still_open = ("; ".join(row.name for row in rows) for rows in (verdict.better, verdict.open))
     return f"| [{result.model}](#{result.model}) | {figures} | {holds} | {better} | {still_open} |"
 
@@ -60,17 +60,17 @@ def sentence(result: Result, verdict: Verdict) -> str:
     if verdict.failure:
         return f"fails: {verdict.failure}"
     ours = result.ours
-    found = f"{decibel(ours)} dB at {result.ratio(ours):.2f}x of float: {'holds' if verdict.holds else 'does not hold'}"
+    found = f"{decibel(ours)} dB at {ours.ratio:.2f}x of float: {'holds' if verdict.holds else 'does not hold'}"
     found += ", slower than float" if verdict.slower else ""
-    better = ", ".join(f"{row.name} ({decibel(row)} dB, {result.ratio(row):.2f}x)" for row in verdict.better)
+    better = ", ".join(f"{row.name} ({decibel(row)} dB, {row.ratio:.2f}x)" for row in verdict.better)
     still_open = ", ".join(row.name for row in verdict.open)
     return found + (f"; better: {better}" if better else "") + (f"; open: {still_open}" if still_open else "")
 
 
 def section(result: Result) -> str:
     """Return what the page says of one model."""
-    measured = sorted((row for row in result.rows if row.latency_ms is not None), key=result.ratio)
-    failed = [row for row in result.rows if row.latency_ms is None]
+    measured = sorted((row for row in result.rows if row.latency is not None), key=lambda row: row.ratio)
+    failed = [row for row in result.rows if row.latency is None]
     rows = [table_row(result, row, numbers(result)[row.name]) for row in (*measured, *failed)]
     facts = (
         f"{result.calibrated} calibration and {result.evaluated} evaluation samples, {result.rounds} rounds; float "
@@ -90,11 +90,11 @@ def numbers(result: Result) -> dict[str, str]:
 def table_row(result: Result, row: Row, number: str) -> str:
     """Return one line of a model's table."""
     name = f"**{row.name}**" if row is result.ours else f"{row.name} (open)" if row.open else row.name
-    if row.latency_ms is None:
+    if row.latency is None:
         return f"| {number} | {name} | fails: {cell(row.failure or '')} | | | | {row.seconds:.0f} |"
     agreement = "" if row.agreement is None else f"{row.agreement:.0%}"
     size = "" if row.size is None else f"{row.size / result.float_bytes:.2f}x"
-    cells = [number, name, decibel(row), agreement, f"{result.ratio(row):.2f}x", size, f"{row.seconds:.0f}"]
+    cells = [number, name, decibel(row), agreement, f"{row.ratio:.2f}x", size, f"{row.seconds:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 

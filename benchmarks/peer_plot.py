@@ -38,7 +38,7 @@ def scatter(result: Result, folder: Path) -> None:
     style = {"svg.hashsalt": result.model, "font.size": 9.0, "font.family": "DejaVu Sans"}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(8.8, 5.0), layout="constrained", facecolor="white")
-        rows = [row for row in result.rows if row.latency_ms is not None]
+        rows = [row for row in result.rows if row.latency is not None]
         draw(axes, result, rows)
         decorate(axes, result, rows)
         figure.savefig(folder / f"{result.model}.svg", metadata={"Date": None})
@@ -52,16 +52,16 @@ def height(row: Row, rows: Iterable[Row]) -> float:
     return top + 5.0 if row.sqnr is None else max(row.sqnr, 0.0)
 
 
-def place(result: Result, row: Row) -> float:
+def place(row: Row) -> float:
     """Return where a row stands on the axis of latency."""
-    return min(result.ratio(row), SLOWEST)
+    return min(row.ratio, SLOWEST)
 
 
 def name(result: Result, row: Row) -> str:
     """Return what is written beside a row's mark: nothing beside the star."""
     if row.peer == OURS:
         return ""
-    number, ratio = numbers(result)[row.name], result.ratio(row)
+    number, ratio = numbers(result)[row.name], row.ratio
     return number if ratio <= SLOWEST else f"{number}: {ratio:.1f}x"
 
 
@@ -73,7 +73,7 @@ def draw(axes: Any, result: Result, rows: list[Row]) -> None:
             of_peer = [row for row in rows if row.peer == peer and row.open == still_open]
             if not of_peer:
                 continue
-            xs, ys = [place(result, row) for row in of_peer], [height(row, rows) for row in of_peer]
+            xs, ys = [place(row) for row in of_peer], [height(row, rows) for row in of_peer]
             axes.scatter(
                 xs,
                 ys,
@@ -85,14 +85,14 @@ def draw(axes: Any, result: Result, rows: list[Row]) -> None:
                 zorder=4 if peer == OURS else 3,
             )
     ours = result.ours
-    if ours.latency_ms is not None:
-        left, low = FASTER * result.ratio(ours), height(ours, rows) + MORE_FAITHFUL
+    if ours.latency is not None:
+        left, low = FASTER * ours.ratio, height(ours, rows) + MORE_FAITHFUL
         axes.fill_between([0.01, left], low, 1e3, color="#f0e442", alpha=0.25, linewidth=0, zorder=0)
 
 
 def decorate(axes: Any, result: Result, rows: list[Row]) -> None:
     """Set axes, labels and legend."""
-    xs, ys = [*(place(result, row) for row in rows), 1.0], [height(row, rows) for row in rows]
+    xs, ys = [*(place(row) for row in rows), 1.0], [height(row, rows) for row in rows]
     axes.set_xscale("log")
     axes.set_xlim(min(xs) / 1.12, max(xs) * 1.18)
     axes.set_ylim(-1.5, max(ys, default=1.0) * 1.08 + 1.0)
@@ -105,7 +105,7 @@ def decorate(axes: Any, result: Result, rows: list[Row]) -> None:
     axes.set_ylabel("SQNR, dB (up is nearer to float)")
     axes.set_title(f"{result.model}: shaded is both faster and more faithful than qcompile's default")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    label(axes, [(place(result, row), height(row, rows), name(result, row)) for row in rows])
+    label(axes, [(place(row), height(row, rows), name(result, row)) for row in rows])
 
 
 def label(axes: Any, points: list[tuple[float, float, str]]) -> None:

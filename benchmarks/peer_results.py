@@ -29,8 +29,10 @@ class Row:
         In dB, of the output that loses most; None if every output is float's own, minus infinity if one is broken.
     agreement : float, optional
         How often it has float's argmax, for models that classify.
-    latency_ms, size : float, optional
-        Of batch 1 on one thread, and of the file in bytes.
+    latency : float, optional
+        Over float's: the median over rounds of the ratio in a round, whose runs have the same input.
+    size : int, optional
+        Of the file, in bytes.
     seconds : float
         What quantizing took.
     """
@@ -41,7 +43,7 @@ class Row:
     failure: str | None = None
     sqnr: float | None = None
     agreement: float | None = None
-    latency_ms: float | None = None
+    latency: float | None = None
     size: int | None = None
     seconds: float = 0.0
 
@@ -49,6 +51,19 @@ class Row:
     def name(self) -> str:
         """Peer and setting."""
         return f"{self.peer}: {self.setting}"
+
+    @property
+    def ratio(self) -> float:
+        """The latency over float's.
+
+        Raises
+        ------
+        ValueError
+            If it failed.
+        """
+        if self.latency is None:
+            raise ValueError(f"{self.name} was not measured")
+        return self.latency
 
     @property
     def decibel(self) -> float:
@@ -88,18 +103,6 @@ class Result:
     def ours(self) -> Row:
         """The row of qcompile's default."""
         return self.rows[0]
-
-    def ratio(self, row: Row) -> float:
-        """Return a row's latency over float's.
-
-        Raises
-        ------
-        ValueError
-            If it failed.
-        """
-        if row.latency_ms is None:
-            raise ValueError(f"{row.name} was not measured")
-        return row.latency_ms / self.float_ms
 
     def save(self, path: Path) -> None:
         """Write it, so that a page of several models can be written again when one was measured anew."""
@@ -141,20 +144,20 @@ class Verdict:
 
 def is_better(row: Row, ours: Row) -> bool:
     """Tell whether a row is both faster and more faithful than ours, each by more than noise."""
-    if row.latency_ms is None or ours.latency_ms is None:
+    if row.latency is None or ours.latency is None:
         return False
-    return row.latency_ms < FASTER * ours.latency_ms and row.decibel > ours.decibel + MORE_FAITHFUL
+    return row.latency < FASTER * ours.latency and row.decibel > ours.decibel + MORE_FAITHFUL
 
 
 def judge(result: Result) -> Verdict:
     """Hold qcompile's default to all that was measured beside it."""
     ours = result.ours
-    if ours.latency_ms is None:
+    if ours.latency is None:
         return Verdict(ours.failure or "was not measured", False, (), ())
     better: Sequence[Row] = [row for row in result.rows[1:] if is_better(row, ours)]
     return Verdict(
         None,
-        result.float_ms < FASTER * ours.latency_ms,
+        ours.latency * FASTER > 1.0,
         tuple(row for row in better if not row.open),
         tuple(row for row in better if row.open),
     )

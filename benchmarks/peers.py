@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -134,22 +135,27 @@ def compare(name: str, paths: Sequence[Path], peers: Sequence[Peer], workshop: W
     sessions = [session for _, session in rows if session is not None]
     say(f"timing {len(sessions)} models")
     running = [reference.run, *(session.run for session in sessions)]
-    (float_ms, *medians), rounds = timing.medians(
-        running, samples, budget=PATIENCE * len(running), most=repeats, settle=True
-    )
-    measured = iter(medians)
-    finished = tuple(row if session is None else replace(row, latency_ms=next(measured)) for row, session in rows)
+    floats, *times = timing.in_turns(running, samples, budget=PATIENCE * len(running), most=repeats, settle=True)
+    measured = iter(times)
+    finished = [
+        row if session is None else replace(row, latency=latency(next(measured), floats)) for row, session in rows
+    ]
     return Result(
         name,
         timing.processor(),
         tuple(peer.version for peer in peers),
-        float_ms,
+        round(statistics.median(floats), 4),
         source.stat().st_size,
         material.count,
         len(samples),
-        rounds,
-        finished,
+        len(floats),
+        tuple(finished),
     )
+
+
+def latency(times: Sequence[float], floats: Sequence[float]) -> float:
+    """Return the median of the ratios in each round: inputs of other lengths and busy moments fall on both sides."""
+    return round(statistics.median(taken / of_float for taken, of_float in zip(times, floats, strict=True)), 4)
 
 
 def write(name: str, result: Result) -> None:

@@ -40,18 +40,18 @@ class Latency:
 
 def interleave(reference: Callable[[Feeds], Any], candidate: Callable[[Feeds], Any], feeds: Sequence[Feeds]) -> Latency:
     """Time two models alternately on the same inputs, so that what else the machine does falls on both alike."""
-    (first, second), rounds = medians((reference, candidate), feeds)
-    return Latency(first, second, rounds)
+    times = in_turns((reference, candidate), feeds)
+    return Latency(statistics.median(times[0]), statistics.median(times[1]), len(times[0]))
 
 
-def medians(
+def in_turns(
     models: Sequence[Callable[[Feeds], Any]],
     feeds: Sequence[Feeds],
     *,
     budget: float = BUDGET,
     most: int = MOST,
     settle: bool = False,
-) -> tuple[tuple[float, ...], int]:
+) -> list[list[float]]:
     """Time any number of models in rounds, each model once a round and all on the same input.
 
     Parameters
@@ -70,10 +70,8 @@ def medians(
 
     Returns
     -------
-    tuple of float
-        Each model's median, in milliseconds.
-    int
-        How often each ran.
+    list of list of float
+        Of each model, what it took in each round, in milliseconds.
     """
     times: list[list[float]] = [[] for _ in models]
     start = time.perf_counter()
@@ -87,8 +85,8 @@ def medians(
                 models[index](feeds[round_ % len(feeds)])
             began = time.perf_counter()
             models[index](feeds[round_ % len(feeds)])
-            times[index].append(time.perf_counter() - began)
-    return tuple(1e3 * statistics.median(of_model) for of_model in times), len(times[0])
+            times[index].append(1e3 * (time.perf_counter() - began))
+    return times
 
 
 def _turns(count: int, round_: int) -> list[int]:

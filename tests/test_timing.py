@@ -21,8 +21,9 @@ def watched(count):
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_every_model_runs_once_a_round_on_the_same_input(count):
     runs, models = watched(count)
-    medians, rounds = timing.medians(models, FEEDS, budget=60.0, most=8)
-    assert len(medians) == count and rounds == 8
+    times = timing.in_turns(models, FEEDS, budget=60.0, most=8)
+    assert [len(of_model) for of_model in times] == [8] * count
+    assert all(taken >= 0.0 for of_model in times for taken in of_model)
     measured = runs[2 * count :]
     for index in range(8):
         of_round = measured[index * count : (index + 1) * count]
@@ -33,7 +34,7 @@ def test_every_model_runs_once_a_round_on_the_same_input(count):
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_all_models_take_turns_at_every_place(count):
     runs, models = watched(count)
-    timing.medians(models, FEEDS, budget=60.0, most=2 * count)
+    timing.in_turns(models, FEEDS, budget=60.0, most=2 * count)
     measured = [model for model, _ in runs[2 * count :]]
     for place in range(count):
         assert set(Counter(measured[place::count]).values()) == {2}
@@ -41,15 +42,15 @@ def test_all_models_take_turns_at_every_place(count):
 
 def test_settled_models_run_twice_and_once_counts():
     runs, models = watched(3)
-    _, rounds = timing.medians(models, FEEDS, budget=60.0, most=4, settle=True)
+    times = timing.in_turns(models, FEEDS, budget=60.0, most=4, settle=True)
     measured = runs[6:]
-    assert rounds == 4 and len(measured) == 24
+    assert [len(of_model) for of_model in times] == [4] * 3 and len(measured) == 24
     assert measured[::2] == measured[1::2]
 
 
 def test_a_few_rounds_are_timed_whatever_they_take():
     _, models = watched(2)
-    assert timing.medians(models, FEEDS, budget=0.0)[1] == timing.FEWEST
+    assert len(timing.in_turns(models, FEEDS, budget=0.0)[0]) == timing.FEWEST
 
 
 def test_two_models_are_timed_against_each_other():
