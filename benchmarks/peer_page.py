@@ -12,9 +12,9 @@ Written by `python benchmarks/peers.py`; do not edit. qcompile with all defaults
 [benchmarks/peers.toml](../benchmarks/peers.toml), each model quantized with the same calibration samples by all, each
 result run by ONNX Runtime with its default optimizations and held against the float model on evaluation samples by the
 same function. SQNR is that of the output that loses most; argmax is how often the model still says what float says, if
-it classifies. Latency is over float's, batch 1, one thread: in each round every contender of the model runs twice on one
-sample, the second run counts, and the order changes; of the ratios to float's time in each round it is the median. Size
-is the file's over float's; seconds are those of the whole process, Python's start included.
+it classifies. Latency is over float's, batch 1, one thread: in each round every contender of the model runs twice on
+one sample, the second run counts, and the order changes; of the ratios to float's time in each round it is the median.
+Size is the file's over float's; seconds are those of the whole process, Python's start included.
 
 **Faster** means by more than {1 - FASTER:.0%}, **more faithful** by more than {MORE_FAITHFUL:g} dB. qcompile's default
 holds on a model if no setting is both faster and more faithful, and if float is not faster than it. *Open* settings use
