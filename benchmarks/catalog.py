@@ -29,6 +29,8 @@ Written by `python benchmarks/catalog.py`; do not edit. `--target cpu` with all 
 not see. SQNR is that of the output that loses most; latency is artifact over float, medians of interleaved runs, batch
 1, one thread; argmax is how often float and artifact agree on it, for models that classify.
 
+[peers.md](peers.md) has eleven of them beside what other quantizers make of them, setting by setting, with plots.
+
 {machine}
 
 | model | nodes → canonical | on codes | size, MB → of float | SQNR, dB | argmax | latency, ms → of float | compile, s |
