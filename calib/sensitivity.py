@@ -52,24 +52,21 @@ class Choice:
     together : mapping of str to float
         Noise over signal at the outputs with all tensors quantized, on samples that the ranges were not measured on: by
         an observer's name, which then serves all tensors, and ``"each its own"``.
+    noise : float
+        Noise over signal at the outputs with all tensors quantized as chosen, as a ratio of sums over samples, which is
+        what the report's SQNR is. `alone` is one too.
     """
 
     observers: Mapping[str, Observer]
     alone: Mapping[str, float] = field(default_factory=dict)
     together: Mapping[str, float] = field(default_factory=dict)
+    noise: float = 0.0
 
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> Self:
         """Read what `dataclasses.asdict` made of one, after a way through JSON."""
-        fields = {key: dict(entries[key]) for key in ("observers", "alone", "together")}
-        return cls(**fields | {"observers": {name: Observer(o) for name, o in fields["observers"].items()}})
-
-    @property
-    def noise(self) -> float:
-        """Noise over signal at the outputs with everything quantized as chosen, as far as it was measured."""
-        kinds = set(self.observers.values())
-        chosen = kinds.pop().value if len(kinds) == 1 else OWN
-        return self.together.get(chosen, 0.0) or sum(self.alone.values())
+        observers = {name: Observer(o) for name, o in entries["observers"].items()}
+        return cls(observers, dict(entries["alone"]), dict(entries["together"]), float(entries["noise"]))
 
 
 #: The choice that gives each tensor the observer that is best for it alone.
@@ -131,7 +128,9 @@ def choose_observers(
     )
     search = _Search(trials, candidates, data, among, track, threads)
     if len(among) == 1:
-        return Choice(dict.fromkeys(candidates, among[0]), _spoilt(search.alone_by(among[0])), {among[0].value: 0.0})
+        alone_by_it = _spoilt(search.alone_by(among[0]))
+        together = {among[0].value: 0.0}  # it is compared with nothing: what the tensors do alone is all that is known
+        return Choice(dict.fromkeys(candidates, among[0]), alone_by_it, together, sum(alone_by_it.values()))
     halves = search.halves(model)
     alone: list[Alone] = []
     if trials.work_alone(candidates) * FEWEST <= ALONE:
@@ -141,7 +140,7 @@ def choose_observers(
     together = {name: error.value for name, error in errors.items()}
     tried = _joined(alone) if alone else search.alone_by(Observer(best))
     observers = _own(tried) if best == OWN else dict.fromkeys(candidates, Observer(best))
-    return Choice(observers, _spoilt(tried), together)
+    return Choice(observers, _spoilt(tried), together, errors[best].total)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def code_readers(model: ir.Model, placement: Placement) -> dict[str, frozenset[s
 
 
 def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> dict[str, Wish]:
-    """Return what to wish for so that these values keep their float values.
+    """Return what to wish for so that these values keep their float values, and what reads them its float weights.
 
     Parameters
     ----------
@@ -111,15 +111,22 @@ def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> 
     placement : Placement
         In which they are measured.
     names : mapping of str to str
-        By value name, the reason, as the plan is to say it of the operators that read the value or write its codes.
+        By value name, the reason, as the plan is to say it of the operators that read or write the value's codes.
     """
-    writers = {op.output: node for node, op in placement.ops.items() if op.output}
-    readers = code_readers(model, placement)
-    return {
-        node: Wish(Precision.WEIGHT_ONLY, reason)
-        for name, reason in names.items()
-        for node in ([writers[name]] if name in writers else sorted(readers[name]))
-    }
+    values = ir.convenience.create_value_mapping(model.graph)
+    same: dict[str, list[str]] = {}
+    for name, source in placement.same_scale.items():
+        same.setdefault(source, []).append(name)
+    found: dict[str, Wish] = {}
+    for name, reason in names.items():
+        for value in (values[name], *(values[other] for other in same.get(name, ()))):
+            # Who reads the value in integers would quantize it, whoever writes it.
+            nodes = [structure.node_name(node) for node in structure.readers(value)]
+            nodes += [node for node, op in placement.ops.items() if op.output == value.name]
+            for node in nodes:
+                if placement.ops[node].precision is Precision.INTEGER:
+                    found.setdefault(node, Wish(Precision.FLOAT, reason))
+    return found
 
 
 class _Placer:

@@ -17,6 +17,8 @@ import numpy as np
 from qcompile.calib.collect import Statistics
 from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError, first_line
+from qcompile.core.plan import Precision
+from qcompile.passes.place import Wish
 
 #: Raised when the file's meaning changes; docs/schemas/calibration.schema.json describes this version.
 SCHEMA_VERSION = 1
@@ -31,8 +33,8 @@ class Calibration:
     statistics : Statistics
     choice : Choice
         The observer of each tensor that was measured, and what led to it.
-    spared : mapping of str to str
-        By node name, why an operator stays in float though the target could take it.
+    spared : mapping of str to Wish
+        By node name, operators that compute in float though the target could take them, and why.
     model : str
         SHA-256 of the model as it came in.
     data : str
@@ -45,7 +47,7 @@ class Calibration:
 
     statistics: Statistics
     choice: Choice
-    spared: Mapping[str, str]
+    spared: Mapping[str, Wish]
     model: str
     data: str
     calibrated: bool
@@ -71,7 +73,7 @@ class Calibration:
             "calibrated": self.calibrated,
             "options": self.options,
             "choice": asdict(self.choice),
-            "spared": dict(self.spared),
+            "spared": {node: asdict(wish) for node, wish in self.spared.items()},
         }
         buffer = io.BytesIO()
         with np.load(io.BytesIO(self.statistics.to_bytes()), allow_pickle=False) as arrays:
@@ -106,7 +108,10 @@ class Calibration:
             return cls(
                 statistics,
                 choice,
-                dict(header["spared"]),
+                {
+                    node: Wish(Precision(found["precision"]), str(found["reason"]))
+                    for node, found in header["spared"].items()
+                },
                 *digests,
                 bool(header["calibrated"]),
                 dict(header["options"]),

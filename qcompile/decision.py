@@ -98,8 +98,7 @@ def decide(canonical: ir.Model, calibration: Calibration, target: Target, option
     UsageError
         If the options need a measurement that was not made.
     """
-    spared = {node: Wish(Precision.WEIGHT_ONLY, reason) for node, reason in calibration.spared.items()}
-    placement = choose_operators(canonical, target, options, calibration.calibrated, spared)
+    placement = choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)
     calibration.require(placement.activations)
     observers = calibration.choice.observers
     plan = allocate_bits(canonical, placement, calibration.statistics, target, observers)
@@ -192,7 +191,7 @@ def _calibration(
     return Calibration(
         statistics,
         choice,
-        {node: wish.reason for node, wish in spared.items()},
+        dict(spared),
         model=models.content_hash(job.model),
         data=job.evidence.calibration.digest,
         calibrated=calibrated,

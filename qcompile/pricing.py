@@ -38,9 +38,9 @@ SUFFIXES = re.compile(r"(_token_\d+|_nchwc|_unscaled)+$")
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
 #: Axes of what convolutions work on: integer kernels have channels last, float ones in blocks.
 IMAGE_RANK = 4
-#: What noise power over signal power at the outputs is worth, in parts of float's latency: nothing at 30 dB, a tenth of
-#: float's time at 15 dB, all of it at 5 dB.
-WORTH = 3.0
+#: What noise power over signal power at the outputs is worth, in parts of float's latency: next to nothing at 30 dB, a
+#: twentieth of float's time at 20 dB, half of it at 10 dB.
+WORTH = 5.0
 #: Noise beyond this is all the same.
 WORST = 1e3
 #: Less than this, in parts of float's time, is not worth a change.

@@ -337,14 +337,6 @@ def test_samples_are_spread_evenly_within_count_and_memory(monkeypatch: pytest.M
     assert len(spread(data, 10**9)) == 1
 
 
-def test_the_noise_of_a_choice_is_that_of_what_was_chosen() -> None:
-    together = {"mse": 0.3, "minmax": 0.1, OWN: 0.2}
-    assert Choice({"a": Observer.MSE, "b": Observer.MSE}, {"a": 0.01}, together).noise == 0.3
-    assert Choice({"a": Observer.MSE, "b": Observer.MINMAX}, {"a": 0.01}, together).noise == 0.2
-    # A single observer is compared with nothing: what the tensors do alone is all that is known.
-    assert Choice({"a": Observer.MSE}, {"a": 0.01, "b": 0.02}, {"mse": 0.0}).noise == pytest.approx(0.03)
-
-
 def test_a_choice_survives_json() -> None:
     model = parse("f (float[1,20000] x) => (float[1,20000] y) { h = Identity(x) y = Relu(h) }")
     choice = weigh(model, ["h", "x"], with_outliers())
