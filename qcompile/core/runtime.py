@@ -211,12 +211,17 @@ def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
     return copy
 
 
-def optimized_nodes(model: Path) -> list[onnx.NodeProto]:
-    """Return the nodes that ONNX Runtime really executes for a model, after its own optimizer."""
+def optimized(model: Path) -> onnx.GraphProto:
+    """Return the graph that ONNX Runtime really executes for a model, after its own optimizer."""
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "optimized.onnx"
         Session(model, optimized_path=path)
-        return list(onnx.load(path, load_external_data=False).graph.node)
+        return onnx.load(path, load_external_data=False).graph
+
+
+def optimized_nodes(model: Path) -> list[onnx.NodeProto]:
+    """Return the nodes of that graph."""
+    return list(optimized(model).node)
 
 
 def synthetic_feeds(model: ir.Model, seed: int, open_axis: int = 1) -> dict[str, npt.NDArray[Any]]:
