@@ -237,9 +237,16 @@ def _keeps_name(node: onnx.NodeProto) -> bool:
     return node.name.partition("_token_")[0].partition("_nchwc")[0] == "op"
 
 
-def model_of(pattern: Capability) -> onnx.ModelProto:
-    """Write a pattern as a model: codes in front, the operator, what is behind it, and codes again."""
-    writer = _Writer(pattern, SKETCHES[pattern.op, pattern.form])
+def model_of(pattern: Capability, sketch: Sketch | None = None) -> onnx.ModelProto:
+    """Write a pattern as a model: codes in front, the operator, what is behind it, and codes again.
+
+    Parameters
+    ----------
+    pattern : Capability
+    sketch : Sketch, optional
+        How, where it is not as in the table of capabilities.
+    """
+    writer = _Writer(pattern, sketch or SKETCHES[pattern.op, pattern.form])
     writer.write()
     graph = helper.make_graph(
         writer.nodes,
