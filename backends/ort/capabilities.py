@@ -33,7 +33,7 @@ BLOCK_AXIS, BLOCK = 0, 32
 CODES: dict[str, Any] = {
     "uint8": np.uint8, "int8": np.int8, "uint16": np.uint16, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4,
 }  # fmt: skip
-IN_CODES = frozenset(map(helper.np_dtype_to_tensor_dtype, map(np.dtype, CODES.values())))
+TYPES: dict[int, str] = {helper.np_dtype_to_tensor_dtype(np.dtype(dtype)): name for name, dtype in CODES.items()}
 #: Between the operator and the codes around it: they convert, or turn layouts.
 CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"})
 #: The form of patterns that are left as exporters write them: all others are written as for a user.
@@ -222,15 +222,17 @@ def _judged(pattern: Capability, graph: onnx.GraphProto) -> Capability:
     computing = [node for node in graph.node if node.op_type not in aside or _keeps_name(node)]
     kernel = "+".join(node.op_type for node in computing)
     own = next((node for node in computing if _keeps_name(node)), computing[0])
-    constants = {tensor.name: tensor.data_type in IN_CODES for tensor in graph.initializer}
-    codes: set[str] = set()
+    constants = {tensor.name: TYPES.get(tensor.data_type, "") for tensor in graph.initializer}
+    codes: dict[str, str] = {}
     for node in graph.node:
-        moves = node.op_type in CONVERSIONS and node.op_type != "DequantizeLinear" and node.input[0] in codes
-        if node.op_type == "QuantizeLinear" or moves:
-            codes.update(node.output)
+        if node.op_type == "QuantizeLinear":
+            codes[node.output[0]] = constants[node.input[2]]
+        elif node.op_type in CONVERSIONS and node.op_type != "DequantizeLinear":
+            codes[node.output[0]] = codes.get(node.input[0], "")
     # A table is picked from where it stands first; weights behind an activation say nothing of what that is.
-    read = constants.get(own.input[0], False) or any(name in codes for name in own.input if name not in constants)
-    return replace(pattern, kernel=kernel, integer=read)
+    found = [codes.get(name, "") for name in own.input if name not in constants]
+    reads = next(filter(None, [constants.get(own.input[0], ""), *found]), "")
+    return replace(pattern, kernel=kernel, integer=bool(reads), reads=reads)
 
 
 def _keeps_name(node: onnx.NodeProto) -> bool:

@@ -17,6 +17,7 @@ from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
 from qcompile.core import runtime
+from qcompile.core.capabilities import Capability
 from qcompile.core.contract import Track
 from qcompile.core.costs import OVERHEAD, CostTable
 from qcompile.core.execution import Kernel, execute
@@ -212,13 +213,18 @@ def measure(target: Target, subjects: Sequence[Subject], processor: str, track: 
     """
     wanted = capabilities.patterns()
     rows = [row for pattern in track(wanted, len(wanted), "patterns") for row in capabilities.measure([pattern])]
-    seen = target.with_costs(CostTable(runtime.name(), processor, 1.0, capabilities=tuple(rows)))
+    seen = target.with_costs(untimed(rows, processor))
     beside = time_beside_kernels()
     kernels = measure_grid(seen, beside, track)
     for subject in track(subjects, len(subjects), "models"):
         for runs in measure_model(subject, seen, beside).values():
             kernels += [kernel for run in runs for kernel in run.kernels]
     return CostTable.measured(runtime.name(), processor, beside, kernels, rows)
+
+
+def untimed(rows: Iterable[Capability], processor: str) -> CostTable:
+    """Return a table that has capabilities alone, as emulation can tell them: it prices nothing."""
+    return CostTable(runtime.name(), processor, 0.0, capabilities=tuple(rows))
 
 
 def _silent(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:

@@ -33,6 +33,8 @@ class Capability:
         Operators that the runtime executes between QuantizeLinear and DequantizeLinear, joined by ``+``.
     integer : bool
         The operator reads codes.
+    reads : str
+        Element type of these: the runtime may turn codes into others first.
     """
 
     op: str
@@ -45,11 +47,12 @@ class Capability:
     form: str = ""
     kernel: str = ""
     integer: bool = False
+    reads: str = ""
 
     @property
     def pattern(self) -> Capability:
         """The pattern alone."""
-        return replace(self, kernel="", integer=False)
+        return replace(self, kernel="", integer=False, reads="")
 
     @property
     def absorbs(self) -> bool:

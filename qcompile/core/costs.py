@@ -95,7 +95,7 @@ class CostTable:
     processor : str
         What it was measured on, for people.
     run : float
-        Microseconds of a run that no kernel takes: checking inputs, handing outputs over.
+        Microseconds of a run that no kernel takes: checking inputs, handing outputs over. 0 without entries.
     entries : mapping of str to mapping of tuple of int to float
         Per key, microseconds by shape features; none in a table that has the structure only.
     works : mapping of str to mapping of tuple of int to float
@@ -150,7 +150,7 @@ class CostTable:
                 entries[key] = {tuple(map(int, row[:-2])): _positive(row[-1]) for row in rows}
                 works[key] = {tuple(map(int, row[:-2])): _positive(row[-2]) for row in rows}
             rows = tuple(map(Capability.from_row, content.get("capabilities", ())))
-            head = str(content["runtime"]), str(content["processor"]), _positive(content["run"])
+            head = str(content["runtime"]), str(content["processor"]), _positive(content["run"], least=0.0)
             return cls(*head, entries, works, rows)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             fact = f"is not a cost table ({first_line(error)})"
@@ -220,7 +220,7 @@ def _rounded(number: float) -> float:
     return float(f"{number:.{DIGITS}g}")
 
 
-def _positive(number: object) -> float:
-    if not isinstance(number, int | float) or not 0.0 < number < math.inf:
+def _positive(number: object, least: float = math.ulp(0.0)) -> float:
+    if not isinstance(number, int | float) or not least <= number < math.inf:
         raise ValueError(f"{number!r} is no time")
     return float(number)

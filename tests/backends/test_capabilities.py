@@ -79,3 +79,14 @@ def test_the_traps_are_in_the_table(op: str, fields: dict[str, object], kernel: 
 )
 def test_what_computes_on_codes_is_in_the_table(op: str, fields: dict[str, object], kernel: str) -> None:
     assert (shipped(op, **fields).kernel, shipped(op, **fields).integer) == (kernel, True)
+
+
+def test_the_target_takes_the_faster_activations() -> None:
+    """Signed ones take several times as long in products; those of convolutions the runtime makes unsigned itself."""
+    target, _ = find_target("cpu")
+    assert target.activation_dtype == "uint8"
+    unsigned, signed = (TABLE.entries[f"MatMulIntegerToFloat[{dtype},int8]"] for dtype in ("uint8", "int8"))
+    ratios = [signed[size] / unsigned[size] for size in signed]
+    assert len(ratios) >= 2 and min(ratios) > 1.5, ratios
+    assert shipped("Conv", **{**U8S8, "activation": "int8", "zero_point": "middle"}).reads == "uint8"
+    assert shipped("MatMul", **{**U8S8, "activation": "int8", "output": "float"}).reads == "int8"
