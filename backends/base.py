@@ -6,11 +6,12 @@ import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from qcompile.core.contract import Refusal
+from qcompile.core.contract import Refusal, Track
+from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
 from qcompile.core.execution import Kernel
 from qcompile.core.plan import QuantPlan
@@ -39,6 +40,25 @@ class Lowered:
     refusals: tuple[Refusal, ...]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A model whose kernels are to be measured.
+
+    Parameters
+    ----------
+    name : str
+    model : onnx_ir.Model
+        As it came.
+    canonical : onnx_ir.Model
+    samples : sequence of Feeds
+    """
+
+    name: str
+    model: ir.Model
+    canonical: ir.Model
+    samples: Sequence[Feeds]
+
+
 class Backend(Protocol):
     """Turns a QDQ model into what a target runs."""
 
@@ -54,6 +74,10 @@ class Backend(Protocol):
 
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the target would execute for a QDQ model, for pricing."""
+        ...
+
+    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
+        """Measure a cost table on this machine, which it names as `processor`."""
         ...
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:

@@ -173,7 +173,8 @@ class _Placer:
         elif rule is None:
             absorbable = any(node.op_type in other.fuses for other in self.target.ops.values())
             fate = "not absorbed by the operator in front of it"
-            reason = fate if absorbable else f"{self.target.name} has no integer {node.op_type}"
+            kernel = f": {why}" if (why := self.target.absent.get(node.op_type)) else ""
+            reason = fate if absorbable else f"{self.target.name} has no integer {node.op_type}{kernel}"
         elif rule.kind in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH):
             reason = "not between integer operators"
         else:

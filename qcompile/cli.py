@@ -71,6 +71,9 @@ FLAGS = {
         show_default="auto",
         help="How an activation's range is chosen; 'auto' measures which is best, per tensor.",
     ),
+    "costs": click.option(
+        "--costs", type=click.Path(path_type=Path), help="Cost table in place of the target's, from 'qcompile probe'."
+    ),
     "shape": click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix an input's open axes. Repeatable."),
     "min_fidelity": click.option(
         "--min-fidelity",
@@ -114,8 +117,8 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
 
 @cli.command("compile")
 @takes(
-    "target", "data", "eval", "output", "weights", "activations", "observer", "shape", "min_fidelity", "recipe",
-    "cache", "seed", "threads",
+    "target", "data", "eval", "output", "weights", "activations", "observer", "costs", "shape", "min_fidelity",
+    "recipe", "cache", "seed", "threads",
 )  # fmt: skip
 def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
@@ -125,7 +128,7 @@ def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flag
 
 
 @cli.command("calibrate")
-@takes("target", "data", "eval", "weights", "activations", "observer", "shape", "recipe", "cache", "threads")
+@takes("target", "data", "eval", "weights", "activations", "observer", "costs", "shape", "recipe", "cache", "threads")
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Measure what a plan needs to know of MODEL: the first stage of a compile."""
@@ -141,7 +144,7 @@ def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug
 
 
 @cli.command("plan")
-@takes("target", "recipe")
+@takes("target", "costs", "recipe")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="What 'qcompile calibrate' wrote.")
 @written_to("plan.json", "the plan")
 def plan_command(
@@ -161,7 +164,7 @@ def plan_command(
 
 
 @cli.command("apply")
-@takes("target", "data", "eval", "output", "min_fidelity", "recipe", "cache", "seed", "threads")
+@takes("target", "data", "eval", "output", "costs", "min_fidelity", "recipe", "cache", "seed", "threads")
 @click.option("--plan", required=True, type=click.Path(path_type=Path), help="What 'qcompile plan' wrote; edit it.")
 def apply_command(model: Path, plan: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Quantize MODEL as a plan says and write the artifact: the last stage of a compile."""
@@ -169,6 +172,30 @@ def apply_command(model: Path, plan: Path, as_json: bool, quiet: bool, debug: bo
 
     chosen = options(stages.settled(given(flags), stages.read_plan(plan).options, plan))
     show(stages.apply(model, chosen, plan, progress()), as_json, quiet)
+
+
+@cli.command("probe")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--target", default="cpu", show_default=True, help="Device to measure for.")
+@click.option("--data", help="Inputs of MODEL; the shapes of the first ones count.")
+@click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix an input's open axes. Repeatable.")
+@written_to("costs.json", "the cost table")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def probe_command(
+    model: Path | None, target: str, data: str | None, shape: tuple[str, ...], file: Path, as_json: bool, quiet: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Measure here what the target's kernels take, those of MODEL too, into a table for --costs."""
+    from qcompile.probing import probe
+
+    done = probe(model, Options(target, data=data, shape=dict(map(parse_shape, shape))), file, progress())
+    if as_json:
+        click.echo(json.dumps(done, indent=1))
+    elif not quiet:
+        click.echo(f"{done['runtime']} on {done['processor']}: {done['patterns']} patterns, {done['kernels']} kernels")
+        click.echo(f"wrote {file}")
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:

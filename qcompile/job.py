@@ -51,13 +51,20 @@ class Job:
     @classmethod
     def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:
         """Load what the options name."""
-        target, backend = find_target(options.target)
+        target, backend = chosen_target(options)
         taken = take(source)
         evidence = gather(taken.model, options)
         pipeline = Pipeline.start(taken.model, evidence, target, options)
         if taken.modified:
             pipeline.record(LowerOpset, taken)
         return cls(taken.model, target, backend, options, evidence, pipeline, track)
+
+
+def chosen_target(options: Options) -> tuple[Target, Backend]:
+    """Return the target that is asked for, with the cost table that is asked for, and its backend."""
+    target, backend = find_target(options.target)
+    table = options.cost_table
+    return (target if table is None else target.with_costs(table)), backend
 
 
 def take(source: Source) -> Rewritten:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from qcompile.calib.observers import Observer
+from qcompile.core.costs import CostTable
 from qcompile.core.errors import UsageError
 from qcompile.override import Override
 
 #: Fidelity measures that --min-fidelity can bound; all are better when larger.
 FIDELITY_MEASURES = ("sqnr", "cosine", "top1")
+#: What stands in place of a cost table's path in what is written: its SHA-256.
+COSTS_KEY = "costs_sha256"
 #: Without a bound of the user's, the report warns below this.
 EXPECTED_SQNR = 20.0
 
@@ -38,6 +43,8 @@ class Options:
     activations : "8" or "none"
     observer : "auto", or one of `Observer`
         How an activation's range is chosen; ``auto`` measures which serves each tensor best.
+    costs : Path, optional
+        Cost table that takes the place of the target's own, as ``qcompile probe`` writes it.
     shape : mapping of str to tuple of int
         Inputs to fix.
     min_fidelity : mapping of str to float
@@ -64,6 +71,7 @@ class Options:
     weights: Literal["8", "none"] = "8"
     activations: Literal["8", "none"] = "8"
     observer: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
+    costs: Path | None = None
     shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     min_fidelity: Mapping[str, float] = field(default_factory=dict)
     cache: Path | None = None
@@ -108,14 +116,33 @@ class Options:
         """The observers to choose among."""
         return tuple(Observer) if self.observer == "auto" else (Observer(self.observer),)
 
+    @cached_property
+    def cost_table(self) -> CostTable | None:
+        """The cost table that is to take the place of the target's own.
+
+        Raises
+        ------
+        UsageError
+            If the file is none.
+        """
+        return None if self.costs is None else CostTable.from_json(self.costs)
+
+    @cached_property
+    def costs_sha256(self) -> str:
+        """The SHA-256 of that table's content, empty without one: where it lies decides nothing."""
+        if self.cost_table is None:
+            return ""
+        return hashlib.sha256(self.cost_table.to_json().encode()).hexdigest()
+
     def decisive(self) -> dict[str, Any]:
         """Return the options that the artifact's bytes depend on, JSON-ready; where things lie is not among them."""
-        placeless = {"data", "eval", "output", "cache", "threads"}
+        placeless = {"data", "eval", "output", "cache", "threads", "costs"}
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in placeless}
         return chosen | {
             "shape": {name: list(shape) for name, shape in self.shape.items()},
             "min_fidelity": dict(self.min_fidelity),
             "overrides": [override.as_table() for override in self.overrides],
+            **({COSTS_KEY: self.costs_sha256} if self.costs else {}),
         }
 
     def as_recipe(self) -> dict[str, Any]:

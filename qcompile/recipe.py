@@ -166,6 +166,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "weights": ('8 or "none"', _bits),
     "activations": ('8 or "none"', _bits),
     "observer": ("a text", _text),
+    "costs": ("a path", _path),
     "shape": ("a table of lists of sizes, such as x = [1, 128]", _shapes),
     "min_fidelity": ("a table of numbers, such as sqnr = 20", _bounds),
     "cache": ("a path", _path),

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from qcompile import artifact, decision, driver, recipe
-from qcompile.backends.base import find_target
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Track
 from qcompile.core.errors import UsageError
 from qcompile.core.plan import QuantPlan
 from qcompile.driver import CompileResult
-from qcompile.job import Job, Source, take
-from qcompile.options import Options
+from qcompile.job import Job, Source, chosen_target, take
+from qcompile.options import COSTS_KEY, Options
 from qcompile.passes.check_plan import check_plan
 from qcompile.pipeline import untracked
 
@@ -88,7 +87,7 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     """
     artifact.check_own(output, read_plan)
     calibration = Calibration.read(measured)
-    target, _ = find_target(options.target)
+    target, _ = chosen_target(options)
     model = take(source).model
     calibration.require_model(models.content_hash(model), measured)
     canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
@@ -159,7 +158,11 @@ def settled(given: Mapping[str, Any], stored: Mapping[str, Any], place: Path, fr
     UsageError
         If both have an option and they differ.
     """
-    fields = recipe.parse(stored, place, Path())
+    table = stored.get(COSTS_KEY, "")
+    if table != Options("any", costs=given.get("costs")).costs_sha256:
+        fact = f"was made with {'another' if table else 'no'} cost table"
+        raise UsageError(place, fact, "name the same one with --costs in each stage, or make it anew")
+    fields = recipe.parse({key: value for key, value in stored.items() if key != COSTS_KEY}, place, Path())
     for name in sorted(set(given) & set(fields) - {free}):
         if given[name] != fields[name]:
             fact = f"was made with another '{name}' than is asked for now"

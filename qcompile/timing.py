@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -94,6 +95,23 @@ def _turns(count: int, round_: int) -> list[int]:
     order = list(range(count)) if round_ % 2 else list(reversed(range(count)))
     first = round_ // 2 % count
     return order[first:] + order[:first]
+
+
+#: What kernels for integers are written for, the newest first, as the system names it and as people do.
+INSTRUCTIONS = {
+    "amx_int8": "AMX-INT8", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "avx512bw": "AVX512", "avx2": "AVX2",
+    "i8mm": "I8MM", "asimddp": "DOTPROD", "asimd": "NEON",
+}  # fmt: skip
+
+
+def instructions() -> str:
+    """Return the processor's newest instructions for products of integers, as far as the system tells."""
+    try:
+        lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        lines = []
+    flags = {flag for line in lines for flag in line.split()}
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in flags), "")
 
 
 def processor() -> str:

@@ -6,17 +6,18 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered
+from qcompile.backends.base import Lowered, Subject
 from qcompile.backends.ort.legalize import legalize
-from qcompile.backends.ort.probe import executed
+from qcompile.backends.ort.probe import executed, measure
 from qcompile.core import model as models
 from qcompile.core import runtime
-from qcompile.core.contract import Refusal
+from qcompile.core.contract import Refusal, Track
+from qcompile.core.costs import CostTable
 from qcompile.core.errors import ModelError, VerificationError
 from qcompile.core.execution import Kernel
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
@@ -59,6 +60,10 @@ class OrtBackend:
     def executed(self, model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the runtime executes for a QDQ model."""
         return executed(model, samples)
+
+    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
+        """Measure what the installed runtime makes of patterns, and what kernels take here."""
+        return measure(target, subjects, processor, track)
 
     def open(
         self, folder: Path, files: tuple[str, ...], threads: int = 1

@@ -3,19 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.backends.base import Subject
+from qcompile.backends.ort import capabilities, grid
 from qcompile.backends.ort.legalize import legalize
+from qcompile.calib.collect import collect
+from qcompile.calib.data import Dataset, input_specs
+from qcompile.calib.observers import Observer
 from qcompile.core import runtime
-from qcompile.core.costs import OVERHEAD
+from qcompile.core.capabilities import Capability
+from qcompile.core.contract import Track
+from qcompile.core.costs import OVERHEAD, CostTable
 from qcompile.core.execution import Kernel, execute
+from qcompile.core.plan import Precision
+from qcompile.core.target import Target
+from qcompile.passes import structure
+from qcompile.passes.allocate_bits import allocate_bits
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.place import Wish, place
 
-#: Seconds that timing one model may take, and the runs that bound it on either side.
-BUDGET, FEWEST, MOST = 2.0, 6, 300
+#: Sessions that time one model: where each puts its tensors differs, and with that its times, by up to a quarter.
+SESSIONS = 3
+#: Seconds that timing one model or one model of the grid may take, and the runs of a session that bound it.
+BUDGET, GRID_BUDGET, FEWEST, MOST = 3.0, 0.1, 4, 300
+#: The forms that a model is measured in.
+FORMS = AS_IT_CAME, WEIGHTS, INTEGERS = "as it came", "weights in integers", "everything in integers"
+#: Runs of a model of one small node, which tell what a run takes beside kernels.
+EMPTY_RUNS = 2000
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one sample takes.
+
+    Parameters
+    ----------
+    kernels : tuple of Kernel
+        Their times add up to the run's, but for what no kernel takes.
+    microseconds : float
+        Of the whole run, undisturbed by timing single kernels.
+    """
+
+    kernels: tuple[Kernel, ...]
+    microseconds: float
 
 
 def executed(model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel]]:
@@ -23,13 +60,32 @@ def executed(model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Ker
     return execute(legalize(model), samples)
 
 
-def timed(model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel]]:
-    """Run a model, written as for a user, and return its kernels with times that add up to those of undisturbed runs.
+def timed(model: ir.Model, samples: Sequence[runtime.Feeds], beside: float = 0.0, budget: float = BUDGET) -> list[Run]:
+    """Run a model as it is, and return for each sample its kernels with the times that they take undisturbed.
 
-    Timing single nodes takes time as well, which undisturbed runs in turn with the others tell.
+    Each is the median over several sessions, all of which stay open so that none gets the memory of another.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    samples : sequence of Feeds
+    beside : float
+        Microseconds of a run that no kernel takes.
+    budget : float
+        Seconds.
     """
-    legal = legalize(model)
-    session = runtime.Session(legal)
+    sessions = [runtime.Session(model)]
+    found = [_session_runs(model, samples, sessions[0], beside, budget / SESSIONS)]
+    for _ in range(SESSIONS - 1):
+        sessions.append(runtime.Session(model))
+        found.append(_session_runs(model, samples, sessions[-1], beside, budget / SESSIONS))
+    return [_median(runs) for runs in zip(*found, strict=True)]
+
+
+def _session_runs(
+    model: ir.Model, samples: Sequence[runtime.Feeds], session: runtime.Session, beside: float, budget: float
+) -> list[Run]:
+    """Time single kernels in turn with undisturbed runs of a session, which tell what that timing takes itself."""
     began = time.perf_counter()
     for feeds in samples:
         session.run(feeds)
@@ -41,15 +97,135 @@ def timed(model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel
         session.run(feeds)
         times.append([1e6 * (time.perf_counter() - start)])
 
-    rounds = int(min(MOST, max(FEWEST, BUDGET / (2.0 * once))))
-    kernels = execute(legal, samples, rounds, undisturbed)
+    rounds = int(min(MOST, max(FEWEST, budget / (2.0 * once))))
+    kernels = execute(model, samples, rounds, undisturbed)
     # Rounds by samples, without the first round and the slowest quarter, as for the single kernels.
     runs = np.sort(np.reshape(times, (rounds + 1, len(samples)))[1:], axis=0)
     whole = runs[: max(1, rounds - rounds // 4)].mean(axis=0)
-    return [_without_timing(found, float(total)) for found, total in zip(kernels, whole, strict=True)]
+    return [Run(tuple(_without_timing(one, float(total) - beside)), float(total))
+            for one, total in zip(kernels, whole, strict=True)]  # fmt: skip
 
 
 def _without_timing(kernels: Sequence[Kernel], total: float) -> list[Kernel]:
     """Take what timing takes off each kernel alike, so that together they take `total` microseconds."""
     excess = (sum(kernel.microseconds for kernel in kernels) - total) / max(1, len(kernels))
     return [replace(kernel, microseconds=max(OVERHEAD, kernel.microseconds - max(0.0, excess))) for kernel in kernels]
+
+
+def _median(runs: Sequence[Run]) -> Run:
+    kernels = [
+        replace(same[0], microseconds=float(np.median([kernel.microseconds for kernel in same])))
+        for same in zip(*(run.kernels for run in runs), strict=True)
+    ]
+    return Run(tuple(kernels), float(np.median([run.microseconds for run in runs])))
+
+
+def time_beside_kernels() -> float:
+    """Return the microseconds of a run that no kernel takes: checking inputs, handing outputs over."""
+    x = ir.val("x", ir.DataType.FLOAT, (1,))
+    node = ir.node("Neg", [x])
+    node.outputs[0].name = "y"
+    model = ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="one"), ir_version=10)
+    session, feeds, times = runtime.Session(model), {"x": np.zeros(1, np.float32)}, []
+    for _ in range(EMPTY_RUNS):
+        start = time.perf_counter()
+        session.run(feeds)
+        times.append(1e6 * (time.perf_counter() - start))
+    return max(OVERHEAD, float(np.median(times)) - OVERHEAD)
+
+
+def quantized(
+    model: ir.Model,
+    target: Target,
+    samples: Sequence[runtime.Feeds],
+    activations: bool = True,
+    wishes: Mapping[str, Wish] | None = None,
+) -> ir.Model:
+    """Return a canonical model with Q/DQ wherever the target's rules allow it; ranges are those of the first sample."""
+    placement = place(model, target, weights=True, activations=activations, wishes=wishes)
+    one = Dataset("one sample", lambda: samples[:1], input_specs(model))
+    statistics = collect(model, placement.activations, one, _silent)
+    plan = allocate_bits(model, placement, statistics, target, dict.fromkeys(placement.activations, Observer.MINMAX))
+    return InsertQdq(plan)(model.clone()).model
+
+
+def measure_model(subject: Subject, target: Target, beside: float) -> dict[str, list[Run]]:
+    """Return what a model takes in each of its forms, for each sample."""
+    forms = {
+        AS_IT_CAME: subject.model,
+        WEIGHTS: legalize(quantized(subject.canonical, target, subject.samples, activations=False)),
+        INTEGERS: legalize(quantized(subject.canonical, target, subject.samples)),
+    }
+    return {form: timed(model, subject.samples, beside) for form, model in forms.items()}
+
+
+def measure_grid(target: Target, beside: float, track: Track[Any]) -> list[Kernel]:
+    """Return the kernels of the built-in grid of shapes."""
+    found: list[Kernel] = []
+    tasks: list[Any] = [*grid.convolutions(), *grid.products()]
+    for task in track(tasks, len(tasks), "shapes"):
+        found += _measure_task(task, target, beside, alone=isinstance(task, grid.Product))
+    signed = replace(target, activation_dtype="int8")
+    for task in track(grid.signed(), len(grid.signed()), "signed"):
+        found += _measure_task(task, signed, beside, forms=(INTEGERS,))
+    models = list(grid.between())
+    for _, model in track(models, len(models), "between"):
+        found += _grid_kernels(model, beside)
+    return found
+
+
+def _measure_task(
+    task: grid.Convolution | grid.Product,
+    target: Target,
+    beside: float,
+    *,
+    alone: bool = False,
+    forms: Sequence[str] = (WEIGHTS, INTEGERS),
+) -> Iterable[Kernel]:
+    """Time one shape with its weights in integers and all in integers; in float as well where that differs."""
+    model = task.model()
+    Canonicalize(target.opset)(model)
+    samples = [runtime.synthetic_feeds(model, 0)]
+    wishes = {structure.node_name(node): Wish(Precision.INTEGER, "") for node in model.graph}
+    found = list(_grid_kernels(model, beside)) if alone else []
+    for form in forms:
+        variant = quantized(model, target, samples, form == INTEGERS, wishes if form == INTEGERS else None)
+        found += _grid_kernels(legalize(variant), beside)
+    return found
+
+
+def _grid_kernels(model: ir.Model, beside: float) -> Iterable[Kernel]:
+    (run,) = timed(model, [runtime.synthetic_feeds(model, 0)], beside, GRID_BUDGET)
+    return run.kernels
+
+
+def measure(target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
+    """Measure a whole cost table here: the capabilities, the grid, and the models' own kernels.
+
+    Parameters
+    ----------
+    target : Target
+    subjects : sequence of Subject
+    processor : str
+        What the table is to say of this machine.
+    track : callable
+        Shows progress.
+    """
+    wanted = capabilities.patterns()
+    rows = [row for pattern in track(wanted, len(wanted), "patterns") for row in capabilities.measure([pattern])]
+    seen = target.with_costs(untimed(rows, processor))
+    beside = time_beside_kernels()
+    kernels = measure_grid(seen, beside, track)
+    for subject in track(subjects, len(subjects), "models"):
+        for runs in measure_model(subject, seen, beside).values():
+            kernels += [kernel for run in runs for kernel in run.kernels]
+    return CostTable.measured(runtime.name(), processor, beside, kernels, rows)
+
+
+def untimed(rows: Iterable[Capability], processor: str) -> CostTable:
+    """Return a table that has capabilities alone, as emulation can tell them: it prices nothing."""
+    return CostTable(runtime.name(), processor, 0.0, capabilities=tuple(rows))
+
+
+def _silent(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    return items

@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.core.capabilities import Capability
 from qcompile.core.errors import UsageError, first_line
 from qcompile.core.execution import Kernel, Shape
 
@@ -85,7 +86,7 @@ def _elements(shape: Shape) -> int:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What kernels take.
+    """What a runtime makes of patterns, and what its kernels take.
 
     Parameters
     ----------
@@ -94,9 +95,12 @@ class CostTable:
     processor : str
         What it was measured on, for people.
     run : float
-        Microseconds of a run that no kernel takes: checking inputs, handing outputs over.
+        Microseconds of a run that no kernel takes: checking inputs, handing outputs over. 0 without entries.
     entries : mapping of str to mapping of tuple of int to float
-        Per key, microseconds by shape features.
+        Per key, microseconds by shape features; none in a table that has the structure only.
+    works : mapping of str to mapping of tuple of int to float
+        Per key, the work by shape features.
+    capabilities : tuple of Capability
     """
 
     runtime: str
@@ -104,9 +108,17 @@ class CostTable:
     run: float
     entries: Mapping[str, Mapping[tuple[int, ...], float]] = field(default_factory=dict)
     works: Mapping[str, Mapping[tuple[int, ...], float]] = field(default_factory=dict)
+    capabilities: tuple[Capability, ...] = ()
 
     @classmethod
-    def measured(cls, runtime: str, processor: str, run: float, kernels: Iterable[Kernel]) -> Self:
+    def measured(
+        cls,
+        runtime: str,
+        processor: str,
+        run: float,
+        kernels: Iterable[Kernel],
+        capabilities: Sequence[Capability] = (),
+    ) -> Self:
         """Make a table of kernels that were timed; several of one size count by their median."""
         times: defaultdict[str, defaultdict[tuple[int, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
         works: defaultdict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
@@ -116,7 +128,7 @@ class CostTable:
             works[key][features] = work
         entries = {key: {size: _rounded(float(np.median(found))) for size, found in sorted(sizes.items())}
                    for key, sizes in sorted(times.items())}  # fmt: skip
-        return cls(runtime, processor, _rounded(run), entries, works)
+        return cls(runtime, processor, _rounded(run), entries, works, tuple(capabilities))
 
     @classmethod
     def from_json(cls, source: Traversable) -> Self:
@@ -137,8 +149,10 @@ class CostTable:
             for key, rows in content["kernels"].items():
                 entries[key] = {tuple(map(int, row[:-2])): _positive(row[-1]) for row in rows}
                 works[key] = {tuple(map(int, row[:-2])): _positive(row[-2]) for row in rows}
-            return cls(str(content["runtime"]), str(content["processor"]), _positive(content["run"]), entries, works)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            rows = tuple(map(Capability.from_row, content.get("capabilities", ())))
+            head = str(content["runtime"]), str(content["processor"]), _positive(content["run"], least=0.0)
+            return cls(*head, entries, works, rows)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             fact = f"is not a cost table ({first_line(error)})"
             raise UsageError(source, fact, "measure one with 'qcompile probe'") from error
 
@@ -148,9 +162,11 @@ class CostTable:
                    for key, sizes in self.entries.items()}  # fmt: skip
         head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "runtime": self.runtime, "processor": self.processor,
                                 "run": self.run}  # fmt: skip
-        rows = ",\n".join(f' {json.dumps(key)}: [\n  ' + ",\n  ".join(map(json.dumps, found)) + "\n ]"
-                          for key, found in kernels.items())  # fmt: skip
-        return json.dumps(head, indent=1)[:-2] + f',\n "kernels": {{\n{rows}\n }}\n}}\n'
+        rows = ",".join(f"\n {json.dumps(key)}: [{_lines(found)}\n ]" for key, found in kernels.items())
+        patterns = _lines([row.as_row() for row in self.capabilities])
+        return json.dumps(head, indent=1)[:-2] + (
+            f',\n "capabilities": [{patterns}\n ],\n "kernels": {{{rows}\n }}\n}}\n'
+        )
 
     def price(self, kernel: Kernel) -> float:
         """Return the microseconds that a kernel takes, as far as the table tells.
@@ -200,11 +216,15 @@ def _operator(key: str) -> str:
     return key.partition("[")[0].partition("/")[0].rpartition(".")[2]
 
 
+def _lines(rows: Iterable[object]) -> str:
+    return ",".join(f"\n  {json.dumps(row)}" for row in rows)
+
+
 def _rounded(number: float) -> float:
     return float(f"{number:.{DIGITS}g}")
 
 
-def _positive(number: object) -> float:
-    if not isinstance(number, int | float) or not 0.0 < number < math.inf:
+def _positive(number: object, least: float = math.ulp(0.0)) -> float:
+    if not isinstance(number, int | float) or not least <= number < math.inf:
         raise ValueError(f"{number!r} is no time")
     return float(number)

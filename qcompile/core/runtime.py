@@ -83,10 +83,11 @@ def newest_versions() -> tuple[int, int, str]:
     oldest, known = 7, onnx.defs.onnx_opset_version()
     opset = next((version for version in range(known, oldest, -1) if loads(version, 8)), oldest)
     formats = range(onnx.IR_VERSION, 8, -1)
-    return opset, next((version for version in formats if loads(oldest, version)), 8), _name()
+    return opset, next((version for version in formats if loads(oldest, version)), 8), name()
 
 
-def _name() -> str:
+def name() -> str:
+    """Return the runtime's name and version."""
     return f"onnxruntime {load_onnxruntime().__version__}"
 
 
@@ -155,7 +156,7 @@ class Session:
         except QcompileError:
             raise
         except Exception as error:
-            fact = f"{_name()} does not load it ({_reason(error)})"
+            fact = f"{name()} does not load it ({_reason(error)})"
             remedy = "export it with standard operators, in an opset that this runtime takes"
             raise ModelError(place, fact, remedy) from error
         self.output_names: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
@@ -211,12 +212,17 @@ def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
     return copy
 
 
-def optimized_nodes(model: Path) -> list[onnx.NodeProto]:
-    """Return the nodes that ONNX Runtime really executes for a model, after its own optimizer."""
+def optimized(model: Path) -> onnx.GraphProto:
+    """Return the graph that ONNX Runtime really executes for a model, after its own optimizer."""
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "optimized.onnx"
         Session(model, optimized_path=path)
-        return list(onnx.load(path, load_external_data=False).graph.node)
+        return onnx.load(path, load_external_data=False).graph
+
+
+def optimized_nodes(model: Path) -> list[onnx.NodeProto]:
+    """Return the nodes of that graph."""
+    return list(optimized(model).node)
 
 
 def synthetic_feeds(model: ir.Model, seed: int, open_axis: int = 1) -> dict[str, npt.NDArray[Any]]:

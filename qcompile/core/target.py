@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from importlib.resources.abc import Traversable
 from typing import Any, Self
 
+from qcompile.core.capabilities import Capability
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
 
@@ -43,6 +44,8 @@ class OpRule:
         Weights may be stored as integers while the operator computes in float.
     fewest_weights : int
         With fewer, integers gain too little to be worth their error.
+
+    `quantized_output` and `fuses` follow from the capabilities of the target's cost table where it has them.
     """
 
     kind: OpKind
@@ -73,10 +76,15 @@ class Target:
         By op type; what is not listed stays in float.
     costs : CostTable, optional
         What its kernels take; without it whatever can be integers is. In the file, the table's name in ``costs/``.
+        See `with_costs`.
     settings : mapping
         The backend's own table.
     deployed_opset : int, optional
         The newest opset that the device's runtime reads, where that is older than `opset`, which the compiler works in.
+    declared : mapping of str to OpRule
+        `ops` as the file has them, where a cost table's capabilities made others of them.
+    absent : mapping of str to str
+        By op type, why a declared operator is not among `ops`: what the runtime has in place of an integer kernel.
     """
 
     name: str
@@ -90,6 +98,8 @@ class Target:
     costs: CostTable | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     deployed_opset: int | None = None
+    declared: Mapping[str, OpRule] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_toml(cls, source: Traversable, costs: Traversable | None = None) -> Self:
@@ -110,9 +120,23 @@ class Target:
             table = tomllib.loads(source.read_text(encoding="utf-8"))
             rules = {op_type: _rule(rule) for op_type, rule in table.pop("ops").items()}
             named = table.pop("costs", None)
-            return cls(ops=rules, costs=None if costs is None or named is None else _costs(costs / named), **table)
+            target = cls(ops=rules, **table)
+            return target if costs is None or named is None else target.with_costs(_costs(costs / named))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TargetError(source.name, f"is not a target file ({error})", "see docs/targets/cpu.md") from error
+
+    def with_costs(self, table: CostTable) -> Self:
+        """Return the target as a cost table has it: its capabilities tell the rules, its times price placements.
+
+        A table without capabilities leaves the rules alone; one without times (structure only) prices nothing.
+        """
+        costs = table if table.entries else None
+        if not table.capabilities:
+            return replace(self, costs=costs)
+        types = Types(self.activation_dtype, self.weight_dtype, self.per_channel)
+        declared = self.declared or self.ops
+        rules, absent = derived(declared, table.capabilities, types)
+        return replace(self, ops=rules, costs=costs, declared=declared, absent=absent)
 
 
 @functools.cache
@@ -125,3 +149,59 @@ def _rule(table: dict[str, Any]) -> OpRule:
         raise TypeError("fuses is a list of operators")
     fields = table | {"kind": OpKind(table["kind"]), "fuses": tuple(table.get("fuses", ()))}
     return OpRule(**fields)
+
+
+@dataclass(frozen=True)
+class Types:
+    """The element types that a target works in: of activations and weights, and whether these are per channel."""
+
+    activation: str
+    weights: str
+    per_channel: bool
+
+
+def derived(
+    rules: Mapping[str, OpRule], capabilities: Iterable[Capability], types: Types
+) -> tuple[dict[str, OpRule], dict[str, str]]:
+    """Return the rules as the capabilities have them, and why those that are left out have no integer kernel.
+
+    An operator's result must be quantized if it has no integer kernel otherwise. An activation behind it is absorbed
+    if one integer kernel does both; where the result may leave in float, only if it could not with the activation
+    behind it. Rules of operators without a row, and of those that only move codes, stay as they are.
+
+    Parameters
+    ----------
+    rules : mapping of str to OpRule
+    capabilities : iterable of Capability
+    types : Types
+    """
+    found: dict[str, OpRule] = {}
+    absent: dict[str, str] = {}
+    fitting = [row for row in capabilities if _fits(row, types)]
+    for op_type, rule in rules.items():
+        rows = {(row.behind, row.zero_point, row.output): row for row in fitting if row.op == op_type}
+        if not rows or rule.kind not in (OpKind.LINEAR, OpKind.ELEMENTWISE):
+            found[op_type] = rule
+        elif not any(row.integer for row in rows.values()):
+            kernels = " or ".join(sorted({row.kernel for row in rows.values() if not row.behind} or {op_type}))
+            absent[op_type] = f"for {types.activation} the runtime has {kernels} in float"
+        else:
+            found[op_type] = _as_seen(rule, rows)
+    return found, absent
+
+
+def _fits(row: Capability, types: Types) -> bool:
+    weights = not row.weights or (row.weights, row.per_channel) == (types.weights, types.per_channel)
+    return row.activation == types.activation and weights and not row.form
+
+
+def _as_seen(rule: OpRule, rows: Mapping[tuple[str, str, str], Capability]) -> OpRule:
+    def reads_codes(behind: str) -> bool:
+        row = rows.get((behind, "", "float"))
+        return row is not None and row.integer
+
+    quantized = not reads_codes("")
+    absorbed = [row.behind for (_, zero_point, _), row in rows.items()
+                if row.behind and zero_point == "lowest" and row.absorbs]  # fmt: skip
+    fuses = tuple(behind for behind in absorbed if quantized or not reads_codes(behind))
+    return replace(rule, quantized_output=quantized, fuses=fuses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -21,10 +22,12 @@ def toy(tmp_path, monkeypatch):
     """Give the backend a target file of its own: the CPU's, with a runtime of an opset."""
 
     def toy(opset: int) -> None:
-        text = (importlib.resources.files("qcompile.backends.ort") / "targets/cpu.toml").read_text(encoding="utf-8")
+        here = importlib.resources.files("qcompile.backends.ort")
+        text = (here / "targets/cpu.toml").read_text(encoding="utf-8")
         path = tmp_path / "toy.toml"
         path.write_text(f"deployed_opset = {opset}\n" + text.replace('name = "cpu"', 'name = "toy"'), encoding="utf-8")
-        monkeypatch.setattr(OrtBackend, "targets", lambda self: [Target.from_toml(path)])
+        target = replace(Target.from_toml(path, here / "costs"), costs=None)
+        monkeypatch.setattr(OrtBackend, "targets", lambda self: [target])
 
     return toy
 

@@ -61,6 +61,7 @@ def test_every_option_is_a_key(small, recipe):
         weights = 8
         activations = "none"
         observer = "mse"
+        costs = "costs.json"
         cache = "../cache"
         seed = 7
         threads = 1000
@@ -86,6 +87,7 @@ def test_every_option_is_a_key(small, recipe):
         weights="8",
         activations="none",
         observer="mse",
+        costs=small.folder / "costs.json",
         shape={"x": (1, 3, 8, 8)},
         min_fidelity={"sqnr": 20.0, "cosine": 0.9},
         cache=small.folder / "../cache",

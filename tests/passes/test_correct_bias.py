@@ -23,7 +23,8 @@ from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq, bias_scale
 from qcompile.passes.place import place
 
-CPU = Target.from_toml(importlib.resources.files("qcompile.backends.ort") / "targets" / "cpu.toml")
+ORT = importlib.resources.files("qcompile.backends.ort")
+CPU = Target.from_toml(ORT / "targets" / "cpu.toml", ORT / "costs")
 #: The CPU target, but for its opinion that the few weights of a test are not worth quantizing.
 TARGET = replace(CPU, ops={op_type: replace(rule, fewest_weights=0) for op_type, rule in CPU.ops.items()})
 CONV = """f (float[1,2,6,6] x) => (float[1,3,6,6] y)
