@@ -72,7 +72,7 @@ FLAGS = {
         help="How an activation's range is chosen; 'auto' measures which is best, per tensor.",
     ),
     "costs": click.option(
-        "--costs", type=click.Path(path_type=Path), help="Cost table in place of the target's, from 'qcompile probe'."
+        "--costs", type=click.Path(path_type=Path), help="Cost table of 'qcompile probe', or 'none'."
     ),
     "shape": click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix an input's open axes. Repeatable."),
     "min_fidelity": click.option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from qcompile.core import runtime
 from qcompile.core.contract import Rewritten, Track
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence, gather
-from qcompile.options import Options
+from qcompile.options import NO_COSTS, Options
 from qcompile.passes.lower_opset import LowerOpset
 from qcompile.pipeline import Pipeline
 
@@ -63,6 +63,8 @@ class Job:
 def chosen_target(options: Options) -> tuple[Target, Backend]:
     """Return the target that is asked for, with the cost table that is asked for, and its backend."""
     target, backend = find_target(options.target)
+    if options.costs == NO_COSTS:
+        return replace(target, costs=None), backend
     table = options.cost_table
     return (target if table is None else target.with_costs(table)), backend
 

@@ -20,6 +20,8 @@ from qcompile.override import Override
 FIDELITY_MEASURES = ("sqnr", "cosine", "top1")
 #: What stands in place of a cost table's path in what is written: its SHA-256.
 COSTS_KEY = "costs_sha256"
+#: What stands for no cost table, in place of a path.
+NO_COSTS = Path("none")
 #: Without a bound of the user's, the report warns below this.
 EXPECTED_SQNR = 20.0
 
@@ -44,7 +46,8 @@ class Options:
     observer : "auto", or one of `Observer`
         How an activation's range is chosen; ``auto`` measures which serves each tensor best.
     costs : Path, optional
-        Cost table that takes the place of the target's own, as ``qcompile probe`` writes it.
+        Cost table that takes the place of the target's own, as ``qcompile probe`` writes it. ``none`` is no table:
+        whatever can be integers becomes integers, whether it pays or not.
     shape : mapping of str to tuple of int
         Inputs to fix.
     min_fidelity : mapping of str to float
@@ -125,13 +128,13 @@ class Options:
         UsageError
             If the file is none.
         """
-        return None if self.costs is None else CostTable.from_json(self.costs)
+        return None if self.costs in (None, NO_COSTS) else CostTable.from_json(self.costs)
 
     @cached_property
     def costs_sha256(self) -> str:
         """The SHA-256 of that table's content, empty without one: where it lies decides nothing."""
         if self.cost_table is None:
-            return ""
+            return "" if self.costs is None else str(NO_COSTS)
         return hashlib.sha256(self.cost_table.to_json().encode()).hexdigest()
 
     def decisive(self) -> dict[str, Any]:

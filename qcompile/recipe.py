@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.core.errors import UsageError
-from qcompile.options import Options
+from qcompile.options import NO_COSTS, Options
 from qcompile.override import Override
 
 #: Data that a function yields are no file, and lie nowhere.
@@ -129,6 +129,10 @@ def _path(value: object, folder: Path) -> Path:
     return folder / _text(value, folder)
 
 
+def _costs(value: object, folder: Path) -> Path:
+    return NO_COSTS if value == str(NO_COSTS) else _path(value, folder)
+
+
 def _data(value: object, folder: Path) -> str:
     text = _text(value, folder)
     return text if FUNCTION.fullmatch(text) and not (folder / text).exists() else str(folder / text)
@@ -166,7 +170,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "weights": ('8 or "none"', _bits),
     "activations": ('8 or "none"', _bits),
     "observer": ("a text", _text),
-    "costs": ("a path", _path),
+    "costs": ("a path, or none", _costs),
     "shape": ("a table of lists of sizes, such as x = [1, 128]", _shapes),
     "min_fidelity": ("a table of numbers, such as sqnr = 20", _bounds),
     "cache": ("a path", _path),
