@@ -20,6 +20,10 @@ SIDES = {16: (112, 56, 28), 32: (112, 56, 28, 14), 64: (56, 28, 14), 128: (56, 2
          512: (14, 7)}  # fmt: skip
 #: A bottleneck has so many times the channels, on images of no more than this side, up to so many.
 WIDER, WIDE_SIDE, WIDEST = 4, 28, 2048
+#: The same for channels that fill no register: kernels take up to five times as long per multiply-accumulate there.
+NARROW = {8: (96, 48), 24: (48, 24), 40: (24, 12), 72: (24, 12), 120: (12,), 184: (12, 6)}
+#: How many times wider MobileNets are between their bottlenecks, and wider than what squeezes them.
+EXPANDED, SQUEEZED = 3, 4
 #: Of a network's first convolution: channels in and out, side, kernel, stride.
 STEMS = ((3, 16, 224, 3, 2), (3, 32, 224, 3, 2), (3, 64, 224, 7, 2), (3, 16, 96, 3, 2), (1, 64, 48, 5, 2))
 #: Depth and columns of the weights of products, and rows of what they multiply.
@@ -74,7 +78,7 @@ class Product:
 
 
 def convolutions() -> list[Convolution]:
-    """Return the convolutions: 3x3, 1x1, bottlenecks, depthwise, strided, and stems."""
+    """Return the convolutions: 3x3, 1x1, bottlenecks, depthwise, strided, stems, and narrow ones."""
     found = [Convolution(*stem) for stem in STEMS]
     for channels, sides in SIDES.items():
         wide = min(WIDER * channels, WIDEST)
@@ -93,6 +97,16 @@ def convolutions() -> list[Convolution]:
             Convolution(channels, channels, sides[0], 3, 2, groups=channels),
             Convolution(channels, channels, sides[-1], 5, groups=channels),
         ]
+    for channels, sides in NARROW.items():
+        for side in sides:
+            found += [
+                Convolution(channels, channels, side, 1),
+                Convolution(channels, EXPANDED * channels, side, 1),
+                Convolution(EXPANDED * channels, channels, side, 1),
+                Convolution(channels, channels, side, groups=channels),
+            ]
+        wide = SQUEEZED * channels
+        found += [Convolution(wide, channels, 1, 1), Convolution(channels, wide, 1, 1)]
     return list(dict.fromkeys(found))
 
 

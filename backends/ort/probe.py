@@ -46,7 +46,7 @@ class Run:
     Parameters
     ----------
     kernels : tuple of Kernel
-        Their times add up to the run's, but for what no kernel takes.
+        In each session their times add up to the run's, but for what no kernel takes; the medians do nearly.
     microseconds : float
         Of the whole run, undisturbed by timing single kernels.
     """
