@@ -28,6 +28,7 @@ import onnx
 
 from qcompile import Options, QcompileError, compile
 from qcompile.backends.base import find_target
+from qcompile.options import NO_COSTS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/ops.md"
@@ -123,7 +124,7 @@ def outcome(case: Case, mode: str, folder: Path) -> Outcome:
             assert tensor is not None
             (folder / f"test_data_set_0/input_{index}.pb").write_bytes(tensor.SerializeToString())
         data = str(folder)
-    options: Any = {"observer": "mse", "threads": 1, **MODES[mode]}
+    options: Any = {"observer": "mse", "threads": 1, "costs": NO_COSTS, **MODES[mode]}
     try:
         report = compile(model, Options("cpu", data=data, output=folder / "out", **options)).report
     except QcompileError as error:
@@ -185,7 +186,7 @@ def light_report(name: str, mode: str, random_weights: bool = False) -> Report:
         data = str(Path(folder) / "data.npz")
         arrays = {name: generator.random((SAMPLES, *shape), np.float32) for name, shape in shapes.items()}
         np.savez(data, allow_pickle=False, **arrays)
-        options: Any = {"observer": "mse", "threads": 1, **MODES[mode]}
+        options: Any = {"observer": "mse", "threads": 1, "costs": NO_COSTS, **MODES[mode]}
         return compile(model, Options("cpu", data=data, output=Path(folder) / "out", **options)).report
 
 

@@ -37,7 +37,11 @@ def qcompile(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     from qcompile.cli import main
 
     def run(*words: object, costs: str | None = "none") -> Finished:
-        if costs is not None and "--costs" not in words and ("--target" in words or "--recipe" in words or words[:1] in STAGES):
+        if (
+            costs is not None
+            and "--costs" not in words
+            and ("--target" in words or "--recipe" in words or words[:1] in STAGES)
+        ):
             words = (*words, "--costs", costs)
         monkeypatch.setattr(sys, "argv", ["qcompile", *map(str, words)])
         code = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -15,6 +16,12 @@ from qcompile.core.costs import CostTable
 from qcompile.options import COSTS_KEY, Options
 
 WORDS = ("--target", "cpu")
+
+
+@pytest.fixture
+def qcompile(qcompile):
+    """Run `qcompile` with the target's own costs, unless others are named."""
+    return functools.partial(qcompile, costs=None)
 
 
 @pytest.fixture
