@@ -148,7 +148,10 @@ def _guess(job: Job, canonical: ir.Model) -> Calibration:
     found = known_moments(job.model) if job.options.activations == "8" and cuttable(canonical) else {}
     if not found:
         return weights_alone
-    spared: dict[str, Wish] = {}
+    # Lengths that are open say nothing of what a run takes.
+    fixed = all(value.shape is not None and value.shape.is_static() for value in canonical.graph.inputs)
+    pricer = _pricer(job, canonical) if fixed else None
+    spared = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
     placement = hoped = choose_operators(canonical, job.target, job.options, True, spared)
     try:
         known = carried_over(found, job.model, canonical, job.evidence.samples[0])
