@@ -86,7 +86,7 @@ def test_the_target_takes_the_faster_activations() -> None:
     target, _ = find_target("cpu")
     assert target.activation_dtype == "uint8"
     unsigned, signed = (TABLE.entries[f"MatMulIntegerToFloat[{dtype},int8]"] for dtype in ("uint8", "int8"))
-    ratios = [signed[size] / unsigned[size] for size in signed]
+    ratios = [signed[size] / unsigned[size] for size in signed if size in unsigned]
     assert len(ratios) >= 2 and min(ratios) > 1.5, ratios
     assert shipped("Conv", **{**U8S8, "activation": "int8", "zero_point": "middle"}).reads == "uint8"
     assert shipped("MatMul", **{**U8S8, "activation": "int8", "output": "float"}).reads == "int8"
