@@ -26,15 +26,17 @@ NOT_MODELS = ("packages", "committed")
 HEAD = """# Benchmarks
 
 Written by `python benchmarks/catalog.py`; do not edit. `--target cpu` with all defaults, on data that calibration did
-not see. SQNR is that of the output that loses most; latency is artifact over float, medians of interleaved runs, batch
-1, one thread; argmax is how often float and artifact agree on it, for models that classify.
+not see. Operators: those in integers, those in float with weights that are stored as int8, and all. Size and latency:
+float's and, behind the arrow, the artifact's over that; medians of interleaved runs, batch 1, one thread; predicted is
+what the cost table says of it. SQNR is that of the output that loses most; argmax is how often float and artifact agree
+on it, for models that classify.
 
 [peers.md](peers.md) has eleven of them beside what other quantizers make of them, setting by setting, with plots.
 
 {machine}
 
-| model | nodes → canonical | on codes | size, MB → of float | SQNR, dB | argmax | latency, ms → of float | compile, s |
-|---|---|---|---|---|---|---|---|
+| model | nodes → canonical | operators | size, MB | SQNR, dB | argmax | latency, ms | predicted | compile, s |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -60,11 +62,12 @@ def row(name: str, paths: Iterable[Path]) -> tuple[str, Mapping[str, Any]]:
     cells = [
         name,
         f"{passes[0]['nodes_before']} → {passes[0]['nodes_after']}",
-        f"{precision['integer']} of {sum(precision.values())}",
+        f"{precision['integer']} + {precision['weight_only']} of {sum(precision.values())}",
         f"{size['float_bytes'] / 2**20:.2f} → {size['ratio']:.2f}x",
         f"{min(ratios):.1f}" if ratios else "exact",
         f"{min(agreements):.0%}" if agreements else "",
         f"{latency['float_ms']:.2f} → {latency['ratio']:.2f}x",
+        f"{report['predicted_latency']['ratio']:.2f}x",
         f"{seconds:.0f}",
     ]
     return f"| {' | '.join(cells)} |", result.measurements
@@ -84,7 +87,7 @@ def main() -> None:
             line, measurements = row(name, fetch(name, options.cache))
             machine = measurements["processor"]
         except QcompileError as error:
-            line = f"| {name} | {error} | | | | | | |"
+            line = f"| {name} | {error} | | | | | | | |"
         print(line, flush=True)
         rows.append(line)
     PAGE.write_text(HEAD.format(machine=f"Measured on: {machine}.") + "\n".join(rows) + "\n", encoding="utf-8")

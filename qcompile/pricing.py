@@ -145,6 +145,7 @@ class Pricer:
         """Return what to wish for, beside what is spared, so that noise is not paid for with too little time.
 
         The tensors that add most to the noise are spared, as many of them as make latency and noise together least.
+        Where they explain less than half of it, operators that compute in float get their float weights back instead.
 
         Parameters
         ----------
@@ -156,7 +157,14 @@ class Pricer:
         alone = {name: min(error, WORST) for name, error in choice.alone.items()}
         placement, noise = self.placed(spared), min(choice.noise, WORST)
         names, total = _integers(placement), sum(alone.values())
-        if not names or WORTH * noise < GAIN:
+        if WORTH * noise < GAIN:
+            return {}
+        stored = [name for name, wish in spared.items() if wish.precision is Precision.WEIGHT_ONLY]
+        if stored and 2.0 * total < noise:
+            # Activations do not explain it: the weights do that were only stored as integers.
+            reason = _spoils(noise, "codes of weights")
+            return {name: Wish(Precision.FLOAT, reason) for name in stored}
+        if not names:
             return {}
         worst = sorted(alone, key=lambda name: -alone[name])
         best, least = dict[str, Wish](), self.worth(spared, noise)

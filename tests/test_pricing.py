@@ -95,6 +95,17 @@ def test_noise_is_spared_where_it_is_worth_the_time(network: ir.Model) -> None:
     assert asked.spoiling(Choice({}, dict.fromkeys(values, 1e-06), {}, 1e-5), {}) == {}
 
 
+def test_weights_that_are_only_stored_as_integers_come_back_where_activations_do_not_explain_the_noise(
+    network: ir.Model,
+) -> None:
+    asked = pricer(network, table())
+    stored = {"one": Wish(Precision.WEIGHT_ONLY, "dear"), "two": Wish(Precision.FLOAT, "asked")}
+    found = asked.spoiling(Choice({}, {"e": 0.01}, {}, 0.1), stored)
+    assert set(found) == {"one"} and found["one"].precision is Precision.FLOAT
+    assert "codes of weights would leave 10.0 dB" in found["one"].reason
+    assert asked.spoiling(Choice({}, {"e": 0.01}, {}, 0.1), {"two": stored["two"]}).keys() != {"one"}
+
+
 def test_where_all_codes_are_noise_everything_is_in_float(network: ir.Model) -> None:
     asked = pricer(network, table(QLinearConv=0.3))
     found = asked.spoiling(Choice({}, {}, {}, float("inf")), {})
