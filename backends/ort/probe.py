@@ -113,9 +113,11 @@ def _without_timing(kernels: Sequence[Kernel], total: float) -> list[Kernel]:
 
 
 def _median(runs: Sequence[Run]) -> Run:
+    # Sessions run branches that do not depend on one another in orders of their own.
+    alike = [sorted(run.kernels, key=lambda k: (k.name, k.op_type, k.dtypes, k.inputs, k.outputs)) for run in runs]
     kernels = [
         replace(same[0], microseconds=float(np.median([kernel.microseconds for kernel in same])))
-        for same in zip(*(run.kernels for run in runs), strict=True)
+        for same in zip(*alike, strict=True)
     ]
     return Run(tuple(kernels), float(np.median([run.microseconds for run in runs])))
 

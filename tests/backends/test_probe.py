@@ -43,7 +43,7 @@ def test_what_timing_takes_is_taken_off_each_kernel_alike() -> None:
 def test_every_kernel_of_a_model_has_a_time() -> None:
     model, samples = small(grid.Convolution(32, 64, 56))
     (run,) = probe.timed(model, samples, beside=2.0, budget=0.05)
-    assert [kernel.op_type for kernel in run.kernels][1] == "nchwc.Conv"
+    assert "nchwc.Conv" in {kernel.op_type for kernel in run.kernels}
     assert min(kernel.microseconds for kernel in run.kernels) > 0.0 and run.microseconds > 0.0
 
 

@@ -53,7 +53,7 @@ def test_a_run_ends_with_its_memory(tmp_path):
 
 
 def test_a_reason_fits_a_cell_and_names_no_folder_of_this_machine():
-    text = "Traceback\n  File '/home/me/.cache/x.py'\nOSError: /home/me/a-b/model.onnx | broken\n\n"
+    text = "Traceback\n  File '/data/.cache/x.py'\nOSError: /data/a-b/model.onnx | broken\n\n"
     assert last_line(text) == "OSError: model.onnx / broken"
     assert len(last_line("word " * 100)) <= peer_attempts.LONGEST + 2
 
