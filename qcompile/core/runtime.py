@@ -147,6 +147,10 @@ class Session:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
+            # Beside the graph, or a model beyond protobuf's 2 GiB could not be looked at.
+            beside = "session.optimized_model_external_initializers"
+            options.add_session_config_entry(f"{beside}_file_name", f"{optimized_path.name}.data")
+            options.add_session_config_entry(f"{beside}_min_size_in_bytes", "1024")
         if profile_prefix is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
         self._place = place = model if isinstance(model, Path) else "model"

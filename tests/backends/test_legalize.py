@@ -79,6 +79,16 @@ def test_a_bias_that_is_not_the_matmuls_alone_stays_beside_it(other: Any, random
     same(model, legal, random.normal(size=(1, 5, 4)).astype(np.float32), 1e-5)
 
 
+def test_a_product_whose_shape_is_asked_for_keeps_its_bias_beside_it(random: np.random.Generator) -> None:
+    text = MATMUL.format(bias="3", numbers="1, 2, 3", outputs=", int64[3] n").replace(
+        "y = Add", "n = Shape (m) y = Add"
+    )
+    model = parsed(text)
+    legal = legalize(model)
+    assert types(legal) == ["QuantizeLinear", "MatMulIntegerToFloat", "Shape", "Add"]
+    same(model, legal, random.normal(size=(1, 5, 4)).astype(np.float32), 1e-5)
+
+
 def test_a_matmul_whose_result_is_quantized_is_left_to_the_runtime() -> None:
     text = MATMUL.format(bias="3", numbers="1, 2, 3", outputs="")
     text = text.replace("float[1,T,3] y", "uint8[1,T,3] y").replace("y = Add (m, b)", "y = QuantizeLinear (m, s, z)")

@@ -62,7 +62,8 @@ def _join(graph: ir.Graph, node: ir.Node) -> None:
     assert activation is not None and weights is not None
     last, bias = node, None
     add = structure.only_reader(node.outputs[0])
-    if add is not None and structure.is_standard(add, "Add"):
+    # One that asks for the product's shape would be left without it.
+    if add is not None and structure.is_standard(add, "Add") and len(structure.readers(node.outputs[0])) == 1:
         bias = _bias(add, node, weights.inputs[0])
         last = add if bias is not None else node
     operands = [activation.inputs[0], weights.inputs[0], activation.inputs[1], weights.inputs[1],
