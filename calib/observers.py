@@ -26,6 +26,7 @@ class Observer(StrEnum):
     """How a range is chosen from what was seen."""
 
     MINMAX = "minmax"
+    DYNAMIC = "dynamic"
     MOVING_AVERAGE = "moving-average"
     PERCENTILE = "percentile"
     ENTROPY = "entropy"
@@ -133,11 +134,12 @@ def value_range(histogram: Histogram, observer: Observer, dtype: str) -> tuple[f
     ----------
     histogram : Histogram
     observer : Observer
-        ``minmax`` takes all that was seen. ``moving-average`` takes the mean of each sample's extremes (the moving
-        average of Jacob et al. 2018, section 3.1, with equal weights, so that the order of the samples means nothing).
-        ``percentile`` leaves out the outermost 0.01 %. ``entropy`` takes the range whose codes tell most of the
-        distribution (least Kullback-Leibler divergence; Migacz 2017, "8-bit inference with TensorRT"). ``mse`` takes
-        the one with the least expected squared error.
+        ``minmax`` takes all that was seen, as does ``dynamic`` where a range cannot be taken when the model runs.
+        ``moving-average`` takes the mean of each sample's extremes (the moving average of Jacob et al. 2018, section
+        3.1, with equal weights, so that the order of the samples means nothing). ``percentile`` leaves out the
+        outermost 0.01 %. ``entropy`` takes the range whose codes tell most of the distribution (least Kullback-Leibler
+        divergence; Migacz 2017, "8-bit inference with TensorRT"). ``mse`` takes the one with the least expected squared
+        error.
     dtype : str
         The integer type that the codes will have.
     """
@@ -242,6 +244,7 @@ def _without_zeros(histogram: Histogram) -> npt.NDArray[np.float64]:
 
 _CHOICES: dict[Observer, Callable[[Histogram, str], tuple[float, float]]] = {
     Observer.MINMAX: _minmax,
+    Observer.DYNAMIC: _minmax,
     Observer.MOVING_AVERAGE: _moving_average,
     Observer.PERCENTILE: _percentile,
     Observer.ENTROPY: _entropy,

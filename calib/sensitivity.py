@@ -6,8 +6,10 @@ what a decision hangs on. Forward runs tell, and need neither labels nor gradien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -51,7 +53,7 @@ class Choice:
         were not tried one by one.
     together : mapping of str to float
         Noise over signal at the outputs with all tensors quantized, on samples that the ranges were not measured on: by
-        an observer's name, which then serves all tensors, and ``"each its own"``.
+        an observer's name, which then serves all tensors, and `OWN` or `DYNAMIC`.
     noise : float
         Noise over signal at the outputs with all tensors quantized as chosen, as a ratio of sums over samples, which is
         what the report's SQNR is. `alone` is one too.
@@ -62,6 +64,11 @@ class Choice:
     together: Mapping[str, float] = field(default_factory=dict)
     noise: float = 0.0
 
+    @property
+    def dynamic(self) -> frozenset[str]:
+        """The tensors whose range is to be taken when the model runs, where it can be."""
+        return frozenset(name for name, observer in self.observers.items() if observer is Observer.DYNAMIC)
+
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> Self:
         """Read what `dataclasses.asdict` made of one, after a way through JSON."""
@@ -69,8 +76,9 @@ class Choice:
         return cls(observers, dict(entries["alone"]), dict(entries["together"]), float(entries["noise"]))
 
 
-#: The choice that gives each tensor the observer that is best for it alone.
-OWN = "each its own"
+#: The choices that give each tensor the observer that is best for it alone, among those that measure a range, and among
+#: all where some tensor is better off with a dynamic one.
+OWN, DYNAMIC = "each its own", "each its own, or dynamic"
 
 
 def choose_observers(
@@ -83,6 +91,7 @@ def choose_observers(
     data: Dataset,
     track: Track[Any],
     threads: int,
+    dynamic: Mapping[str, float] = MappingProxyType({}),
 ) -> Choice:
     """Choose for each measured tensor the observer whose range moves the model's outputs least.
 
@@ -118,13 +127,24 @@ def choose_observers(
         Shows progress.
     threads : int
         Trials that run at the same time; the result does not depend on it.
+    dynamic : mapping of str to float
+        The values whose range may be taken when the model runs, and by how much that must lessen the noise over signal.
+        It is a choice for single tensors: others pay for it what it does not gain.
     """
-    candidates = {name: quantizations(seen, among, dtype) for name, seen in statistics.histograms.items()}
+    candidates = {
+        name: quantizations(seen, among, dtype, name in dynamic) for name, seen in statistics.histograms.items()
+    }
     if not candidates or not cuttable(model):
         return Choice(dict.fromkeys(candidates, among[-1]))
     first = next(iter(data))
     trials = Trials(
-        typed(at_scores(model), first), typed(at_scores(rounded), first), list(candidates), dtype, readers, first
+        typed(at_scores(model), first),
+        typed(at_scores(rounded), first),
+        list(candidates),
+        dtype,
+        readers,
+        first,
+        dynamic,
     )
     search = _Search(trials, candidates, data, among, track, threads)
     if len(among) == 1:
@@ -135,11 +155,11 @@ def choose_observers(
     alone: list[Alone] = []
     if trials.work_alone(candidates) * FEWEST <= ALONE:
         alone = search.alone([(half.candidates, half.measured) for half in halves])
-    errors = search.compare(halves, [_own(errors) for errors in alone])
+    errors = search.compare(halves, [_owns(errors, dynamic) for errors in alone])
     best = _decide(errors)
     together = {name: error.value for name, error in errors.items()}
     tried = _joined(alone) if alone else search.alone_by(Observer(best))
-    observers = _own(tried) if best == OWN else dict.fromkeys(candidates, Observer(best))
+    observers = _owns(tried, dynamic).get(best) or dict.fromkeys(candidates, Observer(best))
     return Choice(observers, _spoilt(tried), together, errors[best].total)
 
 
@@ -172,7 +192,7 @@ class _Search:
         for measured, held_out in ((even := range(0, count, 2), odd := range(1, count, 2)), (odd, even)):
             chosen = _evenly(measured, min(MEASURED, TOGETHER / self.trials.work / 2))
             seen = collect(model, list(self.candidates), _subset(self.data, chosen), self.track)
-            ranges = {name: quantizations(histogram, self.among, self.trials.dtype)
+            ranges = {name: quantizations(histogram, self.among, self.trials.dtype, name in self.trials.dynamic)
                       for name, histogram in seen.histograms.items()}  # fmt: skip
             found.append(_Half(measured, held_out, ranges))
         return found
@@ -191,14 +211,18 @@ class _Search:
         candidates = {name: {observer: found[observer]} for name, found in self.candidates.items()}
         return self.alone([(candidates, range(len(self.data)))])[0]
 
-    def compare(self, halves: Sequence[_Half], own: Sequence[Mapping[str, Observer]]) -> dict[str, OutputError]:
+    def compare(
+        self, halves: Sequence[_Half], own: Sequence[Mapping[str, Mapping[str, Observer]]]
+    ) -> dict[str, OutputError]:
         """Return the error of each observer for all tensors, and of each half's own, on what is held out."""
         found: dict[str, OutputError] = {}
-        runs = TOGETHER / self.trials.work / (len(self.among) + len(own[:1])) / len(halves)
+        for_all = [observer for observer in self.among if observer is not Observer.DYNAMIC]
+        count = len(for_all) + max(map(len, own), default=0)
+        runs = TOGETHER / self.trials.work / count / len(halves)
         for index, half in enumerate(halves):
             choices: dict[str, Mapping[str, Observer]]
-            choices = {observer.value: dict.fromkeys(half.candidates, observer) for observer in self.among}
-            choices |= {OWN: own[index]} if own else {}
+            choices = {observer.value: dict.fromkeys(half.candidates, observer) for observer in for_all}
+            choices |= own[index] if own else {}
             parameters = {name: _parameters(half.candidates, choice) for name, choice in choices.items()}
             samples = spread(self.data, self.trials.sample_bytes, runs, half.held_out)
             repeats = int(np.clip(min(runs / 4, RUNS) / len(samples), 1, REPEATS))
@@ -212,8 +236,9 @@ def _decide(errors: Mapping[str, OutputError]) -> str:
 
     A step is taken where it is better by more than the standard error of the paired difference.
     """
-    *others, chosen = (name for name in errors if name != OWN)
-    steps = [_least({name: errors[name].value for name in (*others, chosen)}), *({OWN} & errors.keys())]
+    *others, chosen = (name for name in errors if name not in (OWN, DYNAMIC))
+    steps = [_least({name: errors[name].value for name in (*others, chosen)})]
+    steps += [name for name in (OWN, DYNAMIC) if name in errors]
     for step in steps:
         if _surely_less(errors[step], errors[chosen]):
             chosen = step
@@ -229,10 +254,18 @@ def _surely_less(error: OutputError, other: OutputError) -> bool:
     return better > uncertain
 
 
-def _own(alone: Alone) -> dict[str, Observer]:
-    """Return for each tensor the observer that did best when it alone was quantized."""
-    return {name: _least({observer: error.value for observer, error in errors.items()})
-            for name, errors in alone.items()}  # fmt: skip
+def _owns(alone: Alone, dynamic: Mapping[str, float]) -> dict[str, dict[str, Observer]]:
+    """Return for each tensor the observer that did best when it alone was quantized, a dynamic one with its price."""
+    found = {name: _own(alone, prices) for name, prices in ((OWN, {}), (DYNAMIC, dynamic))}
+    return found if dynamic else {OWN: found[OWN]}
+
+
+def _own(alone: Alone, dynamic: Mapping[str, float]) -> dict[str, Observer]:
+    own = {}
+    for name, errors in alone.items():
+        prices = {Observer.DYNAMIC: dynamic.get(name, math.inf)}
+        own[name] = _least({observer: error.value + prices.get(observer, 0.0) for observer, error in errors.items()})
+    return own
 
 
 def _joined(parts: Sequence[Alone]) -> Alone:

@@ -30,7 +30,7 @@ SPREAD = 0.02
 #: Part of the mean signal that is added to every sample's, and the least noise over signal that makes a difference.
 QUIET, EXACT = 1e-3, 1e-9
 
-#: Scale and zero point of a tensor, each of shape ().
+#: Scale and zero point of a tensor, each of shape (). A scale of 0 stands for the range of each run's own values.
 Parameters = tuple[npt.NDArray[np.float32], numerics.IntArray]
 #: What each observer makes of a tensor.
 Quantizations = Mapping[Observer, Parameters]
@@ -119,10 +119,15 @@ def gain(error: OutputError, over: OutputError) -> tuple[float, float]:
     return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else float("inf")
 
 
-def quantizations(histogram: Histogram, observers: Iterable[Observer], dtype: str) -> dict[Observer, Parameters]:
-    """Return scale and zero point by each observer."""
-    found = {}
+def quantizations(
+    histogram: Histogram, observers: Iterable[Observer], dtype: str, dynamic: bool = False
+) -> dict[Observer, Parameters]:
+    """Return scale and zero point by each observer; those of a dynamic one only where the tensor may have it."""
+    found: dict[Observer, Parameters] = {}
     for observer in observers:
+        if dynamic and observer is Observer.DYNAMIC:
+            found[observer] = np.zeros((), np.float32), np.zeros((), dtype)
+            continue
         low, high = value_range(histogram, observer, dtype)
         scale, zero_point = numerics.affine_scale(np.array(low), np.array(high), dtype)
         found[observer] = np.asarray(scale, np.float32), np.asarray(zero_point, dtype)
@@ -155,6 +160,8 @@ class Trials:
         By value name, the nodes that read its codes; all of them where the value is not listed.
     sample : Sample
         The work is reckoned by this one.
+    dynamic : collection of str
+        The values whose range may be that of each run's own values.
     """
 
     model: ir.Model
@@ -163,6 +170,7 @@ class Trials:
     dtype: str
     readers: Mapping[str, Collection[str]]
     sample: Sample
+    dynamic: Collection[str] = ()
 
     @cached_property
     def _cost(self) -> Cost:
@@ -264,8 +272,12 @@ class Trials:
         """Return the model with these tensors quantized, and the number of nodes in front of each's QuantizeLinear."""
         copy = model.clone()
         values = ir.convenience.create_value_mapping(copy.graph)
-        quantize = {name: _quantize_here(copy.graph, values[name], name, self.dtype, self.readers.get(name))
-                    for name in names}  # fmt: skip
+        quantize = {
+            name: _quantize_here(
+                copy.graph, values[name], name, self.dtype, self.readers.get(name), name in self.dynamic
+            )
+            for name in names
+        }
         copy.graph.sort()
         positions = {node: index for index, node in enumerate(copy.graph)}
         return copy, {name: positions[node] for name, node in quantize.items()}
@@ -320,12 +332,20 @@ def _cuts(graph: ir.Graph) -> dict[str, int]:
     return cuts
 
 
-def _quantize_here(graph: ir.Graph, value: ir.Value, name: str, dtype: str, readers: Collection[str] | None) -> ir.Node:
-    """Put Q → DQ behind a value, for some or all of its readers, and return the Q; the parameters are graph inputs."""
+def _quantize_here(
+    graph: ir.Graph, value: ir.Value, name: str, dtype: str, readers: Collection[str] | None, dynamic: bool
+) -> ir.Node:
+    """Put Q → DQ behind a value, for some or all of its readers, and return the first node of these.
+
+    The parameters are graph inputs.
+    """
     scale = ir.val(_SCALE + name, ir.DataType.FLOAT, ())
     zero_point = ir.val(_ZERO_POINT + name, ir.DataType.from_numpy(np.dtype(dtype)), ())
     graph.inputs.extend([scale, zero_point])
     uses = [(node, index) for node, index in value.uses() if readers is None or node.name in readers]
+    first = _or_own_range(graph, value, scale, zero_point) if dynamic else None
+    if first is not None:
+        scale, zero_point = (node.outputs[0] for node in first[1:])
     quantize = ir.node("QuantizeLinear", [value, scale, zero_point])
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero_point])
     graph.extend([quantize, dequantize])
@@ -337,4 +357,20 @@ def _quantize_here(graph: ir.Graph, value: ir.Value, name: str, dtype: str, read
         # What the model's caller gets keeps its name.
         graph.outputs[list(graph.outputs).index(value)] = real
         real.name, value.name = value.name, _FLOAT + name
-    return quantize
+    return quantize if first is None else first[0]
+
+
+def _or_own_range(graph: ir.Graph, value: ir.Value, scale: ir.Value, zero_point: ir.Value) -> tuple[ir.Node, ...]:
+    """Add nodes that take scale and zero point of the value at hand where the scale that is given is 0.
+
+    Returns
+    -------
+    tuple of onnx_ir.Node
+        The first of them, and those that give the scale and the zero point.
+    """
+    own = ir.node("DynamicQuantizeLinear", [value], num_outputs=3)
+    given = ir.node("Cast", [scale], {"to": ir.DataType.BOOL})
+    scales = ir.node("Where", [given.outputs[0], scale, own.outputs[1]])
+    zero_points = ir.node("Where", [given.outputs[0], zero_point, own.outputs[2]])
+    graph.extend([own, given, scales, zero_points])
+    return own, scales, zero_points

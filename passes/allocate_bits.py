@@ -16,7 +16,7 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Observer, value_range
 from qcompile.core import numerics
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
-from qcompile.core.target import OpKind, Target
+from qcompile.core.target import Target
 from qcompile.passes import structure
 from qcompile.passes.place import Placement
 
@@ -39,10 +39,14 @@ def allocate_bits(
         Has every value of ``placement.activations``.
     target : Target
     observers : mapping of str to Observer
-        How the range of each value of ``placement.activations`` is chosen.
+        How the range of each value of ``placement.activations`` is chosen. A dynamic one needs no statistics where the
+        placement allows it.
     """
     tensors: dict[str, TensorQuant] = {}
     for name in placement.activations:
+        if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
+            tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
+            continue
         low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
         scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
@@ -51,21 +55,16 @@ def allocate_bits(
     for node in model.graph:
         rule = target.ops.get(node.op_type)
         op = placement.ops.get(structure.node_name(node))
-        if rule is None or rule.kind not in (OpKind.LINEAR, OpKind.LOOKUP):
+        if rule is None or op is None or op.precision is Precision.FLOAT:
             continue
-        if op is None or op.precision is Precision.FLOAT:
-            continue
-        lookup = rule.kind is OpKind.LOOKUP
-        value = node.inputs[0 if lookup else structure.WEIGHT_INPUT]
-        if value is None or structure.constant_tensor(value) is None:
-            continue
-        weight = structure.name_of(value)
-        quant = _weight_quant(node, value, target, lookup, tensors)
-        if weight in tensors:
-            # Two operators share these weights, and either may need room for its bias.
-            both = zip(quant.scale, tensors[weight].scale, strict=True)
-            quant = replace(quant, scale=tuple(map(max, both)))
-        tensors[weight] = quant
+        for value, axis in structure.stored_weights(node, rule.kind):
+            weight = structure.name_of(value)
+            quant = _weight_quant(node, value, axis, target, tensors)
+            if weight in tensors:
+                # Two operators share these weights, and either may need room for its bias.
+                both = zip(quant.scale, tensors[weight].scale, strict=True)
+                quant = replace(quant, scale=tuple(map(max, both)))
+            tensors[weight] = quant
     return QuantPlan(tensors, placement.ops)
 
 
@@ -82,18 +81,19 @@ def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
 
 
 def _weight_quant(
-    node: ir.Node, value: ir.Value, target: Target, lookup: bool, tensors: Mapping[str, TensorQuant]
+    node: ir.Node, value: ir.Value, axis: int, target: Target, tensors: Mapping[str, TensorQuant]
 ) -> TensorQuant:
-    """Give weights a symmetric scale per output channel (per column of a table)."""
+    """Give weights a symmetric scale per channel of an axis; a linear operator's have one for all on some targets."""
     weight = structure.constant(value)
     assert weight is not None
-    axis = weight.ndim - 1 if lookup else structure.weight_axis(node)
     others = tuple(a for a in range(weight.ndim) if a != axis)
-    absmax = np.max(np.abs(weight), axis=others if target.per_channel or lookup else None).reshape(-1)
+    by_channel = target.per_channel or not structure.is_linear(node)
+    absmax = np.max(np.abs(weight), axis=others if by_channel else None).reshape(-1)
     scale = numerics.symmetric_scale(absmax, target.weight_dtype)
-    activation = None if lookup else tensors.get(structure.name_of(node.inputs[0]))  # type: ignore[arg-type]
-    bias = structure.constant(node.inputs[structure.BIAS_INPUT]) if len(node.inputs) > structure.BIAS_INPUT else None
-    if activation is not None and bias is not None and node.op_type in structure.BIASED_OPS:
+    biased = node.op_type in structure.BIASED_OPS and len(node.inputs) > structure.BIAS_INPUT
+    activation = tensors.get(structure.name_of(node.inputs[0])) if biased and node.inputs[0] is not None else None
+    bias = structure.constant(node.inputs[structure.BIAS_INPUT]) if biased else None
+    if activation is not None and bias is not None:
         # The scale of dead weights is arbitrary: it becomes the finest that has room for the bias, all that is left.
         alive = np.where(np.float64(absmax) >= scale, scale, np.float32(0.0))
         scale = _room_for_bias(alive, activation.scale[0], bias)

@@ -12,7 +12,7 @@ from qcompile.core.errors import UsageError
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
-from qcompile.passes.place import linear_obstacle, lookup_obstacle
+from qcompile.passes.obstacles import linear_obstacle, lookup_obstacle, recurrent_obstacle
 from qcompile.passes.read_plan import is_quantized, read_ops
 
 REMEDY = "correct the plan, or make it anew with 'qcompile plan'"
@@ -120,17 +120,14 @@ class _Checker:
             precision = self.plan.ops[structure.node_name(node)].precision
             if precision is Precision.INTEGER and not _is_absorbed(node, self.plan.ops):
                 used |= {structure.name_of(value) for value in structure.activation_inputs(node)}
-            if precision is not Precision.FLOAT and (weights := self.weights(node)) is not None:
-                used.add(structure.name_of(weights))
+            if precision is not Precision.FLOAT:
+                used |= self.weights(node)
         return used
 
-    def weights(self, node: ir.Node) -> ir.Value | None:
-        """Return what a node has as constant weights or as a constant table."""
+    def weights(self, node: ir.Node) -> set[str]:
+        """Return the names of what a node has as constant weights or as a constant table."""
         rule = self.target.ops.get(node.op_type)
-        if rule is None or rule.kind not in (OpKind.LINEAR, OpKind.LOOKUP):
-            return None
-        value = node.inputs[0 if rule.kind is OpKind.LOOKUP else structure.WEIGHT_INPUT]
-        return value if structure.constant_tensor(value) is not None else None
+        return set() if rule is None else {structure.name_of(v) for v, _ in structure.stored_weights(node, rule.kind)}
 
     def check_op(self, node: ir.Node) -> None:
         """Hold one operator's precision to what it and the target can do, and see that every scale is there."""
@@ -140,9 +137,7 @@ class _Checker:
             return
         if reason := self.obstacle(node, op):
             raise self.error(f"operator '{name}' ({op.op_type}) cannot be {op.precision.value}: {reason}")
-        needed: list[tuple[str, Role]] = []
-        if (weights := self.weights(node)) is not None:
-            needed.append((structure.name_of(weights), Role.WEIGHT))
+        needed = [(weights, Role.WEIGHT) for weights in sorted(self.weights(node))]
         if op.precision is Precision.INTEGER:
             needed += [(structure.name_of(value), Role.ACTIVATION) for value in structure.activation_inputs(node)]
             if op.output:
@@ -151,9 +146,11 @@ class _Checker:
         for tensor, role in needed:
             if tensor not in self.plan.tensors:
                 raise self.error(f"has no scale for tensor '{tensor}', which operator '{name}' needs as codes")
-            if self.plan.tensors[tensor].role is not role:
-                found = self.plan.tensors[tensor].role
-                raise self.error(f"tensor '{tensor}' is {found} in it, operator '{name}' reads it as {role}")
+            quant = self.plan.tensors[tensor]
+            if quant.role is not role:
+                raise self.error(f"tensor '{tensor}' is {quant.role} in it, operator '{name}' reads it as {role}")
+            if quant.is_dynamic and (op.output or not self.target.ops[node.op_type].dynamic):
+                raise self.error(f"tensor '{tensor}' has no scale, and operator '{name}' takes none at run time")
 
     def obstacle(self, node: ir.Node, op: OpPlan) -> str:
         """Return why an operator cannot have a precision other than float, or nothing."""
@@ -164,14 +161,16 @@ class _Checker:
         rule = self.target.ops[node.op_type]
         if op.precision is Precision.WEIGHT_ONLY:
             return self.weights_obstacle(node, rule)
-        if rule.kind is OpKind.LOOKUP:
-            return "it looks rows up"
+        if rule.kind in (OpKind.LOOKUP, OpKind.RECURRENT):
+            return "it looks rows up" if rule.kind is OpKind.LOOKUP else "it runs in float"
         return linear_obstacle(node) if rule.kind is OpKind.LINEAR else ""
 
     def weights_obstacle(self, node: ir.Node, rule: OpRule) -> str:
         """Return why an operator in float cannot have integer weights, or nothing."""
-        if self.weights(node) is None:
+        if not self.weights(node):
             return "it has no constant weights"
+        if rule.kind is OpKind.RECURRENT:
+            return recurrent_obstacle(node)
         if rule.kind is OpKind.LINEAR and not rule.weight_only:
             return f"{self.target.name} takes no integer weights for a {node.op_type} in float"
         return linear_obstacle(node) if rule.kind is OpKind.LINEAR else lookup_obstacle(node, fewest_rows=0)

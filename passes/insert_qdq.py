@@ -151,9 +151,10 @@ class QdqWriter:
         shape: ir.Shape | None,
         dtype: str,
         attributes: dict[str, int] | None = None,
+        results: int = 1,
     ) -> ir.Value:
         output = self._free(output)
-        node = ir.node(op_type, inputs, attributes or {}, name=f"{output}_{op_type}")
+        node = ir.node(op_type, inputs, attributes or {}, num_outputs=results, name=f"{output}_{op_type}")
         value = node.outputs[0]
         value.name = output
         value.shape = shape
@@ -173,13 +174,16 @@ class _Writer(QdqWriter):
         self.leaving = {op.output for op in plan.ops.values() if op.output}
 
     def wrap_activation(self, value: ir.Value, quant: TensorQuant) -> None:
-        """Insert Q → DQ behind an activation."""
+        """Insert Q → DQ behind an activation; where its range is that of each run, the Q tells it."""
         name = structure.name_of(value)
         users = [
             (node, index) for node, index in value.uses() if name in self.leaving or self._reads_codes(node, value)
         ]
-        parameters = self._parameters(name, quant)
-        codes = self._node("QuantizeLinear", [value, *parameters], quantized_name(name), value.shape, quant.dtype)
+        if quant.is_dynamic:
+            codes, *parameters = self._dynamic(value)
+        else:
+            parameters = self._parameters(name, quant)
+            codes = self._node("QuantizeLinear", [value, *parameters], quantized_name(name), value.shape, quant.dtype)
         real = self._dequantize(codes, parameters, dequantized_name(name), value.shape, None)
         for node, index in users:
             node.replace_input_with(index, real)
@@ -191,6 +195,18 @@ class _Writer(QdqWriter):
             for index, output in enumerate(outputs):
                 if output is value:
                     outputs[index] = real
+
+    def _dynamic(self, value: ir.Value) -> tuple[ir.Value, ...]:
+        """Return codes, scale and zero point by a DynamicQuantizeLinear."""
+        name = structure.name_of(value)
+        codes = self._node("DynamicQuantizeLinear", [value], quantized_name(name), value.shape, "uint8", results=3)
+        node = codes.producer()
+        assert node is not None
+        scale, zero_point = node.outputs[1:]
+        scale.name, scale.dtype, scale.shape = self._free(f"{name}_scale"), ir.DataType.FLOAT, ir.Shape(())
+        zero_point.name, zero_point.dtype = self._free(f"{name}_zero_point"), ir.DataType.UINT8
+        zero_point.shape = ir.Shape(())
+        return codes, scale, zero_point
 
     def _reads_codes(self, node: ir.Node, value: ir.Value) -> bool:
         op = self.plan.ops.get(node.name or "")

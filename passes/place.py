@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qcompile.core.plan import OpPlan, Precision
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
+from qcompile.passes.obstacles import linear_obstacle, lookup_obstacle, recurrent_obstacle
 from qcompile.passes.read_plan import is_quantized, read_ops
 
 #: A table with fewer rows costs more in scales and nodes than its codes save.
@@ -31,11 +32,14 @@ class Placement:
         Values that get a scale of their own and must be measured.
     same_scale : mapping of str to str
         Values that take the scale of one of `activations`.
+    dynamic : frozenset of str
+        Those of `activations` whose range may be taken when the model runs.
     """
 
     ops: Mapping[str, OpPlan]
     activations: tuple[str, ...]
     same_scale: Mapping[str, str]
+    dynamic: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def code_readers(model: ir.Model, placement: Placement) -> dict[str, frozenset[s
 
 
 def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> dict[str, Wish]:
-    """Return what to wish for so that these values keep their float values, and what reads them its float weights.
+    """Return what to wish for so that these values keep their float values; weights stay stored as integers.
 
     Parameters
     ----------
@@ -125,7 +129,7 @@ def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> 
             nodes += [node for node, op in placement.ops.items() if op.output == value.name]
             for node in nodes:
                 if placement.ops[node].precision is Precision.INTEGER:
-                    found.setdefault(node, Wish(Precision.FLOAT, reason))
+                    found.setdefault(node, Wish(Precision.WEIGHT_ONLY, reason))
     return found
 
 
@@ -156,6 +160,8 @@ class _Placer:
             self.ops[name] = OpPlan(node.op_type, Precision.FLOAT, obstacle)
         elif self.target.ops[node.op_type].kind is OpKind.LOOKUP:
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, "a table lookup: rows are dequantized")
+        elif self.target.ops[node.op_type].kind is OpKind.RECURRENT:
+            self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, f"{self.target.name} runs it in float")
         elif self.kept_in_float(node):
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, self.wishes[name].reason)
         elif self.activations:
@@ -185,6 +191,8 @@ class _Placer:
         """Return why constant weights are not stored as integers, or None."""
         if rule.kind is OpKind.LOOKUP:
             reason = lookup_obstacle(node, fewest_rows=0 if wish else FEWEST_ROWS)
+        elif rule.kind is OpKind.RECURRENT:
+            reason = recurrent_obstacle(node)
         else:
             reason = self._linear_obstacle(node, 0 if wish else rule.fewest_weights)
         if not reason and not self.weights and wish is None:
@@ -298,7 +306,7 @@ class _Placer:
 
     def placement(self, nodes: list[ir.Node]) -> Placement:
         """Say which values must be measured and which share a scale."""
-        own: dict[str, None] = {}
+        own: dict[str, bool] = {}
         same: dict[str, str] = {}
         ops = dict(self.ops)
         for node in nodes:
@@ -312,73 +320,21 @@ class _Placer:
             inputs = [structure.name_of(value) for value in structure.activation_inputs(node)]
             for value in inputs:
                 if value not in same:
-                    own[value] = None
+                    own[value] = own.get(value, True) and self.takes_any_range(node)
             rule, output = self.rule(node), ops[name].output
             if output and rule is not None and rule.kind is OpKind.PASSTHROUGH:
                 same[output] = same.get(inputs[0], inputs[0])
             elif output:
-                own[output] = None
-        return Placement(ops, tuple(value for value in own if value not in same), same)
+                own[output] = False
+        found = {value: dynamic for value, dynamic in own.items() if value not in same}
+        return Placement(ops, tuple(found), same, frozenset(value for value, dynamic in found.items() if dynamic))
+
+    def takes_any_range(self, node: ir.Node) -> bool:
+        """Tell whether an integer operator can do with a range that is taken when the model runs."""
+        rule, op = self.rule(node), self.ops[structure.node_name(node)]
+        return rule is not None and rule.dynamic and not op.output
 
 
 def _other_float_inputs(node: ir.Node) -> bool:
     """Tell whether a node reads a float constant: its integer kernel would need that as codes as well."""
     return any(structure.is_float32(value) and structure.constant_tensor(value) is not None for value in node.inputs)
-
-
-def linear_obstacle(node: ir.Node) -> str:
-    """Return why a linear operator cannot be quantized, or nothing."""
-    weight = structure.constant_tensor(node.inputs[structure.WEIGHT_INPUT])
-    if weight is None:
-        return _activation_obstacle(node)
-    if weight.dtype is not ir.DataType.FLOAT or not structure.is_float32(node.inputs[0]):
-        return f"its weights are {weight.dtype.name.lower()}, not float32"
-    if node.op_type == "MatMul" and len(weight.shape) != 2:
-        return f"its weights have {len(weight.shape)} axes"
-    if weight.size == 0 or structure.constant_tensor(node.inputs[0]) is not None:
-        return "it computes on constants only"
-    return _gemm_obstacle(node) or _bias_obstacle(node, weight)
-
-
-def _activation_obstacle(node: ir.Node) -> str:
-    """Return what stands where a linear operator's constant weights should."""
-    if structure.constant_tensor(node.inputs[0]) is not None:
-        return "its constant is the first operand"
-    value = node.inputs[structure.WEIGHT_INPUT]
-    if value is not None and value.is_initializer():
-        return "its weights are an input with a default, which a caller may replace"
-    return "both operands are activations" if node.op_type == "MatMul" else "its weights are not constant"
-
-
-def _gemm_obstacle(node: ir.Node) -> str:
-    if node.op_type != "Gemm":
-        return ""
-    if node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:
-        return "Gemm with transA or alpha has no integer kernel"
-    if len(node.inputs) > structure.BIAS_INPUT and node.attributes.get_float("beta", 1.0) != 1.0:
-        return "Gemm with beta has no integer kernel"
-    return ""
-
-
-def _bias_obstacle(node: ir.Node, weight: ir.TensorProtocol) -> str:
-    if node.op_type not in structure.BIASED_OPS or len(node.inputs) <= structure.BIAS_INPUT:
-        return ""
-    bias = node.inputs[structure.BIAS_INPUT]
-    constant = structure.constant_tensor(bias)
-    per_channel = constant is not None and tuple(constant.shape) == (weight.shape[structure.weight_axis(node)],)
-    return "" if bias is None or per_channel else "its bias is not a constant per channel"
-
-
-def lookup_obstacle(node: ir.Node, fewest_rows: int) -> str:
-    """Return why a Gather's table cannot be stored as integers, or nothing."""
-    table = structure.constant_tensor(node.inputs[0])
-    if table is None:
-        return "it picks from an activation"
-    if table.dtype is not ir.DataType.FLOAT or len(table.shape) != 2 or node.attributes.get_int("axis", 0) != 0:
-        return "its table is not float32 rows"
-    if table.shape.numpy()[0] < fewest_rows:
-        return "its table is too small to be worth scales"
-    value = node.inputs[0]
-    if value is not None and any(reader is not node for reader in structure.readers(value)):
-        return "its table is read by another operator too"
-    return ""

@@ -11,6 +11,8 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.core.target import OpKind
+
 #: Where the constant weights of a linear operator stand among its inputs.
 WEIGHT_INPUT = 1
 BIAS_INPUT = 2
@@ -123,6 +125,24 @@ def weight_axis(node: ir.Node) -> int:
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", 0) else 1
     return {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}[node.op_type]
+
+
+def stored_weights(node: ir.Node, kind: OpKind) -> list[tuple[ir.Value, int]]:
+    """Return the constant operands of a node that can be stored as integers, each with the axis of its scales.
+
+    Of a lookup that is its table, by column; of a recurrent operator ([directions, gates · hidden, inputs]) what it
+    multiplies inputs and state by, by gate and unit; of a linear one its weights, by output channel.
+    """
+    places = {OpKind.LINEAR: (WEIGHT_INPUT,), OpKind.LOOKUP: (0,), OpKind.RECURRENT: (1, 2)}.get(kind, ())
+    found = []
+    for index in places:
+        value = node.inputs[index]
+        if value is not None and (tensor := constant_tensor(value)) is not None:
+            axis = (
+                weight_axis(node) if kind is OpKind.LINEAR else 1 if kind is OpKind.RECURRENT else len(tensor.shape) - 1
+            )
+            found.append((value, axis))
+    return found
 
 
 def absorbed_activation(node: ir.Node, kinds: Collection[str]) -> ir.Node | None:

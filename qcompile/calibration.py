@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from qcompile.calib.collect import Statistics
+from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError, first_line
 from qcompile.core.plan import Precision
@@ -56,7 +57,7 @@ class Calibration:
     @property
     def guessed(self) -> bool:
         """Whether the ranges were derived without data: they are of no sample."""
-        return self.calibrated and not self.statistics.samples
+        return self.calibrated and not self.statistics.samples and bool(self.statistics.histograms)
 
     @property
     def chosen(self) -> dict[str, int]:
@@ -102,7 +103,8 @@ class Calibration:
                 raise UsageError(path, fact, remedy)
             statistics = Statistics.from_bytes(content)
             choice = Choice.from_json(header["choice"])
-            if set(choice.observers) != set(statistics.histograms):
+            measured = {name for name, observer in choice.observers.items() if observer is not Observer.DYNAMIC}
+            if not measured <= set(statistics.histograms) <= set(choice.observers):
                 raise ValueError("observers and histograms are not of the same tensors")
             digests = str(header["model_sha256"]), str(header["data_sha256"])
             return cls(

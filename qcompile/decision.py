@@ -19,8 +19,8 @@ from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Effect
 from qcompile.core.errors import ModelError, VerificationError
-from qcompile.core.plan import Precision, QuantPlan
-from qcompile.core.target import Target
+from qcompile.core.plan import OpPlan, Precision, QuantPlan
+from qcompile.core.target import OpKind, Target
 from qcompile.evidence import SYNTHETIC
 from qcompile.job import Job
 from qcompile.options import Options
@@ -36,7 +36,7 @@ from qcompile.pricing import Pricer
 #: What remains may spoil the outputs as well; so often it is looked at again.
 ATTEMPTS = 3
 #: Why an operator keeps its float activations without data.
-UNTOLD = "no data, and no BatchNormalization tells the ranges that it needs"
+UNTOLD = "no data, and neither BatchNormalization nor a run's own values tell the ranges that it needs"
 
 
 def calibrate(job: Job, canonical: ir.Model) -> Calibration:
@@ -49,7 +49,7 @@ def calibrate(job: Job, canonical: ir.Model) -> Calibration:
         return _guess(job, canonical)
     pricer = _pricer(job, canonical)
     dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
-    best = _measure(job, canonical, dear, "")
+    best = _measure(job, canonical, pricer, dear, "")
     if pricer is not None:
         best = _spare(job, canonical, pricer, best)
     return _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
@@ -64,7 +64,7 @@ class _Measured:
     choice: Choice
 
     def worth(self, pricer: Pricer) -> float:
-        return pricer.worth(self.spared, self.choice.noise)
+        return pricer.worth(self.spared, self.choice)
 
 
 def _spare(job: Job, canonical: ir.Model, pricer: Pricer, best: _Measured) -> _Measured:
@@ -75,7 +75,7 @@ def _spare(job: Job, canonical: ir.Model, pricer: Pricer, best: _Measured) -> _M
         if not spoiling:
             break
         # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
-        other = _measure(job, canonical, {**best.spared, **spoiling}, f" {attempt}")
+        other = _measure(job, canonical, pricer, {**best.spared, **spoiling}, f" {attempt}")
         if other.worth(pricer) >= best.worth(pricer):
             break
         best = other
@@ -117,7 +117,7 @@ def _pricer(job: Job, canonical: ir.Model) -> Pricer | None:
     return Pricer(canonical, target, job.backend, job.evidence.samples, placed)
 
 
-def _measure(job: Job, canonical: ir.Model, spared: Mapping[str, Wish], turn: str) -> _Measured:
+def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mapping[str, Wish], turn: str) -> _Measured:
     data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
     among, threads = job.options.observers, job.options.threads
 
@@ -134,36 +134,46 @@ def _measure(job: Job, canonical: ir.Model, spared: Mapping[str, Wish], turn: st
     first = dict.fromkeys(placement.activations, among[0])
     rounded = round_to_codes(canonical, allocate_bits(canonical, placement, statistics, job.target, first))
     readers = code_readers(canonical, placement)
+    dynamic = dict.fromkeys(placement.dynamic, 0.0) if pricer is None else pricer.dynamic(placement)
     choice = pipeline.measure(
         f"observers{turn}",
         CHOICE,
-        lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, threads),
+        lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, threads, dynamic),
     )
     return _Measured(spared, statistics, choice)
 
 
 def _guess(job: Job, canonical: ir.Model) -> Calibration:
-    """Derive ranges without data, and spare what they cannot be derived for; where nothing is left, weights alone."""
+    """Do without data: ranges of each run's own values, or derived ones; where neither is possible, weights alone.
+
+    What is spared is what no range can be had for.
+    """
+    options = job.options
     weights_alone = _calibration(job, Statistics(), Choice({}), {}, calibrated=False)
-    found = known_moments(job.model) if job.options.activations == "8" and cuttable(canonical) else {}
-    if not found:
+    found = known_moments(job.model) if options.activations == "8" and cuttable(canonical) else {}
+    at_run_time = Observer.DYNAMIC in options.observers and any(rule.dynamic for rule in job.target.ops.values())
+    if options.activations != "8" or not (found or at_run_time) or is_quantized(canonical):
         return weights_alone
     # Lengths that are open say nothing of what a run takes.
     fixed = all(value.shape is not None and value.shape.is_static() for value in canonical.graph.inputs)
     pricer = _pricer(job, canonical) if fixed else None
     spared = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
-    placement = hoped = choose_operators(canonical, job.target, job.options, True, spared)
+    placement = hoped = choose_operators(canonical, job.target, options, True, spared)
     try:
-        known = carried_over(found, job.model, canonical, job.evidence.samples[0])
-        reachable = derivable(canonical, known)
-        while unknown := [name for name in placement.activations if name not in reachable]:
+        known = carried_over(found, job.model, canonical, job.evidence.samples[0]) if found else {}
+        reachable = derivable(canonical, known) if found else frozenset()
+        while unknown := [name for name in placement.activations
+                          if name not in reachable and not (at_run_time and name in placement.dynamic)]:  # fmt: skip
             wanted = sparing(canonical, placement, dict.fromkeys(unknown, UNTOLD))
+            # Behind what moves codes, an operator may have a range of its own if these are floats.
+            moving = {node: wish for node, wish in wanted.items() if _moves_codes(placement.ops[node], job.target)}
+            wanted = moving if at_run_time and moving else wanted
             if wanted.keys() <= spared.keys():  # somebody asks for integers all the same
                 return weights_alone
-            spared |= {node: Wish(Precision.WEIGHT_ONLY, wish.reason) for node, wish in wanted.items()}
-            placement = choose_operators(canonical, job.target, job.options, True, spared)
+            spared |= wanted
+            placement = choose_operators(canonical, job.target, options, True, spared)
         # Codes here and there cost what codes cost everywhere, and gain nothing.
-        few = 2 * _integers(placement) < _integers(hoped)
+        few = 2 * _integers(placement) < _integers(hoped) and not at_run_time
         return weights_alone if few or not placement.activations else _derive(job, canonical, placement, known, spared)
     except (ModelError, VerificationError) as error:
         reason = f"activations stay in float: {error.fact}, with ranges that are guessed without data"
@@ -176,12 +186,18 @@ def _derive(
     job: Job, canonical: ir.Model, placement: Placement, known: Mapping[str, Moments], spared: Mapping[str, Wish]
 ) -> Calibration:
     """Derive the ranges, and hold what they lead to against the float model: nothing that was seen speaks for them."""
-    options, names = job.options, placement.activations
+    options = job.options
+    observer = Observer.MINMAX if options.observer == "auto" else Observer(options.observer)
+    observers = dict.fromkeys(placement.activations, observer)
+    if Observer.DYNAMIC in options.observers:
+        observers |= dict.fromkeys(placement.dynamic, Observer.DYNAMIC)
+    names = [name for name in placement.activations if observers[name] is not Observer.DYNAMIC]
     # Data to evaluate on have the shapes of those that are missing; one random input has open axes of length 1.
     like = None if job.evidence.source == SYNTHETIC else job.evidence.samples[0]
-    statistics = job.pipeline.measure("synthetic", STATISTICS, lambda: propagate(canonical, known, names, like))
-    observer = Observer.MINMAX if options.observer == "auto" else Observer(options.observer)
-    calibration = _calibration(job, statistics, Choice(dict.fromkeys(names, observer)), spared, calibrated=True)
+    statistics = Statistics()
+    if names:
+        statistics = job.pipeline.measure("synthetic", STATISTICS, lambda: propagate(canonical, known, names, like))
+    calibration = _calibration(job, statistics, Choice(observers), spared, calibrated=True)
     trial = InsertQdq(decide(canonical, calibration, job.target, options))(canonical.clone()).model
     before, after = (verify.outputs_of(model, job.evidence.samples) for model in (canonical, trial))
     verify.check_equivalence("InsertQdq", Effect.LOSSY, before, after)
@@ -200,6 +216,10 @@ def _calibration(
         calibrated=calibrated,
         options=job.options.as_recipe(),
     )
+
+
+def _moves_codes(op: OpPlan, target: Target) -> bool:
+    return target.ops[op.op_type].kind is OpKind.PASSTHROUGH
 
 
 def _integers(placement: Placement) -> int:

@@ -27,6 +27,11 @@ GUESSED = (
     "No calibration data: the ranges of activations are GUESSED from what BatchNormalization remembers of the training "
     "data, and biases are not corrected. What real inputs make of that is not known; pass --data."
 )
+#: The same where there is nothing to guess.
+AT_RUN_TIME = (
+    "No calibration data: activations take the range that their values have in each run, and biases are not corrected; "
+    "pass --data to have them measured."
+)
 GUESSED_ELSEWHERE = "The plan's ranges of activations are GUESSED, whatever data are given now; calibrate on them anew."
 
 
@@ -58,11 +63,15 @@ class Evidence:
             return replace(self, caveat=" ".join(filter(None, (GUESSED_ELSEWHERE, self.caveat))))
         if self.calibrated or not any(quant.role is Role.ACTIVATION for quant in plan.tensors.values()):
             return self
-        return self.guessing() if plan.guessed else self._with("No data: biases are not corrected.")
+        return self.guessing() if plan.guessed else self.at_run_time()
 
     def guessing(self) -> Evidence:
         """Return the same for activations whose ranges are derived instead of measured."""
         return self._with(GUESSED)
+
+    def at_run_time(self) -> Evidence:
+        """Return the same for activations whose ranges are those of each run's values."""
+        return self._with(AT_RUN_TIME)
 
     def _with(self, caveat: str) -> Evidence:
         return replace(self, caveat=caveat + (RANDOM_ONLY if self.source == SYNTHETIC else ""))

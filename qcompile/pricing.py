@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from qcompile.calib.data import Dataset, Sample, input_specs
 from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import Choice
 from qcompile.calib.work import value_shapes
+from qcompile.core import model as models
 from qcompile.core import numerics
 from qcompile.core.costs import CostTable
 from qcompile.core.execution import Kernel, Shape, execute
@@ -27,7 +28,7 @@ from qcompile.core.plan import Precision
 from qcompile.core.target import Target
 from qcompile.passes import structure
 from qcompile.passes.allocate_bits import allocate_bits
-from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.insert_qdq import InsertQdq, quantized_name
 from qcompile.passes.place import Placement, Wish, sparing
 from qcompile.passes.place_by_cost import Conversion, Prices, cheapest_in_float
 from qcompile.pipeline import untracked
@@ -35,7 +36,14 @@ from qcompile.pipeline import untracked
 #: What the optimizer and `backends/ort/legalize/` append to the name of a node or a value.
 SUFFIXES = re.compile(r"(_token_\d+|_nchwc|_unscaled)+$")
 #: Kernels that convert what others read; they belong to no operator.
-CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
+CONVERSIONS = (
+    "QuantizeLinear",
+    "DynamicQuantizeLinear",
+    "DequantizeLinear",
+    "Transpose",
+    "ReorderInput",
+    "ReorderOutput",
+)
 #: Axes of what convolutions work on: integer kernels have channels last, float ones in blocks.
 IMAGE_RANK = 4
 #: What noise power over signal power at the outputs is worth, in parts of float's latency: next to nothing at 30 dB, a
@@ -104,13 +112,37 @@ class Pricer:
         assert self.target.costs is not None
         return self.target.costs
 
-    def kernels(self, placement: Placement) -> list[list[Kernel]]:
-        """Return what is executed of a placement, for each sample."""
-        return self.backend.executed(self._quantized(placement), self.samples)
+    def kernels(self, placement: Placement, dynamic: Collection[str] = ()) -> list[list[Kernel]]:
+        """Return what is executed of a placement, for each sample; some ranges may be taken when the model runs."""
+        return self.backend.executed(self._quantized(placement, dynamic), self.samples)
 
-    def latency(self, placement: Placement) -> float:
+    def latency(self, placement: Placement, dynamic: Collection[str] = ()) -> float:
         """Return the microseconds that a run of a placement takes."""
-        return self.table.mean(self.kernels(placement))
+        return self.table.mean(self.kernels(placement, dynamic))
+
+    def dynamic(self, placement: Placement) -> dict[str, float]:
+        """Return the tensors whose range may be taken when the model runs, and how much noise must be less for that.
+
+        That noise is what the time is worth which it takes to look for the least and the greatest value.
+        """
+        if not placement.dynamic:
+            return {}
+        fixed, own = (self._around(placement, dynamic) for dynamic in ((), placement.dynamic))
+        return {name: max(0.0, own[name] - fixed[name]) / self._float_latency / WORTH for name in sorted(own)}
+
+    def _around(self, placement: Placement, dynamic: Collection[str]) -> dict[str, float]:
+        """Return for each tensor that may be dynamic what turning it into codes and reading these takes."""
+        kernels = self.kernels(placement, dynamic)[0]
+        owned, writers = self._per_node(kernels), {name: kernel for kernel in kernels for name in kernel.results}
+        values = ir.convenience.create_value_mapping(self.model.graph)
+        found = {}
+        for name in placement.dynamic:
+            readers = [
+                reader for node in structure.readers(values[name]) for reader in owned[structure.node_name(node)]
+            ]
+            quantizer = writers.get(quantized_name(name))
+            found[name] = sum(map(self.table.price, (*readers, *([quantizer] if quantizer else []))))
+        return found
 
     def dear(self) -> dict[str, Wish]:
         """Return what to wish for so that no operator is in integers that gains nothing by that.
@@ -137,14 +169,24 @@ class Pricer:
                 groups[owner].append(structure.node_name(node))
         return {name: Wish(Precision.WEIGHT_ONLY, _dear(group, prices)) for name, group in groups.items()}
 
-    def worth(self, wishes: Mapping[str, Wish], noise: float) -> float:
-        """Return what a placement costs: latency, in parts of float's, and `WORTH` times its noise."""
-        return self.latency(self.placed(wishes)) / self._float_latency + WORTH * noise
+    def worth(self, wishes: Mapping[str, Wish], choice: Choice, noise: float | None = None) -> float:
+        """Return what a placement costs: latency and size, in parts of float's, and `WORTH` times its noise.
+
+        The noise is that of the choice, or another.
+        """
+        placement = self.placed(wishes)
+        quantized = self._quantized(placement, choice.dynamic)
+        latency = self.table.mean(self.backend.executed(quantized, self.samples)) / self._float_latency
+        return latency + self._size(quantized) + WORTH * (choice.noise if noise is None else noise)
+
+    def _size(self, quantized: ir.Model) -> float:
+        """Return the bytes of constants, in parts of those in float."""
+        return models.initializer_bytes(quantized) / max(1, models.initializer_bytes(self.model))
 
     def spoiling(self, choice: Choice, spared: Mapping[str, Wish]) -> dict[str, Wish]:
         """Return what to wish for, beside what is spared, so that noise is not paid for with too little time.
 
-        The tensors that add most to the noise are spared, as many of them as make latency and noise together least.
+        The tensors that add most to the noise are spared, as many of them as make the worth of it all least.
         Where they explain less than half of it, operators that compute in float get their float weights back instead.
 
         Parameters
@@ -167,16 +209,16 @@ class Pricer:
         if not names:
             return {}
         worst = sorted(alone, key=lambda name: -alone[name])
-        best, least = dict[str, Wish](), self.worth(spared, noise)
-        if least - GAIN > 1.0:
-            best = {name: Wish(Precision.WEIGHT_ONLY, _spoils(noise, "codes everywhere")) for name in names}
-            least = 1.0
+        best, least = dict[str, Wish](), self.worth(spared, choice, noise)
+        everywhere = {name: Wish(Precision.WEIGHT_ONLY, _spoils(noise, "codes everywhere")) for name in names}
+        if (price := self.worth({**spared, **everywhere}, choice, 0.0)) < least - GAIN:
+            best, least = everywhere, price
         for count in _counts(len(worst)) if total > 0.0 else ():
             rest = noise * sum(alone[name] for name in worst[count:]) / total
             if WORTH * (noise - rest) < GAIN:
                 continue
             wishes = sparing(self.model, placement, {name: _spoils(choice.alone[name]) for name in worst[:count]})
-            if (price := self.worth({**spared, **wishes}, rest)) < least - GAIN:
+            if (price := self.worth({**spared, **wishes}, choice, rest)) < least - GAIN:
                 best, least = wishes, price
             if WORTH * rest < GAIN:
                 break
@@ -244,14 +286,14 @@ class Pricer:
         block, unblock = price("nchwc.ReorderInput", "float"), price("nchwc.ReorderOutput", "float")
         return Conversion(quantize + turn, dequantize + turn, block, unblock)
 
-    def _quantized(self, placement: Placement) -> ir.Model:
-        """Return the model with Q/DQ where a placement has them; the ranges are those of one sample."""
+    def _quantized(self, placement: Placement, dynamic: Collection[str]) -> ir.Model:
+        """Return the model with Q/DQ where a placement has them; ranges that are not dynamic are of one sample."""
         missing = [name for name in placement.activations if name not in self._statistics.histograms]
         if missing:
             one = Dataset("one sample", lambda: self.samples[:1], input_specs(self.model))
             found = collect(self.model, missing, one, untracked)
             self._statistics = Statistics({**self._statistics.histograms, **found.histograms}, 1)
-        observers = dict.fromkeys(placement.activations, Observer.MINMAX)
+        observers = {name: Observer.DYNAMIC if name in dynamic else Observer.MINMAX for name in placement.activations}
         plan = allocate_bits(self.model, placement, self._statistics, self.target, observers)
         return InsertQdq(plan)(self.model.clone()).model
 

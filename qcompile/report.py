@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompile import cache, timing
 from qcompile.backends.base import Lowered
 from qcompile.core import model as models
-from qcompile.core.plan import OpPlan, Precision, QuantPlan
+from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import EXPECTED_SQNR, Options
@@ -62,6 +62,7 @@ def build(
         "fidelity": _fidelity(proof.fidelity),
         "kernel_rounding": _outputs(proof.rounding),
         "precision": {precision.value: plan.count(precision) for precision in Precision},
+        "activation_ranges": _ranges(plan),
         "operators": _operators(plan, lowered, proof),
         "passes": [
             {"name": s.name, "effect": s.effect, "nodes_before": s.nodes_before, "nodes_after": s.nodes_after,
@@ -75,6 +76,12 @@ def build(
     }  # fmt: skip
     content["warnings"] = [*(note for step in steps for note in step.notes), *_warnings(content, lowered)]
     return content
+
+
+def _ranges(plan: QuantPlan) -> dict[str, int]:
+    """Count the activations whose range is known beforehand, and those that take it in each run."""
+    dynamic = [quant.is_dynamic for quant in plan.tensors.values() if quant.role is Role.ACTIVATION]
+    return {"static": dynamic.count(False), "dynamic": dynamic.count(True)}
 
 
 def predicted(prediction: Prediction | None) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def calibrate(source: Source, options: Options, output: Path, track: Track[Any] 
     canonical = driver.canonicalize(job)
     calibration = decision.calibrate(job, canonical)
     artifact.write_file(output, calibration.to_bytes())
-    evidence = job.evidence.guessing() if calibration.guessed else job.evidence
+    evidence = job.evidence
+    if calibration.calibrated and not evidence.calibrated:
+        evidence = evidence.guessing() if calibration.guessed else evidence.at_run_time()
     return Written(output, calibration, evidence.caveat)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,9 @@ from qcompile.passes.insert_qdq import dequantized_name
 CLOSE_BOUND = {8: 1e-4, 4: 1e-4, 2: 2e-2}
 #: Kernels may differ from the QDQ model by their own rounding, but not by more than this, or than quantization did.
 KERNEL_BOUND = 20.0
+#: Below that it may be another draw of the same noise: where the order of a sum decides what is rounded up, two draws
+#: of equal power lie twice that power apart, in dB.
+TWO_DRAWS = 10.0 * math.log10(2.0)
 #: What a kernel may make of an output that is all zero, where a ratio to the signal has no meaning.
 KERNEL_ZERO = 1e-3
 #: Samples on which the QDQ model itself and its layers are looked at: so many, and no more than this many
@@ -274,7 +278,7 @@ class Proof:
             If the target's kernels add more error than quantization did.
         """
         for name, added in self.rounding.outputs.items():
-            bound = min(KERNEL_BOUND, self.quantization.outputs[name].sqnr)
+            bound = min(KERNEL_BOUND, self.quantization.outputs[name].sqnr - TWO_DRAWS)
             if added.counted or (added.signal == 0.0 and added.largest <= KERNEL_ZERO):
                 continue
             if added.sqnr < bound:

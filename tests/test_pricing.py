@@ -90,7 +90,7 @@ def test_noise_is_spared_where_it_is_worth_the_time(network: ir.Model) -> None:
     asked = pricer(network, table(QLinearConv=0.3))
     values = {"e": 0.5, "x": 1e-5, "r": 1e-5}
     found = asked.spoiling(Choice({}, values, {}, 0.5), {})
-    assert set(found) == {"three"} and found["three"].precision is Precision.FLOAT
+    assert set(found) == {"three"} and found["three"].precision is Precision.WEIGHT_ONLY
     assert "its codes alone would leave 3.0 dB" in found["three"].reason
     assert asked.spoiling(Choice({}, dict.fromkeys(values, 1e-06), {}, 1e-5), {}) == {}
 
@@ -104,6 +104,27 @@ def test_weights_that_are_only_stored_as_integers_come_back_where_activations_do
     assert set(found) == {"one"} and found["one"].precision is Precision.FLOAT
     assert "codes of weights would leave 10.0 dB" in found["one"].reason
     assert asked.spoiling(Choice({}, {"e": 0.01}, {}, 0.1), {"two": stored["two"]}).keys() != {"one"}
+
+
+def test_float_weights_are_worth_their_bytes(network: ir.Model) -> None:
+    asked = pricer(network, table())
+    stored, back = ({"one": Wish(precision, "")} for precision in (Precision.WEIGHT_ONLY, Precision.FLOAT))
+    choice = Choice({}, {}, {}, 0.01)
+    # A third of the weights: in codes a quarter of the bytes, and a scale per channel.
+    assert asked.worth(back, choice) - asked.worth(stored, choice) == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_range_of_each_run_is_priced_and_flips_with_the_table(model_of: Build, random: np.random.Generator) -> None:
+    text = "(float[1,64,384] x) => (float[1,64,384] y) { e = Exp (x) [mm] y = MatMul (e, w) }"
+    model = model_of(text, 21, w=random.normal(size=(384, 384)).astype(np.float32))
+    Canonicalize(21)(model)
+    free, as_it_is, dear = (pricer(model, table(DynamicQuantizeMatMul=factor)) for factor in (1e-3, 1.0, 1e2))
+    prices = [asked.dynamic(asked.placed({}))["e"] for asked in (free, as_it_is, dear)]
+    assert prices[0] == 0.0 and prices[1] < 0.1 < 1.0 < prices[2]
+    without = replace(
+        find_target("cpu")[0], ops={"MatMul": replace(find_target("cpu")[0].ops["MatMul"], dynamic=False)}
+    )
+    assert not place(model, without, True, True).dynamic
 
 
 def test_where_all_codes_are_noise_everything_is_in_float(network: ir.Model) -> None:

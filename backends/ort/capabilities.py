@@ -35,7 +35,11 @@ CODES: dict[str, Any] = {
 }  # fmt: skip
 TYPES: dict[int, str] = {helper.np_dtype_to_tensor_dtype(np.dtype(dtype)): name for name, dtype in CODES.items()}
 #: Between the operator and the codes around it: they convert, or turn layouts.
-CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"})
+CONVERSIONS = frozenset(
+    {"QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"}
+)
+#: Kernels that turn an activation into codes of this type themselves.
+TO_CODES = {"DynamicQuantizeMatMul": "uint8"}
 #: The form of patterns that are left as exporters write them: all others are written as for a user.
 AS_EXPORTED = "as exported"
 #: The form of a lookup whose DequantizeLinear stands behind it.
@@ -148,6 +152,8 @@ def _linear() -> Iterator[Capability]:
         for weights, per_channel in (("int8", False), ("uint8", False), ("int4", False)):
             yield from _results(replace(plain, weights=weights, per_channel=per_channel), "")
         yield replace(plain, activation="uint16", weights="int4", per_channel=False, zero_point="middle")
+        yield replace(plain, output="float", dynamic=True)
+    yield Capability("MatMul", weights="int8", per_channel=True, behind="Add", output="float", dynamic=True)
     # A bias and an activation that the optimizer joins with a MatMul before it looks for Q/DQ.
     yield from _results(Capability("MatMul", weights="int8", per_channel=True), "Add")
     yield from _results(Capability("MatMul", weights="int8", per_channel=True, form=AS_EXPORTED), "", "Relu", "Add")
@@ -225,13 +231,15 @@ def _judged(pattern: Capability, graph: onnx.GraphProto) -> Capability:
     constants = {tensor.name: TYPES.get(tensor.data_type, "") for tensor in graph.initializer}
     codes: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type == "QuantizeLinear":
+        if node.op_type == "DynamicQuantizeLinear":
+            codes[node.output[0]] = "uint8"
+        elif node.op_type == "QuantizeLinear":
             codes[node.output[0]] = constants[node.input[2]]
         elif node.op_type in CONVERSIONS and node.op_type != "DequantizeLinear":
             codes[node.output[0]] = codes.get(node.input[0], "")
     # A table is picked from where it stands first; weights behind an activation say nothing of what that is.
     found = [codes.get(name, "") for name in own.input if name not in constants]
-    reads = next(filter(None, [constants.get(own.input[0], ""), *found]), "")
+    reads = next(filter(None, [TO_CODES.get(own.op_type, ""), constants.get(own.input[0], ""), *found]), "")
     return replace(pattern, kernel=kernel, integer=bool(reads), reads=reads)
 
 
@@ -296,6 +304,10 @@ class _Writer:
 
     def activation(self, name: str, shape: Iterable[int]) -> str:
         self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, tuple(shape)))
+        if self.pattern.dynamic:
+            codes = helper.make_node("DynamicQuantizeLinear", [name], [f"{name}_codes", "x_scale", "x_zero"])
+            self.nodes.append(codes)
+            return self.node("DequantizeLinear", codes.output, f"{name}_float")
         return name if self.pattern.activation == "float" else self.through_codes(name, name, *self.scale("x"))
 
     def scale(self, name: str) -> tuple[str, str]:
@@ -323,7 +335,7 @@ class _Writer:
 
     def bias(self) -> str:
         length, plain = self.sketch.bias, self.pattern.activation in ("float", "uint16")
-        if plain:
+        if plain or self.pattern.dynamic:
             return self.constant("b", np.zeros(length, np.float32))
         # In steps of the products, else the runtime leaves it all in float.
         codes = self.constant("b", np.zeros(length, np.int32))

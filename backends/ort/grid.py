@@ -30,6 +30,7 @@ STEMS = ((3, 16, 224, 3, 2), (3, 32, 224, 3, 2), (3, 64, 224, 7, 2), (3, 16, 96,
 WEIGHTS = ((64, 64), (128, 128), (256, 256), (384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768),
            (1024, 1024), (576, 576), (576, 1536))  # fmt: skip
 ROWS = (1, 16, 64, 256)
+SHARED = ((64, 64), (384, 384), (768, 768), (1536, 384))
 #: What stands between linear operators, on codes and in float, or in float alone.
 BETWEEN = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "MaxPool", "Sigmoid", "Softmax")
 IN_FLOAT = ("LayerNormalization", "Gelu", "HardSwish")
@@ -62,19 +63,24 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Product:
-    """A MatMul with a bias behind it."""
+    """A MatMul with a bias behind it, or several that read one matrix and are added up."""
 
     rows: int
     depth: int
     columns: int
+    count: int = 1
 
     def model(self) -> ir.Model:
         """Return it in float."""
-        nodes = [
-            helper.make_node("MatMul", ["x", "w"], ["m"], "matmul"),
-            helper.make_node("Add", ["m", "b"], ["y"], "add"),
-        ]
-        return _model(nodes, (1, self.rows, self.depth), _weights((self.depth, self.columns), self.columns))
+        results = [f"m{index}" for index in range(self.count)]
+        nodes = [helper.make_node("MatMul", ["x", f"w{index}"], [result], f"matmul{index}")
+                 for index, result in enumerate(results)]  # fmt: skip
+        nodes.append(helper.make_node("Add" if self.count == 1 else "Sum", [*results, "b"], ["y"], "add"))
+        constants = _weights((self.depth, self.columns), self.columns)
+        # Each of other weights: the runtime computes what is the same only once.
+        constants |= {f"w{index}": (1.0 + index) * constants["w"] for index in range(self.count)}
+        del constants["w"]
+        return _model(nodes, (1, self.rows, self.depth), constants)
 
 
 def convolutions() -> list[Convolution]:
@@ -113,6 +119,11 @@ def convolutions() -> list[Convolution]:
 def products() -> list[Product]:
     """Return the products of matrices."""
     return [Product(rows, depth, columns) for depth, columns in WEIGHTS for rows in ROWS]
+
+
+def shared() -> list[Product]:
+    """Return products of which several read one matrix, so that this becomes codes once for all of them."""
+    return [Product(rows, depth, columns, 2) for depth, columns in SHARED for rows in ROWS]
 
 
 def signed() -> list[Product]:

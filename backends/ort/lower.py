@@ -27,8 +27,8 @@ MODEL_FILE = "model.onnx"
 
 #: Kernels that compute on codes. What the optimizer leaves under another name runs in float between Q and DQ.
 INTEGER_KERNELS = frozenset({
-    "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearAdd", "QLinearAveragePool",
-    "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearMatMul", "QLinearMul",
+    "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearAdd",
+    "QLinearAveragePool", "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearMatMul", "QLinearMul",
 })  # fmt: skip
 
 

@@ -34,7 +34,8 @@ SESSIONS = 3
 #: Seconds that timing one model or one model of the grid may take, and the runs of a session that bound it.
 BUDGET, GRID_BUDGET, FEWEST, MOST = 3.0, 0.1, 4, 300
 #: The forms that a model is measured in.
-FORMS = AS_IT_CAME, WEIGHTS, INTEGERS = "as it came", "weights in integers", "everything in integers"
+AS_IT_CAME, WEIGHTS, INTEGERS = "as it came", "weights in integers", "everything in integers"
+DYNAMIC = "ranges of each run"
 #: Runs of a model of one small node, which tell what a run takes beside kernels.
 EMPTY_RUNS = 2000
 
@@ -142,12 +143,17 @@ def quantized(
     samples: Sequence[runtime.Feeds],
     activations: bool = True,
     wishes: Mapping[str, Wish] | None = None,
+    dynamic: bool = False,
 ) -> ir.Model:
-    """Return a canonical model with Q/DQ wherever the target's rules allow it; ranges are those of the first sample."""
+    """Return a canonical model with Q/DQ wherever the target's rules allow it.
+
+    Ranges are those of the first sample, or, where they can be, those that each run's values have.
+    """
     placement = place(model, target, weights=True, activations=activations, wishes=wishes)
     one = Dataset("one sample", lambda: samples[:1], input_specs(model))
     statistics = collect(model, placement.activations, one, _silent)
-    plan = allocate_bits(model, placement, statistics, target, dict.fromkeys(placement.activations, Observer.MINMAX))
+    observer = Observer.DYNAMIC if dynamic else Observer.MINMAX
+    plan = allocate_bits(model, placement, statistics, target, dict.fromkeys(placement.activations, observer))
     return InsertQdq(plan)(model.clone()).model
 
 
@@ -158,6 +164,8 @@ def measure_model(subject: Subject, target: Target, beside: float) -> dict[str, 
         WEIGHTS: legalize(quantized(subject.canonical, target, subject.samples, activations=False)),
         INTEGERS: legalize(quantized(subject.canonical, target, subject.samples)),
     }
+    if place(subject.canonical, target, weights=True, activations=True).dynamic:
+        forms[DYNAMIC] = legalize(quantized(subject.canonical, target, subject.samples, dynamic=True))
     return {form: timed(model, subject.samples, beside) for form, model in forms.items()}
 
 
@@ -166,7 +174,12 @@ def measure_grid(target: Target, beside: float, track: Track[Any]) -> list[Kerne
     found: list[Kernel] = []
     tasks: list[Any] = [*grid.convolutions(), *grid.products()]
     for task in track(tasks, len(tasks), "shapes"):
-        found += _measure_task(task, target, beside, alone=isinstance(task, grid.Product))
+        if isinstance(task, grid.Product):
+            found += _measure_task(task, target, beside, alone=True, forms=(WEIGHTS, INTEGERS, DYNAMIC))
+        else:
+            found += _measure_task(task, target, beside)
+    for task in track(grid.shared(), len(grid.shared()), "shared"):
+        found += _measure_task(task, target, beside, forms=(DYNAMIC,))
     signed = replace(target, activation_dtype="int8")
     for task in track(grid.signed(), len(grid.signed()), "signed"):
         found += _measure_task(task, signed, beside, forms=(INTEGERS,))
@@ -191,7 +204,8 @@ def _measure_task(
     wishes = {structure.node_name(node): Wish(Precision.INTEGER, "") for node in model.graph}
     found = list(_grid_kernels(model, beside)) if alone else []
     for form in forms:
-        variant = quantized(model, target, samples, form == INTEGERS, wishes if form == INTEGERS else None)
+        integers = form != WEIGHTS
+        variant = quantized(model, target, samples, integers, wishes if integers else None, form == DYNAMIC)
         found += _grid_kernels(legalize(variant), beside)
     return found
 

@@ -29,6 +29,8 @@ class Capability:
         ``quantized`` or ``float``.
     form : str
         What else is particular, such as ``ceil_mode``.
+    dynamic : bool
+        The range of the activation is taken when the model runs.
     kernel : str
         Operators that the runtime executes between QuantizeLinear and DequantizeLinear, joined by ``+``.
     integer : bool
@@ -45,6 +47,7 @@ class Capability:
     zero_point: str = ""
     output: str = "quantized"
     form: str = ""
+    dynamic: bool = False
     kernel: str = ""
     integer: bool = False
     reads: str = ""

@@ -50,7 +50,8 @@ class TensorQuant:
     dtype : str
         Integer type of the codes, e.g. ``"uint8"``.
     scale : tuple of float
-        One value, or one per channel along `axis`. Each is exactly a float32.
+        One value, or one per channel along `axis`. Each is exactly a float32. Empty for an activation whose range is
+        taken when the model runs.
     zero_point : tuple of int
         As many as there are scales.
     axis : int or None
@@ -72,6 +73,11 @@ class TensorQuant:
     def zero_points(self) -> npt.NDArray[np.int64]:
         """The zero points, shape (channels,)."""
         return np.asarray(self.zero_point, np.int64)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether scale and zero point are those of the values that a run has, by DynamicQuantizeLinear."""
+        return not self.scale
 
     @property
     def bits(self) -> int:
@@ -185,7 +191,9 @@ def _tensor(entry: Mapping[str, Any]) -> TensorQuant:
         axis=entry["axis"],
     )
     low, high = numerics.code_range(quant.dtype)
-    if not (len(quant.scale) == 1 if quant.axis is None else isinstance(quant.axis, int) and quant.scale):
+    dynamic = quant.is_dynamic and quant.role is Role.ACTIVATION and quant.axis is None
+    single = quant.axis is None and len(quant.scale) == 1
+    if not (dynamic or single or (isinstance(quant.axis, int) and quant.scale)):
         raise ValueError(f"{len(quant.scale)} scales along axis {quant.axis!r}")
     if len(quant.zero_point) != len(quant.scale) or not all(low <= z <= high for z in quant.zero_point):
         raise ValueError(f"zero points {quant.zero_point}")

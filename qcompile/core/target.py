@@ -26,6 +26,8 @@ class OpKind(StrEnum):
     """Moves or selects codes: its output has its input's scale."""
     LOOKUP = "lookup"
     """Picks rows of a constant table: the table is stored as integers, the rows are dequantized."""
+    RECURRENT = "recurrent"
+    """Has no integer kernel: its weights are stored as integers."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class OpRule:
         Weights may be stored as integers while the operator computes in float.
     fewest_weights : int
         With fewer, integers gain too little to be worth their error.
+    dynamic : bool
+        The integer kernel also reads codes whose range is taken when the model runs, and leaves in float then.
 
-    `quantized_output` and `fuses` follow from the capabilities of the target's cost table where it has them.
+    `quantized_output`, `fuses` and `dynamic` follow from the capabilities of the target's cost table where it has them.
     """
 
     kind: OpKind
@@ -53,6 +57,7 @@ class OpRule:
     fuses: tuple[str, ...] = ()
     weight_only: bool = False
     fewest_weights: int = 0
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,15 +183,17 @@ def derived(
     found: dict[str, OpRule] = {}
     absent: dict[str, str] = {}
     fitting = [row for row in capabilities if _fits(row, types)]
+    dynamic = {row.op for row in fitting if row.dynamic and row.integer and not row.behind}
     for op_type, rule in rules.items():
-        rows = {(row.behind, row.zero_point, row.output): row for row in fitting if row.op == op_type}
+        rows = {(row.behind, row.zero_point, row.output): row
+                for row in fitting if row.op == op_type and not row.dynamic}  # fmt: skip
         if not rows or rule.kind not in (OpKind.LINEAR, OpKind.ELEMENTWISE):
             found[op_type] = rule
         elif not any(row.integer for row in rows.values()):
             kernels = " or ".join(sorted({row.kernel for row in rows.values() if not row.behind} or {op_type}))
             absent[op_type] = f"for {types.activation} the runtime has {kernels} in float"
         else:
-            found[op_type] = _as_seen(rule, rows)
+            found[op_type] = replace(_as_seen(rule, rows), dynamic=op_type in dynamic)
     return found, absent
 
 

@@ -37,7 +37,8 @@ def test_the_rules_of_the_target_follow() -> None:
     target, _ = find_target("cpu")
     assert target.ops["Conv"] == OpRule(OpKind.LINEAR, fuses=("Relu", "Clip"), weight_only=True)
     assert target.ops["Gemm"] == OpRule(OpKind.LINEAR, False, ("Relu", "Clip"), weight_only=True, fewest_weights=4096)
-    assert target.ops["MatMul"] == OpRule(OpKind.LINEAR, False, (), weight_only=True, fewest_weights=4096)
+    matmul = OpRule(OpKind.LINEAR, False, (), weight_only=True, fewest_weights=4096, dynamic=True)
+    assert target.ops["MatMul"] == matmul
     assert target.ops["Add"] == OpRule(OpKind.ELEMENTWISE, fuses=("Relu", "Clip"))
     for op in ("AveragePool", "GlobalAveragePool", "Concat"):
         assert target.ops[op] == OpRule(OpKind.ELEMENTWISE)
@@ -60,6 +61,8 @@ def test_the_rules_of_the_target_follow() -> None:
         ("LayerNormalization", {"zero_point": "middle"}, "LayerNormalization"),
         ("Gelu", {"zero_point": "middle"}, "Gelu"),
         ("AveragePool", {"zero_point": "middle", "form": "dilations"}, NOTHING),
+        ("Conv", {**U8S8, "output": "float", "dynamic": True}, "Conv"),
+        ("Gemm", {**U8S8, "output": "float", "dynamic": True}, "Gemm"),
     ],
 )
 def test_the_traps_are_in_the_table(op: str, fields: dict[str, object], kernel: str) -> None:

@@ -14,7 +14,7 @@ from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import Section, at_scores, live_values, typed
-from qcompile.calib.sensitivity import OWN, Choice, choose_observers, spread
+from qcompile.calib.sensitivity import DYNAMIC, OWN, Choice, choose_observers, spread
 from qcompile.calib.trials import QUIET, OutputError, Trials, gain
 from qcompile.core import runtime
 
@@ -166,7 +166,8 @@ def test_the_choice_says_what_led_to_it(monkeypatch: pytest.MonkeyPatch) -> None
     )
     choice = weigh(model, ["g", "h"], with_outliers())
     assert choice.observers["g"] is not Observer.MINMAX and choice.observers["h"] is Observer.MINMAX
-    assert set(choice.together) == {*Observer, OWN} and min(choice.together, key=choice.together.__getitem__) == OWN
+    for_all = {*Observer} - {Observer.DYNAMIC}
+    assert set(choice.together) == {*for_all, OWN} and min(choice.together, key=choice.together.__getitem__) == OWN
     # One tensor each: quantized together they err as each does alone, on samples that are alike.
     assert sum(choice.alone.values()) == pytest.approx(choice.together[OWN], rel=0.1)
 
@@ -236,7 +237,7 @@ def test_a_model_of_much_work_gets_one_observer_for_all(monkeypatch: pytest.Monk
     monkeypatch.setattr(sensitivity, "ALONE", 1.0)
     choice = weigh(model, ["h"], with_outliers())
     assert choice.observers == {"h": Observer.MINMAX}
-    assert not choice.alone and set(choice.together) == set(Observer)
+    assert not choice.alone and set(choice.together) == set(Observer) - {Observer.DYNAMIC}
 
 
 def test_errors_are_those_of_the_scores_in_front_of_a_softmax() -> None:
@@ -341,3 +342,32 @@ def test_a_choice_survives_json() -> None:
     model = parse("f (float[1,20000] x) => (float[1,20000] y) { h = Identity(x) y = Relu(h) }")
     choice = weigh(model, ["h", "x"], with_outliers())
     assert Choice.from_json(json.loads(json.dumps(asdict(choice)))) == choice
+
+
+def test_a_range_of_each_run_serves_samples_of_different_size_if_it_is_worth_its_price() -> None:
+    model = parse("f (float[1,2000] x) => (float[1,2000] y) { h = Identity(x) y = Neg(h) }")
+    generator = np.random.default_rng(0)
+    samples = [{"x": (10.0**size * generator.normal(size=(1, 2000))).astype(np.float32)} for size in (-2, 0) * 8]
+    data = dataset(model, samples)
+    statistics = collect(model, ["h"], data, track)
+
+    def weighed(dynamic: dict[str, float]) -> Choice:
+        return choose_observers(model, model, statistics, {}, tuple(Observer), "uint8", data, track, 1, dynamic)
+
+    cheap, dear, impossible = weighed({"h": 0.0}), weighed({"h": 1.0}), weighed({})
+    assert cheap.dynamic == {"h"} and cheap.together[DYNAMIC] < cheap.together[OWN] / 10
+    assert not dear.dynamic and dear.together[DYNAMIC] == dear.together[OWN]
+    assert not impossible.dynamic and DYNAMIC not in impossible.together
+
+
+def test_a_single_observer_may_be_the_dynamic_one() -> None:
+    model = parse("f (float[1,2000] x) => (float[1,2000] y) { h = Identity(x) y = Neg(h) }")
+    data = dataset(model, normal_samples())
+    statistics = collect(model, ["h"], data, track)
+    among = (Observer.DYNAMIC,)
+    choice = choose_observers(model, model, statistics, {}, among, "uint8", data, track, 1, {"h": 0.5})
+    assert choice.dynamic == {"h"} and 0.0 < choice.alone["h"] < 1e-3
+
+
+def normal_samples() -> list[dict[str, np.ndarray]]:
+    return [{"x": np.random.default_rng(seed).normal(size=(1, 2000)).astype(np.float32)} for seed in range(4)]

@@ -20,6 +20,8 @@ def tensor_quants(draw: st.DrawFn) -> TensorQuant:
     info = np.iinfo(dtype)
     axis = draw(st.none() | st.integers(0, 3))
     channels = 1 if axis is None else draw(st.integers(1, 4))
+    if draw(st.booleans()):
+        return TensorQuant(Role.ACTIVATION, "uint8", (), ())
     return TensorQuant(
         role=draw(st.sampled_from(Role)),
         dtype=dtype,

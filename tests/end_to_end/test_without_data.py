@@ -102,7 +102,10 @@ def test_what_no_normalization_tells_of_stays_float_and_the_plan_says_why(qcompi
     assert done.code == 0 and done.out.startswith(GUESSED)
     ops = json.loads((small.folder / "out/plan.json").read_text())["ops"]
     convs = [(op["precision"], op["reason"]) for op in ops.values() if op["op_type"] == "Conv"]
-    assert convs[0] == ("weight_only", "no data, and no BatchNormalization tells the ranges that it needs")
+    assert convs[0] == (
+        "weight_only",
+        "no data, and neither BatchNormalization nor a run's own values tell the ranges that it needs",
+    )
     assert convs[1:] == [("integer", ""), ("integer", "")]
 
 
@@ -123,3 +126,50 @@ def test_a_guess_that_ruins_the_outputs_is_given_up_and_the_plan_says_why(qcompi
     precision, reason = reasons(small.folder / "out")["Conv"]
     assert precision == "weight_only" and "further from float's than zeros" in reason and "guessed" in reason
     assert report(small.folder / "out")["fidelity"]["outputs"]["y"]["sqnr"] > 25
+
+
+PRODUCTS = """
+<ir_version: 10, opset_import: ["": 21]>
+products (float[1, rows, 64] x) => (float[1, rows, 64] y)
+<float[64, 64] w, float[64] b>
+{ e = Exp (x) m = MatMul (e, w) s = Add (m, b) t = Tanh (s) y = MatMul (t, w) }
+"""
+
+
+def products(factor: float = 0.1) -> onnx.ModelProto:
+    proto, generator = onnx.parser.parse_model(PRODUCTS), np.random.default_rng(3)
+    for name, shape in (("w", (64, 64)), ("b", (64,))):
+        array = (factor * generator.normal(size=shape)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return proto
+
+
+def test_products_take_the_range_of_each_run(qcompile, small):
+    model = small.save(products())
+    done = qcompile(model, "--target", "cpu", "-o", small.folder / "out", costs=None)
+    assert done.code == 0, done.err
+    assert done.out.startswith("warning: No calibration data: activations take the range that their values have")
+    found = report(small.folder / "out")
+    assert found["activation_ranges"] == {"static": 0, "dynamic": 2}
+    kernels = [op["kernel"] for op in found["operators"] if op["op_type"] == "MatMul"]
+    assert kernels == ["DynamicQuantizeMatMul"] * 2 and found["fidelity"]["outputs"]["y"]["sqnr"] > 30
+    plan = json.loads((small.folder / "out/plan.json").read_text())
+    jsonschema.validate(plan, json.loads((ROOT / "docs/schemas/plan.schema.json").read_text()))
+    jsonschema.validate(found, json.loads((ROOT / "docs/schemas/report.schema.json").read_text()))
+
+
+def test_in_stages_it_is_the_same(qcompile, small):
+    model, c, p = small.save(products()), small.folder / "c.npz", small.folder / "p.json"
+    assert qcompile(model, "--target", "cpu", "-o", small.folder / "whole", costs=None).code == 0
+    done = qcompile("calibrate", model, "--target", "cpu", "-o", c, costs=None)
+    assert done.code == 0 and "take the range that their values have" in done.out
+    assert qcompile("plan", model, "--calibration", c, "-o", p, costs=None).code == 0
+    assert qcompile("apply", model, "--plan", p, "-o", small.folder / "parts", costs=None).code == 0
+    for name in ("model.onnx", "plan.json"):
+        assert (small.folder / "whole" / name).read_bytes() == (small.folder / "parts" / name).read_bytes()
+
+
+def test_an_observer_that_measures_leaves_weights_alone(qcompile, small):
+    words = ("--target", "cpu", "--observer", "minmax", "-o", small.folder / "out")
+    done = qcompile(small.save(products()), *words, costs=None)
+    assert done.code == 0 and done.out.startswith(WEIGHTS)

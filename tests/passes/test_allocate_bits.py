@@ -8,10 +8,10 @@ import pytest
 from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Histogram, Observer
 from qcompile.core import numerics
-from qcompile.core.plan import Role
+from qcompile.core.plan import Precision, Role
 from qcompile.core.target import Target
 from qcompile.passes.allocate_bits import allocate_bits
-from qcompile.passes.place import place
+from qcompile.passes.place import Wish, place
 
 Build = Callable[..., Any]
 INTEGER, FLOAT = ("integer", ""), "float"
@@ -60,13 +60,46 @@ def test_ranges_come_from_the_statistics_and_the_observer(
     histogram.add(np.append(np.random.default_rng(0).standard_normal(50_000), 500).astype(np.float32))
     statistics = Statistics({"a": histogram}, 1)
     scales = {}
-    for observer in Observer:
-        one = allocate_bits(model, placement, statistics, eager, {"a": observer}).tensors["a"]
-        scales[observer] = one.scale[0]
+    for observer in sorted(set(Observer) - {Observer.DYNAMIC}):
+        (scales[observer],) = allocate_bits(model, placement, statistics, eager, {"a": observer}).tensors["a"].scale
     expected, _ = numerics.affine_scale(np.float64([histogram.low]), np.float64([500]), "uint8")
     assert scales[Observer.MINMAX] == expected[0]
     assert scales[Observer.PERCENTILE] < scales[Observer.MINMAX] / 10
     assert scales[Observer.MSE] <= scales[Observer.MINMAX]
+
+
+def test_a_dynamic_range_needs_no_statistics_and_is_given_where_the_kernel_takes_one(
+    m: np.ndarray, eager: Target, model_of: Build, decided: Build
+) -> None:
+    text = rows("a = Exp (x) t = MatMul (a, m) g = Gemm (t, m) s = Softmax (g) y = MatMul (s, m)")
+    model = model_of(text, m=m)
+    decided(model)
+    placement = place(model, eager, weights=True, activations=True)
+    assert placement.dynamic == {"a", "s"} and set(placement.activations) == {"a", "t", "s"}
+    histogram = Histogram()
+    histogram.add(np.float32([-1, 1]))
+    observers = dict.fromkeys(placement.activations, Observer.DYNAMIC)
+    tensors = allocate_bits(model, placement, Statistics({"t": histogram}, 1), eager, observers).tensors
+    assert [name for name, quant in tensors.items() if quant.is_dynamic] == ["a", "s"]
+    measured = allocate_bits(model, placement, Statistics({"t": histogram}, 1), eager,
+                             {**observers, "t": Observer.MINMAX}).tensors  # fmt: skip
+    assert measured == tensors
+
+
+def test_a_recurrent_operator_stores_both_its_weights_by_gate_and_unit(model_of: Build, quantized: Build) -> None:
+    generator = np.random.default_rng(5)
+    weights = {name: generator.normal(size=(1, 16, 4)).astype(np.float32) for name in ("w", "r")}
+    text = "(float[3,2,4] x) => (float[3,1,2,4] y) { [lstm] y = LSTM <hidden_size = 4> (x, w, r) }"
+    result = quantized(model_of(text, **weights))
+    assert result.ops == {"lstm": ("weight_only", "cpu runs it in float")}
+    assert {name: (quant.axis, len(quant.scale)) for name, quant in result.plan.tensors.items()} == {
+        "w": (1, 16), "r": (1, 16),
+    }  # fmt: skip
+    kept = quantized(model_of(text, **weights), wishes={"lstm": Wish(Precision.FLOAT, "asked")})
+    assert not kept.plan.tensors
+    open_weights = text.replace("(float[3,2,4] x)", "(float[3,2,4] x, float[1,16,4] w)")
+    given = quantized(model_of(open_weights, r=weights["r"]))
+    assert given.ops == {"lstm": ("float", "its weights are no float32 constants")}
 
 
 def test_weights_shared_by_two_operators_along_one_axis(m: np.ndarray, model_of: Build, quantized: Build) -> None:

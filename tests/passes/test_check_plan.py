@@ -132,3 +132,14 @@ def test_a_shape_that_the_scales_do_not_fit(made: Build, eager: Target) -> None:
         quant = TensorQuant(Role.WEIGHT, "int8", (0.5,) * count, (0,) * count, axis)
         with pytest.raises(UsageError, match=fact):
             check_plan(model, replace(plan, tensors={**plan.tensors, "m": quant}), eager)
+
+
+def test_a_range_of_each_run_is_for_operators_that_take_one(made: Build, eager: Target) -> None:
+    model, plan = made(MOVED)
+    dynamic = TensorQuant(Role.ACTIVATION, "uint8", (), ())
+    with pytest.raises(UsageError, match=r"tensor 's' has no scale, and operator 'gemm' takes none at run time"):
+        check_plan(model, replace(plan, tensors={**plan.tensors, "s": dynamic}), eager)
+    text = "(float[2,8] x) => (float[2,8] y) { e = Exp (x) [mm] y = MatMul (e, m) }"
+    model, plan = made(text)
+    plan = replace(plan, tensors={**plan.tensors, "e": dynamic})
+    assert check_plan(model, plan, eager) == plan

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.core import model as models
-from qcompile.core import runtime
+from qcompile.core import numerics, runtime
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import Target
 from qcompile.passes.canonicalize import Canonicalize
@@ -409,3 +409,32 @@ def test_a_real_model_becomes_integer_throughout(root: Path, quantized: Build, k
     executed = kernels(result.model)
     assert executed.count("QLinearConv") == 9 and executed.count("QLinearAdd") == 3 and executed.count("QGemm") == 1
     assert not {"Conv", "FusedConv", "Add", "Relu", "Gemm", "AveragePool"} & set(executed)
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_a_range_of_each_run_is_told_by_a_dynamic_quantize_linear(
+    readers: int, model_of: Build, quantized: Build, kernels: Build
+) -> None:
+    """One operator alone gets a kernel that takes the range itself; several share the codes."""
+    names = [f"w{index}" for index in range(readers)]
+    nodes = " ".join(f"y{index} = MatMul (x, {name})" for index, name in enumerate(names))
+    outputs = ", ".join(f"float[2,3,5] y{index}" for index in range(readers))
+    weights = random_weights(**dict.fromkeys(names, (8, 5)))
+    made = quantized(model_of(f"(float[2,3,8] x) => ({outputs}) {{ {nodes} }}", **weights))
+
+    def with_range(quant: TensorQuant) -> ir.Model:
+        plan = replace(made.plan, tensors={**made.plan.tensors, "x": quant})
+        model: ir.Model = InsertQdq(plan)(made.float_model.clone()).model
+        return model
+
+    dynamic = with_range(TensorQuant(Role.ACTIVATION, "uint8", (), ()))
+    x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    for scale in (1.0, 1e-3, 50.0):
+        low, high = float((scale * x).min()), float((scale * x).max())
+        step, zero = numerics.affine_scale([low], [high], "uint8")
+        fixed = with_range(TensorQuant(Role.ACTIVATION, "uint8", (float(step[0]),), (int(zero[0]),)))
+        expected, found = (runtime.Session(model).run({"x": scale * x}) for model in (fixed, dynamic))
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5 * float(np.abs(values).max()))
+    executed = ["DynamicQuantizeMatMul"] if readers == 1 else ["DynamicQuantizeLinear", *["MatMulIntegerToFloat"] * 3]
+    assert kernels(dynamic) == executed

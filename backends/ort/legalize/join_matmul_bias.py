@@ -43,18 +43,24 @@ def _on_codes(node: ir.Node) -> bool:
     activation, weights = (structure.produced_by(value, "DequantizeLinear") for value in node.inputs)
     if activation is None or weights is None or len(activation.inputs) < 3 or len(weights.inputs) < 3:
         return False
-    codes, zero_point = structure.constant_tensor(weights.inputs[0]), structure.constant_tensor(activation.inputs[2])
-    if codes is None or len(codes.shape) != 2 or codes.dtype is not ir.DataType.INT8 or zero_point is None:
+    codes = structure.constant_tensor(weights.inputs[0])
+    if codes is None or len(codes.shape) != 2 or codes.dtype is not ir.DataType.INT8:
         return False
-    constant = structure.constant_tensor(activation.inputs[0]) is not None
-    if constant or zero_point.dtype not in (ir.DataType.UINT8, ir.DataType.INT8):
-        return False
-    scale = structure.constant(activation.inputs[1])
     axis = weights.attributes.get_int("axis", 1)
     by_column = axis in (1, -1) and weights.attributes.get_int("block_size", 0) == 0
     readers = structure.readers(node.outputs[0])
     requantized = readers and all(structure.is_standard(reader, "QuantizeLinear") for reader in readers)
-    return scale is not None and scale.size == 1 and by_column and not requantized
+    return _has_one_scale(activation) and by_column and not requantized
+
+
+def _has_one_scale(activation: ir.Node) -> bool:
+    """Tell whether a DequantizeLinear gives an activation of one scale: a constant, or that of each run's values."""
+    if structure.produced_by(activation.inputs[0], "DynamicQuantizeLinear") is not None:
+        return True
+    scale, zero_point = structure.constant(activation.inputs[1]), structure.constant_tensor(activation.inputs[2])
+    if structure.constant_tensor(activation.inputs[0]) is not None or scale is None or zero_point is None:
+        return False
+    return scale.size == 1 and zero_point.dtype in (ir.DataType.UINT8, ir.DataType.INT8)
 
 
 def _join(graph: ir.Graph, node: ir.Node) -> None:
