@@ -20,6 +20,8 @@ from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.trials import OutputError, Parameters, Quantizations, Trials, gain, quantizations
+from qcompile.calib.work import Cost
+from qcompile.core import runtime
 from qcompile.core.contract import Track
 
 Key = TypeVar("Key", str, Observer)
@@ -161,6 +163,43 @@ def choose_observers(
     tried = _joined(alone) if alone else search.alone_by(Observer(best))
     observers = _owns(tried, dynamic).get(best) or dict.fromkeys(candidates, Observer(best))
     return Choice(observers, _spoilt(tried), together, errors[best].total)
+
+
+def weights_alone(
+    model: ir.Model, rounded: ir.Model, weights: Mapping[str, Collection[str]], data: Dataset, track: Track[Any]
+) -> dict[str, float]:
+    """Return the noise over signal at the outputs with single operators' weights rounded, everything else in float.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    rounded : onnx_ir.Model
+        The same graph with the values that its weights will have.
+    weights : mapping of str to collection of str
+        By operator, the names of the initializers that are its weights.
+    data : Dataset
+        As many samples are run as `ALONE` allows, one at least.
+    track : callable
+        Shows progress.
+    """
+    if not weights or not cuttable(model):
+        return {}
+    first = next(iter(data))
+    scores, codes = typed(at_scores(model), first), rounded.graph.initializers
+    cost = Cost.of(scores, first)
+    samples = spread(data, cost.peak_bytes, ALONE / max(1, cost.total) / len(weights))
+    session = runtime.Session(scores)
+    expected = [session.run(feeds) for feeds in samples]
+    found = {}
+    for operator, names in track(weights.items(), len(weights), "weighing weights"):
+        trial = scores.clone()
+        for name in names:
+            trial.graph.initializers[name].const_value = codes[name].const_value
+        session, error = runtime.Session(trial), OutputError()
+        for feeds, outputs in zip(samples, expected, strict=True):
+            error.add(outputs, session.run(feeds))
+        found[operator] = error.total
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.moments import Moments, known_moments
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import cuttable
-from qcompile.calib.sensitivity import Choice, choose_observers
+from qcompile.calib.sensitivity import Choice, choose_observers, weights_alone
 from qcompile.calib.synthetic import carried_over, derivable, propagate
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
@@ -30,7 +30,7 @@ from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.share_scales import unlike_ranges
-from qcompile.pipeline import CHOICE, STATISTICS, WISHES
+from qcompile.pipeline import CHOICE, NOISE, STATISTICS, WISHES
 from qcompile.pricing import Pricer
 
 #: What remains may spoil the outputs as well; so often it is looked at again.
@@ -49,6 +49,8 @@ def calibrate(job: Job, canonical: ir.Model) -> Calibration:
         return _guess(job, canonical)
     pricer = _pricer(job, canonical)
     dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
+    if pricer is not None:
+        dear |= _spoilt_weights(job, canonical, pricer, dear, {}, "")
     best = _measure(job, canonical, pricer, dear, "")
     if pricer is not None:
         best = _spare(job, canonical, pricer, best)
@@ -74,12 +76,28 @@ def _spare(job: Job, canonical: ir.Model, pricer: Pricer, best: _Measured) -> _M
         spoiling = job.pipeline.measure(f"spoilers {attempt}", WISHES, worst)
         if not spoiling:
             break
+        spoiling |= _spoilt_weights(job, canonical, pricer, spoiling, best.spared, f" {attempt}")
         # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
         other = _measure(job, canonical, pricer, {**best.spared, **spoiling}, f" {attempt}")
         if other.worth(pricer) >= best.worth(pricer):
             break
         best = other
     return best
+
+
+def _spoilt_weights(
+    job: Job, canonical: ir.Model, pricer: Pricer, wishes: Mapping[str, Wish], spared: Mapping[str, Wish], turn: str
+) -> dict[str, Wish]:
+    """Return which of the operators that are wished to be in float need their weights in float too."""
+    weights = pricer.stored({**spared, **wishes})
+    weights = {name: values for name, values in weights.items() if name in wishes}
+    placement = choose_operators(canonical, job.target, job.options, False, {**spared, **wishes})
+    rounded = round_to_codes(canonical, allocate_bits(canonical, placement, Statistics(), job.target, {}))
+    data, track = job.evidence.calibration, job.track
+    noise = job.pipeline.measure(
+        f"weights{turn}", NOISE, lambda: weights_alone(canonical, rounded, weights, data, track)
+    )
+    return pricer.spoilt({**spared, **wishes}, noise)
 
 
 def choose_operators(

@@ -58,6 +58,9 @@ DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
     lambda drift: json.dumps(drift).encode(),
     lambda content: {name: tuple(shift) for name, shift in json.loads(content).items()},
 )
+NOISE: Codec[dict[str, float]] = Codec(
+    lambda noise: json.dumps(noise).encode(), lambda content: dict(json.loads(content))
+)
 VERDICT: Codec[bool] = Codec(lambda verdict: json.dumps(verdict).encode(), lambda content: bool(json.loads(content)))
 
 

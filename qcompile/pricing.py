@@ -25,7 +25,7 @@ from qcompile.core import numerics
 from qcompile.core.costs import CostTable
 from qcompile.core.execution import Kernel, Shape, execute
 from qcompile.core.plan import Precision
-from qcompile.core.target import Target
+from qcompile.core.target import OpKind, Target
 from qcompile.passes import structure
 from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.insert_qdq import InsertQdq, quantized_name
@@ -49,6 +49,8 @@ IMAGE_RANK = 4
 #: What noise power over signal power at the outputs is worth, in parts of float's latency: next to nothing at 30 dB, a
 #: twentieth of float's time at 20 dB, half of it at 10 dB.
 WORTH = 5.0
+#: Part of its bytes that a float saves as a code of eight bits.
+SAVED = 0.75
 #: Noise beyond this is all the same.
 WORST = 1e3
 #: Less than this, in parts of float's time, is not worth a change.
@@ -187,7 +189,6 @@ class Pricer:
         """Return what to wish for, beside what is spared, so that noise is not paid for with too little time.
 
         The tensors that add most to the noise are spared, as many of them as make the worth of it all least.
-        Where they explain less than half of it, operators that compute in float get their float weights back instead.
 
         Parameters
         ----------
@@ -201,11 +202,6 @@ class Pricer:
         names, total = _integers(placement), sum(alone.values())
         if WORTH * noise < GAIN:
             return {}
-        stored = [name for name, wish in spared.items() if wish.precision is Precision.WEIGHT_ONLY]
-        if stored and 2.0 * total < noise:
-            # Activations do not explain it: the weights do that were only stored as integers.
-            reason = _spoils(noise, "codes of weights")
-            return {name: Wish(Precision.FLOAT, reason) for name in stored}
         if not names:
             return {}
         worst = sorted(alone, key=lambda name: -alone[name])
@@ -223,6 +219,38 @@ class Pricer:
             if WORTH * rest < GAIN:
                 break
         return best
+
+    def stored(self, wishes: Mapping[str, Wish]) -> dict[str, tuple[str, ...]]:
+        """Return the names of the weights that operators store as integers only for their size, by node name."""
+        nodes = {structure.node_name(node): node for node in self.model.graph}
+        rules, ops = self.target.ops, self.placed(wishes).ops
+        found = {}
+        for name, wish in wishes.items():
+            rule = rules.get(nodes[name].op_type)
+            if rule is None or wish.precision is not Precision.WEIGHT_ONLY or ops[name].precision is not wish.precision:
+                continue
+            values = structure.stored_weights(nodes[name], rule.kind)
+            if values and rule.kind is not OpKind.LOOKUP:
+                found[name] = tuple(structure.name_of(value) for value, _ in values)
+        return found
+
+    def spoilt(self, wishes: Mapping[str, Wish], noise: Mapping[str, float]) -> dict[str, Wish]:
+        """Return what to wish for where the codes of weights that are only stored cost more than they save in bytes.
+
+        Parameters
+        ----------
+        wishes : mapping of str to Wish
+        noise : mapping of str to float
+            By node name, noise over signal at the outputs with that operator's weights alone in codes.
+        """
+        stored, sizes = self.stored(wishes), self.model.graph.initializers
+        whole, found = max(1, models.initializer_bytes(self.model)), {}
+        for name, error in noise.items():
+            tensors = [sizes[value].const_value for value in stored[name]]
+            saved = SAVED * sum(tensor.nbytes for tensor in tensors if tensor is not None) / whole
+            if WORTH * min(error, WORST) > max(saved, GAIN / 10):
+                found[name] = Wish(Precision.FLOAT, f"{wishes[name].reason}; {_spoils(error, 'codes of its weights')}")
+        return found
 
     @cached_property
     def _float_latency(self) -> float:

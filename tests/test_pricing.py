@@ -95,15 +95,16 @@ def test_noise_is_spared_where_it_is_worth_the_time(network: ir.Model) -> None:
     assert asked.spoiling(Choice({}, dict.fromkeys(values, 1e-06), {}, 1e-5), {}) == {}
 
 
-def test_weights_that_are_only_stored_as_integers_come_back_where_activations_do_not_explain_the_noise(
-    network: ir.Model,
-) -> None:
+def test_weights_that_are_only_stored_come_back_where_their_codes_cost_more_than_they_save(network: ir.Model) -> None:
     asked = pricer(network, table())
-    stored = {"one": Wish(Precision.WEIGHT_ONLY, "dear"), "two": Wish(Precision.FLOAT, "asked")}
-    found = asked.spoiling(Choice({}, {"e": 0.01}, {}, 0.1), stored)
+    wishes = {"one": Wish(Precision.WEIGHT_ONLY, "dear"), "two": Wish(Precision.FLOAT, "asked"),
+              "exp": Wish(Precision.WEIGHT_ONLY, "dear")}  # fmt: skip
+    assert asked.stored(wishes) == {"one": ("w",)}
+    # A third of the weights is worth a quarter of float's time in bytes, which is what 5 % of noise are worth.
+    assert asked.spoilt(wishes, {"one": 0.04}) == {}
+    found = asked.spoilt(wishes, {"one": 0.1})
     assert set(found) == {"one"} and found["one"].precision is Precision.FLOAT
-    assert "codes of weights would leave 10.0 dB" in found["one"].reason
-    assert asked.spoiling(Choice({}, {"e": 0.01}, {}, 0.1), {"two": stored["two"]}).keys() != {"one"}
+    assert found["one"].reason == "dear; codes of its weights would leave 10.0 dB at the outputs"
 
 
 def test_float_weights_are_worth_their_bytes(network: ir.Model) -> None:

@@ -232,9 +232,10 @@ def _judged(pattern: Capability, graph: onnx.GraphProto) -> Capability:
     codes: dict[str, str] = {}
     for node in graph.node:
         if node.op_type == "DynamicQuantizeLinear":
-            codes[node.output[0]] = "uint8"
+            codes[node.output[0]] = codes[node.output[2]] = "uint8"
         elif node.op_type == "QuantizeLinear":
-            codes[node.output[0]] = constants[node.input[2]]
+            zero_point = node.input[2]
+            codes[node.output[0]] = constants.get(zero_point) or codes[zero_point]
         elif node.op_type in CONVERSIONS and node.op_type != "DequantizeLinear":
             codes[node.output[0]] = codes.get(node.input[0], "")
     # A table is picked from where it stands first; weights behind an activation say nothing of what that is.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 import numpy as np
@@ -14,7 +14,7 @@ from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import Section, at_scores, live_values, typed
-from qcompile.calib.sensitivity import DYNAMIC, OWN, Choice, choose_observers, spread
+from qcompile.calib.sensitivity import DYNAMIC, OWN, Choice, choose_observers, spread, weights_alone
 from qcompile.calib.trials import QUIET, OutputError, Trials, gain
 from qcompile.core import runtime
 
@@ -371,3 +371,15 @@ def test_a_single_observer_may_be_the_dynamic_one() -> None:
 
 def normal_samples() -> list[dict[str, np.ndarray]]:
     return [{"x": np.random.default_rng(seed).normal(size=(1, 2000)).astype(np.float32)} for seed in range(4)]
+
+
+def test_weights_are_weighed_one_operator_at_a_time(model_of: Callable[..., ir.Model]) -> None:
+    generator = np.random.default_rng(0)
+    arrays = {name: generator.normal(size=(8, 8)).astype(np.float32) for name in "wv"}
+    text = "(float[4,8] x) => (float[4,8] y, float[4,8] z) { [one] y = MatMul (x, w) [two] z = MatMul (x, v) }"
+    model, rounded = model_of(text, 21, **arrays), model_of(text, 21, **arrays)
+    rounded.graph.initializers["v"].const_value = ir.tensor(1.5 * arrays["v"], name="v")
+    data = dataset(model, [{"x": generator.normal(size=(4, 8)).astype(np.float32)} for _ in range(4)])
+    found = weights_alone(model, rounded, {"one": ["w"], "two": ["v"]}, data, track)
+    assert found == {"one": 0.0, "two": pytest.approx(0.25)}
+    assert weights_alone(model, rounded, {}, data, track) == {}
