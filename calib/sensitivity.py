@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.descent import SURE, Tried, descend
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.trials import OutputError, Parameters, Quantizations, Trials, gain, quantizations
 from qcompile.core.contract import Track
 
-Key = TypeVar("Key", str, Observer)
 Alone = Mapping[str, Mapping[Observer, OutputError]]
+_Part = tuple[Mapping[str, Quantizations], Sequence[Sample]]
 
 #: More samples than this of each half move no decision that stands, and cost time in proportion; so do more for ranges.
 SAMPLES, MEASURED = 64, 256
@@ -69,7 +70,7 @@ class Choice:
         return cls(observers, dict(entries["alone"]), dict(entries["together"]), float(entries["noise"]))
 
 
-#: The choice that gives each tensor the observer that is best for it alone.
+#: The choice that gives each tensor an observer of its own where that surely gains; it is the last that is compared.
 OWN = "each its own"
 
 
@@ -91,9 +92,9 @@ def choose_observers(
     the other way round (twofold cross-validation; Stone 1974). On the samples that a range was measured on, minmax
     never clips, and a moving average may happen to lie between two outliers.
 
-    A tensor's own observer is the one that does best when that tensor alone is quantized: the part of the graph before
-    it runs once per sample, the part behind it once per sample and distinct range. What is chosen so often fits its
-    samples, so it must be better than the best single observer by more than the standard error of the difference.
+    What each observer of a tensor does is found with that tensor alone quantized: the part of the graph before it runs
+    once per sample, the part behind it once per sample and distinct range. From the last observer for all tensors,
+    `descend` then takes the steps to others that the outputs surely gain by.
 
     Memory holds the samples, the float outputs and one sample's values per thread. The number of samples follows from
     the model's work, so that the time is bounded whatever its size.
@@ -132,15 +133,16 @@ def choose_observers(
         together = {among[0].value: 0.0}  # it is compared with nothing: what the tensors do alone is all that is known
         return Choice(dict.fromkeys(candidates, among[0]), alone_by_it, together, sum(alone_by_it.values()))
     halves = search.halves(model)
-    alone: list[Alone] = []
+    tried: list[Tried] = []
     if trials.work_alone(candidates) * FEWEST <= ALONE:
-        alone = search.alone([(half.candidates, half.measured) for half in halves])
-    errors = search.compare(halves, [_own(errors) for errors in alone])
+        tried = search.tried(halves)
+    errors = search.compare(halves, [descend(among[-1], part) for part in tried])
     best = _decide(errors)
     together = {name: error.value for name, error in errors.items()}
-    tried = _joined(alone) if alone else search.alone_by(Observer(best))
-    observers = _own(tried) if best == OWN else dict.fromkeys(candidates, Observer(best))
-    return Choice(observers, _spoilt(tried), together, errors[best].total)
+    both = sum(tried[1:], tried[0]) if tried else None
+    alone = both.alone if both else search.alone_by(Observer(best))
+    observers = descend(among[-1], both) if both and best == OWN else dict.fromkeys(candidates, Observer(best))
+    return Choice(observers, _spoilt(alone), together, errors[best].total)
 
 
 @dataclass(frozen=True)
@@ -177,19 +179,26 @@ class _Search:
             found.append(_Half(measured, held_out, ranges))
         return found
 
-    def alone(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Alone]:
-        """Try the tensors one by one, in each part on some of its samples; on none where that is too much work."""
-        most = [ALONE / self.trials.work_alone(candidates) / len(parts) for candidates, _ in parts]
-        if min(most) * len(parts) < 1:
-            return [{} for _ in parts]
-        tried = [(candidates, spread(self.data, self.trials.sample_bytes * len(parts), runs, among))
-                 for runs, (candidates, among) in zip(most, parts, strict=True)]  # fmt: skip
-        return list(self.trials.alone(tried, self.track, self.threads))
+    def tried(self, halves: Sequence[_Half]) -> list[Tried]:
+        """Try the tensors of each half one by one, and its weights."""
+        parts = self._parts([(half.candidates, half.measured) for half in halves])
+        alone = self.trials.alone(parts, self.track, self.threads)
+        return [Tried(errors, self.trials.weights(samples)) for errors, (_, samples) in zip(alone, parts, strict=True)]
 
     def alone_by(self, observer: Observer) -> Alone:
-        """Try what one observer makes of each tensor."""
+        """Try what one observer makes of each tensor, unless that is too much work."""
         candidates = {name: {observer: found[observer]} for name, found in self.candidates.items()}
-        return self.alone([(candidates, range(len(self.data)))])[0]
+        if self.trials.work_alone(candidates) > ALONE:
+            return {}
+        parts = self._parts([(candidates, range(len(self.data)))])
+        return self.trials.alone(parts, self.track, self.threads)[0]
+
+    def _parts(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[_Part]:
+        """Return the samples of each part that its candidates can be tried on within `ALONE`."""
+        count = len(parts)
+        most = [ALONE / self.trials.work_alone(candidates) / count for candidates, _ in parts]
+        return [(candidates, spread(self.data, self.trials.sample_bytes * count, runs, among))
+                for runs, (candidates, among) in zip(most, parts, strict=True)]  # fmt: skip
 
     def compare(self, halves: Sequence[_Half], own: Sequence[Mapping[str, Observer]]) -> dict[str, OutputError]:
         """Return the error of each observer for all tensors, and of each half's own, on what is held out."""
@@ -208,16 +217,14 @@ class _Search:
 
 
 def _decide(errors: Mapping[str, OutputError]) -> str:
-    """Return the choice of least error, unless by chance: the last observer, then another, then each tensor its own.
+    """Return the choice for all tensors: each its own, where that was tried, or else the last observer.
 
-    A step is taken where it is better by more than the standard error of the paired difference.
+    It gives way to the observer of least error that is better by more than `SURE` standard errors of the paired
+    difference.
     """
-    *others, chosen = (name for name in errors if name != OWN)
-    steps = [_least({name: errors[name].value for name in (*others, chosen)}), *({OWN} & errors.keys())]
-    for step in steps:
-        if _surely_less(errors[step], errors[chosen]):
-            chosen = step
-    return chosen
+    *_, last = errors
+    best = min(errors, key=lambda name: errors[name].value)
+    return best if _surely_less(errors[best], errors[last]) else last
 
 
 def _surely_less(error: OutputError, other: OutputError) -> bool:
@@ -226,19 +233,7 @@ def _surely_less(error: OutputError, other: OutputError) -> bool:
     if error.value == 0.0 or not np.isfinite(other.value):
         return True
     better, uncertain = gain(error, over=other)
-    return better > uncertain
-
-
-def _own(alone: Alone) -> dict[str, Observer]:
-    """Return for each tensor the observer that did best when it alone was quantized."""
-    return {name: _least({observer: error.value for observer, error in errors.items()})
-            for name, errors in alone.items()}  # fmt: skip
-
-
-def _joined(parts: Sequence[Alone]) -> Alone:
-    first, *others = parts
-    return {name: {observer: sum((other[name][observer] for other in others), error)
-                   for observer, error in errors.items()} for name, errors in first.items()}  # fmt: skip
+    return better > SURE * uncertain
 
 
 def _spoilt(alone: Alone) -> dict[str, float]:
@@ -247,10 +242,6 @@ def _spoilt(alone: Alone) -> dict[str, float]:
 
 def _parameters(candidates: Mapping[str, Quantizations], choice: Mapping[str, Observer]) -> dict[str, Parameters]:
     return {name: candidates[name][observer] for name, observer in choice.items()}
-
-
-def _least(errors: Mapping[Key, float]) -> Key:
-    return min(errors, key=lambda key: errors[key])
 
 
 def spread(data: Dataset, sample_bytes: int, most: float = SAMPLES, among: Sequence[int] | None = None) -> list[Sample]:

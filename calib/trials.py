@@ -67,6 +67,11 @@ class OutputError:
         return both
 
     @property
+    def samples(self) -> int:
+        """How many samples were counted."""
+        return max(map(len, self.noise.values()), default=0)
+
+    @property
     def value(self) -> float:
         """The error: 0 without noise, infinite where a candidate drives an output that is finite to infinity or NaN."""
         return sum((self._of(name) for name in self.noise), 0.0)
@@ -97,11 +102,15 @@ class OutputError:
             return float("inf")
         return float(np.exp(np.mean(self._logs(name))))
 
-    def _logs(self, name: str) -> npt.NDArray[np.float64]:
-        """Return the logarithm of each sample's noise over signal."""
+    def relative(self, name: str) -> npt.NDArray[np.float64]:
+        """Return each sample's noise over signal at an output. One that says nothing is judged by the others."""
         noise, signal = np.array(self.noise[name]), np.array(self.signal[name])
-        # A sample that says nothing is judged by what the others say.
-        return np.asarray(np.log(np.maximum(noise / (signal + QUIET * signal.mean()), EXACT)))
+        if not signal.any():
+            return np.where(noise == 0.0, 0.0, np.inf)
+        return np.asarray(noise / (signal + QUIET * signal.mean()))
+
+    def _logs(self, name: str) -> npt.NDArray[np.float64]:
+        return np.asarray(np.log(np.maximum(self.relative(name), EXACT)))
 
 
 def _power(values: npt.NDArray[np.float64]) -> float:
@@ -234,6 +243,13 @@ class Trials:
             errors = pool.map(partial(self._alone, parts, outputs), names)
             found = dict(track(zip(names, errors, strict=True), len(names), "choosing ranges"))
         return [{name: found[name][index] for name in names} for index in range(len(parts))]
+
+    def weights(self, samples: Sequence[Sample]) -> OutputError:
+        """Return the outputs' error with the weights rounded and no tensor quantized."""
+        error, session = OutputError(), runtime.Session(self.rounded)
+        for feeds, expected in zip(samples, self._outputs(samples), strict=True):
+            error.add(expected, session.run(feeds))
+        return error
 
     def _outputs(self, samples: Sequence[Sample]) -> list[runtime.Outputs]:
         session = runtime.Session(self.model)
