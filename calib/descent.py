@@ -1,4 +1,4 @@
-"""Descent: from one observer for all tensors, step by step to each tensor's own where the outputs surely gain by it.
+"""Descent: from one observer for all tensors, step by step to each tensor's own where the outputs gain by it.
 
 Noise of different tensors is all but uncorrelated at the outputs, so that its powers add up: what each tensor does
 alone, and the weights, tell what any choice does together, on every sample.
@@ -15,8 +15,8 @@ import numpy.typing as npt
 from qcompile.calib.observers import Observer
 from qcompile.calib.trials import EXACT, OutputError
 
-#: A step is taken where it gains more than so many standard errors: by chance it would once in forty times.
-SURE = 2.0
+#: By what part a change must lessen the error: less may be the sum's own rounding.
+LEAST = 1e-6
 #: Noise over signal that stands for an output that is driven to infinity.
 LOST = 1e9
 
@@ -44,11 +44,11 @@ class Tried:
 
 
 def descend(start: Observer, tried: Tried) -> dict[str, Observer]:
-    """Return each tensor's observer: `start`, unless the outputs gain by another more than by chance.
+    """Return each tensor's observer: from `start` for all of them, one change after another, the best one first.
 
-    The step that gains most is taken again and again, until none is left that gains more than `SURE` standard errors.
-    What a step gains is the mean over samples, in dB at the outputs with all tensors quantized. So a tensor counts for
-    what it adds on the samples where it adds most, and one that adds little stays as it is.
+    The last change is followed by none that lessens the outputs' error (`OutputError.value`) with all tensors
+    quantized. So a tensor counts for what it adds on the samples where it adds most; one whose noise is far below that
+    of others or of the weights stays as it is, whatever serves it best alone.
     """
     chosen = dict.fromkeys(tried.alone, start)
     shape = len(tried.weights.noise), tried.weights.samples
@@ -57,11 +57,11 @@ def descend(start: Observer, tried: Tried) -> dict[str, Observer]:
              for name, errors in tried.alone.items()}  # fmt: skip
     while True:
         total = sum((noise[name][observer] for name, observer in chosen.items()), weights)
-        steps = {(name, observer): _gain(total, total - noise[name][chosen[name]] + other)
-                 for name, others in noise.items() for observer, other in others.items()}  # fmt: skip
-        if not steps or max(steps.values()) <= 0.0:
+        changes = {(name, observer): _value(total - noise[name][chosen[name]] + other)
+                   for name, others in noise.items() for observer, other in others.items()}  # fmt: skip
+        if not changes or min(changes.values()) >= (1.0 - LEAST) * _value(total):
             return chosen
-        name, observer = max(steps, key=lambda step: steps[step])
+        name, observer = min(changes, key=lambda change: changes[change])
         chosen[name] = observer
 
 
@@ -72,12 +72,5 @@ def _relative(error: OutputError, shape: tuple[int, int]) -> npt.NDArray[np.floa
     return np.nan_to_num([error.relative(name) for name in error.noise], nan=LOST, posinf=LOST)
 
 
-def _gain(total: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    """Return by how many dB the outputs gain, 0 where that may be chance. The outputs' geometric means add up."""
-    before, after = (np.log(np.maximum(noise, EXACT)) for noise in (total, other))
-    means = np.exp(before.mean(axis=1, keepdims=True))
-    gains = (means / means.sum() * (before - after)).sum(axis=0) * 10.0 / np.log(10.0)
-    if gains.size < 2:
-        return 0.0
-    mean, error = float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(gains.size))
-    return mean if mean > SURE * error else 0.0
+def _value(noise: npt.NDArray[np.float64]) -> float:
+    return float(np.exp(np.log(np.maximum(noise, EXACT)).mean(axis=1)).sum())

@@ -15,24 +15,26 @@ import onnx_ir as ir
 
 from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.data import Dataset, Sample
-from qcompile.calib.descent import SURE, Tried, descend
+from qcompile.calib.descent import Tried, descend
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.trials import OutputError, Parameters, Quantizations, Trials, gain, quantizations
+from qcompile.calib.trials import OutputError, Parameters, Part, Quantizations, Trials, gain, quantizations
 from qcompile.core.contract import Track
 
 Alone = Mapping[str, Mapping[Observer, OutputError]]
-_Part = tuple[Mapping[str, Quantizations], Sequence[Sample]]
 
-#: More samples than this of each half move no decision that stands, and cost time in proportion; so do more for ranges.
-SAMPLES, MEASURED = 64, 256
+#: Samples that stand for all where nothing is chosen by them, at most; samples of each half that choices are tried on,
+#: and those that ranges are measured on.
+SAMPLES, TRIED, MEASURED = 64, 128, 256
 #: Runs of a half, at most, with each choice: few samples are run up to four times, to average the chance of their
-#: roundings, where that takes a quarter of the work that comparing may take. Four halve it; what is left after that is
+#: roundings, where that takes a quarter of the work that trying may take. Four halve it; what is left after that is
 #: mostly the difference between samples.
-RUNS, REPEATS = 128, 4
+RUNS, REPEATS = 256, 4
 #: Multiply-accumulates that trying the tensors one by one may take, and comparing whole choices after that. A thread
 #: does 2e10 to 6e10 in a second.
 ALONE, TOGETHER = 5e11, 6e11
+#: A choice gives way to another that is better by more standard errors than this.
+SURE = 2.0
 #: With fewer samples than this, tensors are not tried one by one.
 FEWEST = 8
 #: Bytes of arrays that are held over all samples; where they would be more, there are fewer samples.
@@ -70,7 +72,7 @@ class Choice:
         return cls(observers, dict(entries["alone"]), dict(entries["together"]), float(entries["noise"]))
 
 
-#: The choice that gives each tensor an observer of its own where that surely gains; it is the last that is compared.
+#: The choice that gives each tensor an observer of its own where the outputs gain by it; it is compared last.
 OWN = "each its own"
 
 
@@ -94,7 +96,7 @@ def choose_observers(
 
     What each observer of a tensor does is found with that tensor alone quantized: the part of the graph before it runs
     once per sample, the part behind it once per sample and distinct range. From the last observer for all tensors,
-    `descend` then takes the steps to others that the outputs surely gain by.
+    `descend` then changes one after another where the outputs gain by it.
 
     Memory holds the samples, the float outputs and one sample's values per thread. The number of samples follows from
     the model's work, so that the time is bounded whatever its size.
@@ -183,7 +185,7 @@ class _Search:
         """Try the tensors of each half one by one, and its weights."""
         parts = self._parts([(half.candidates, half.measured) for half in halves])
         alone = self.trials.alone(parts, self.track, self.threads)
-        return [Tried(errors, self.trials.weights(samples)) for errors, (_, samples) in zip(alone, parts, strict=True)]
+        return [Tried(errors, self.trials.weights(part.samples)) for errors, part in zip(alone, parts, strict=True)]
 
     def alone_by(self, observer: Observer) -> Alone:
         """Try what one observer makes of each tensor, unless that is too much work."""
@@ -193,12 +195,14 @@ class _Search:
         parts = self._parts([(candidates, range(len(self.data)))])
         return self.trials.alone(parts, self.track, self.threads)[0]
 
-    def _parts(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[_Part]:
+    def _parts(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Part]:
         """Return the samples of each part that its candidates can be tried on within `ALONE`."""
-        count = len(parts)
-        most = [ALONE / self.trials.work_alone(candidates) / count for candidates, _ in parts]
-        return [(candidates, spread(self.data, self.trials.sample_bytes * count, runs, among))
-                for runs, (candidates, among) in zip(most, parts, strict=True)]  # fmt: skip
+        found = []
+        for candidates, among in parts:
+            runs = ALONE / self.trials.work_alone(candidates) / len(parts)
+            samples = spread(self.data, self.trials.sample_bytes * len(parts), min(TRIED, runs), among)
+            found.append(Part(candidates, samples, _repeats(samples, runs)))
+        return found
 
     def compare(self, halves: Sequence[_Half], own: Sequence[Mapping[str, Observer]]) -> dict[str, OutputError]:
         """Return the error of each observer for all tensors, and of each half's own, on what is held out."""
@@ -209,9 +213,8 @@ class _Search:
             choices = {observer.value: dict.fromkeys(half.candidates, observer) for observer in self.among}
             choices |= {OWN: own[index]} if own else {}
             parameters = {name: _parameters(half.candidates, choice) for name, choice in choices.items()}
-            samples = spread(self.data, self.trials.sample_bytes, runs, half.held_out)
-            repeats = int(np.clip(min(runs / 4, RUNS) / len(samples), 1, REPEATS))
-            errors = self.trials.together(samples, parameters, repeats, self.track, self.threads)
+            samples = spread(self.data, self.trials.sample_bytes, min(TRIED, runs), half.held_out)
+            errors = self.trials.together(samples, parameters, _repeats(samples, runs), self.track, self.threads)
             found = {name: found[name] + error if found else error for name, error in errors.items()}
         return found
 
@@ -236,6 +239,10 @@ def _surely_less(error: OutputError, other: OutputError) -> bool:
     return better > SURE * uncertain
 
 
+def _repeats(samples: Sequence[Sample], runs: float) -> int:
+    return int(np.clip(min(runs / 4, RUNS) / len(samples), 1, REPEATS))
+
+
 def _spoilt(alone: Alone) -> dict[str, float]:
     return {name: min(error.total for error in errors.values()) for name, errors in alone.items()}
 
@@ -244,7 +251,7 @@ def _parameters(candidates: Mapping[str, Quantizations], choice: Mapping[str, Ob
     return {name: candidates[name][observer] for name, observer in choice.items()}
 
 
-def spread(data: Dataset, sample_bytes: int, most: float = SAMPLES, among: Sequence[int] | None = None) -> list[Sample]:
+def spread(data: Dataset, sample_bytes: int, most: float, among: Sequence[int] | None = None) -> list[Sample]:
     """Return at most `most` samples, spread evenly over those `among`, so that together they are within `MEMORY`.
 
     Parameters
@@ -253,12 +260,12 @@ def spread(data: Dataset, sample_bytes: int, most: float = SAMPLES, among: Seque
     sample_bytes : int
         What is held of each sample.
     most : float
-        At least one sample is returned, and no more than `SAMPLES`.
+        At least one sample is returned.
     among : sequence of int, optional
         Positions in the data; all by default.
     """
     among = range(len(data)) if among is None else among
-    chosen = _evenly(among, min(most, SAMPLES, MEMORY // max(1, sample_bytes)))
+    chosen = _evenly(among, min(most, MEMORY // max(1, sample_bytes)))
     return [feeds for index, feeds in enumerate(data) if index in chosen]
 
 

@@ -147,6 +147,15 @@ def distinct(candidates: Quantizations) -> dict[Observer, list[Observer]]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Samples to try tensors on, what each observer makes of the tensors, and how often each sample runs."""
+
+    candidates: Mapping[str, Quantizations]
+    samples: Sequence[Sample]
+    repeats: int
+
+
+@dataclass(frozen=True)
 class Trials:
     """The runs that quantizations of a model's tensors can be tried in.
 
@@ -228,17 +237,17 @@ class Trials:
 
     def alone(
         self,
-        parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[Sample]]],
+        parts: Sequence[Part],
         track: Track[tuple[str, list[dict[Observer, OutputError]]]],
         threads: int,
     ) -> list[dict[str, dict[Observer, OutputError]]]:
         """Quantize one tensor at a time; return, for each part of the samples, the error by tensor and observer.
 
-        The part of the graph before the tensor runs once per sample, the part behind it once per sample and distinct
-        quantization. Every part of the samples has candidates of its own, for the same tensors.
+        The part of the graph before the tensor runs once per sample, the part behind it once per sample, distinct
+        quantization and repeat. Every part of the samples has candidates of its own, for the same tensors.
         """
-        names = list(parts[0][0])
-        outputs = [self._outputs(samples) for _, samples in parts]
+        names = list(parts[0].candidates)
+        outputs = [self._outputs(part.samples) for part in parts]
         with ThreadPoolExecutor(threads) as pool:
             errors = pool.map(partial(self._alone, parts, outputs), names)
             found = dict(track(zip(names, errors, strict=True), len(names), "choosing ranges"))
@@ -257,22 +266,23 @@ class Trials:
 
     def _alone(
         self,
-        parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[Sample]]],
+        parts: Sequence[Part],
         outputs: Sequence[Sequence[runtime.Outputs]],
         name: str,
     ) -> list[dict[Observer, OutputError]]:
         model, cuts = self._quantized(self.model, [name])
         before, behind = _split(model, cuts[name])
         found = []
-        for (candidates, samples), part in zip(parts, outputs, strict=True):
-            groups = distinct(candidates[name])
+        for part, references in zip(parts, outputs, strict=True):
+            groups = distinct(part.candidates[name])
             errors = {observer: OutputError() for observer in groups}
-            for feeds, expected in zip(samples, part, strict=True):
+            inputs = {observer: _repeats({name: part.candidates[name][observer]}, part.repeats) for observer in groups}
+            for feeds, expected in zip(part.samples, references, strict=True):
                 if behind is None:
                     break
                 state = feeds if before is None else {**feeds, **before.run(feeds)}
                 for observer, error in errors.items():
-                    error.add(expected, behind.run({**state, **_inputs({name: candidates[name][observer]})}))
+                    error.add(expected, *(behind.run({**state, **given}) for given in inputs[observer]))
             found.append({observer: errors[first] for first, group in groups.items() for observer in group})
         return found
 
@@ -295,10 +305,14 @@ def _together(
     parameters: Mapping[str, Parameters],
 ) -> OutputError:
     error = OutputError()
-    inputs = [_inputs(_widened(parameters, repeat)) for repeat in range(repeats)]
+    inputs = _repeats(parameters, repeats)
     for feeds, expected in zip(samples, outputs, strict=True):
         error.add(expected, *(session.run({**feeds, **given}) for given in inputs))
     return error
+
+
+def _repeats(parameters: Mapping[str, Parameters], count: int) -> list[dict[str, npt.NDArray[Any]]]:
+    return [_inputs(_widened(parameters, repeat)) for repeat in range(count)]
 
 
 def _widened(parameters: Mapping[str, Parameters], repeat: int) -> Mapping[str, Parameters]:
