@@ -19,9 +19,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.output_error import OutputError
 from qcompile.calib.sections import Section, live_values, section, typed
-from qcompile.calib.sensitivity import spread
-from qcompile.calib.trials import OutputError
+from qcompile.calib.sensitivity import SAMPLES, spread
 from qcompile.calib.work import Cost
 from qcompile.core import runtime
 from qcompile.core.contract import Track
@@ -66,7 +66,7 @@ def measure_drift(
     quantized = typed(quantized, first)
     cost = Cost.of(quantized, first)
     stages = _stages(quantized, operators)
-    samples = spread(data, cost.peak_bytes, WORK / cost.total)
+    samples = spread(data, cost.peak_bytes, min(SAMPLES, WORK / cost.total))
     means, weights = _expected_means(reference, stages, samples)
     states: list[runtime.Outputs] = [dict(feeds) for feeds in samples]
     drift: dict[str, tuple[float, ...]] = {}
@@ -92,7 +92,7 @@ def helps(reference: ir.Model, before: ir.Model, after: ir.Model, data: Dataset,
     expected, *sessions = (runtime.Session(model, optimize=False) for model in (reference, before, after))
     errors = [OutputError() for _ in sessions]
     cost = Cost.of(after, next(iter(data)))
-    samples = spread(data, cost.peak_bytes, WORK / (3 * cost.total))
+    samples = spread(data, cost.peak_bytes, min(SAMPLES, WORK / (3 * cost.total)))
     for feeds in track(samples, len(samples), "checking the correction"):
         outputs = expected.run(feeds)
         for error, session in zip(errors, sessions, strict=True):

@@ -6,36 +6,40 @@ what a decision hangs on. Forward runs tell, and need neither labels nor gradien
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.descent import Tried, descend
 from qcompile.calib.observers import Observer
+from qcompile.calib.output_error import OutputError, gain
 from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.trials import OutputError, Parameters, Quantizations, Trials, gain, quantizations
+from qcompile.calib.trials import Parameters, Part, Quantizations, Trials, quantizations
 from qcompile.calib.work import Cost
 from qcompile.core import runtime
 from qcompile.core.contract import Track
 
-Key = TypeVar("Key", str, Observer)
 Alone = Mapping[str, Mapping[Observer, OutputError]]
 
-#: More samples than this of each half move no decision that stands, and cost time in proportion; so do more for ranges.
-SAMPLES, MEASURED = 64, 256
+#: Samples that stand for all where nothing is chosen by them, at most; samples of each half that choices are tried on,
+#: and those that ranges are measured on.
+SAMPLES, TRIED, MEASURED = 64, 128, 256
 #: Runs of a half, at most, with each choice: few samples are run up to four times, to average the chance of their
-#: roundings, where that takes a quarter of the work that comparing may take. Four halve it; what is left after that is
+#: roundings, where that takes a quarter of the work that trying may take. Four halve it; what is left after that is
 #: mostly the difference between samples.
-RUNS, REPEATS = 128, 4
+RUNS, REPEATS = 256, 4
 #: Multiply-accumulates that trying the tensors one by one may take, and comparing whole choices after that. A thread
 #: does 2e10 to 6e10 in a second.
 ALONE, TOGETHER = 5e11, 6e11
+#: A choice gives way to another that is better by more standard errors than this.
+SURE = 2.0
 #: With fewer samples than this, tensors are not tried one by one.
 FEWEST = 8
 #: Bytes of arrays that are held over all samples; where they would be more, there are fewer samples.
@@ -78,8 +82,8 @@ class Choice:
         return cls(observers, dict(entries["alone"]), dict(entries["together"]), float(entries["noise"]))
 
 
-#: The choices that give each tensor the observer that is best for it alone, among those that measure a range, and among
-#: all where some tensor is better off with a dynamic one.
+#: The choices that give each tensor an observer of its own where the outputs gain by it: among those that measure a
+#: range, which is the choice that others must be surely better than, and among all.
 OWN, DYNAMIC = "each its own", "each its own, or dynamic"
 
 
@@ -102,9 +106,9 @@ def choose_observers(
     the other way round (twofold cross-validation; Stone 1974). On the samples that a range was measured on, minmax
     never clips, and a moving average may happen to lie between two outliers.
 
-    A tensor's own observer is the one that does best when that tensor alone is quantized: the part of the graph before
-    it runs once per sample, the part behind it once per sample and distinct range. What is chosen so often fits its
-    samples, so it must be better than the best single observer by more than the standard error of the difference.
+    What each observer of a tensor does is found with that tensor alone quantized: the part of the graph before it runs
+    once per sample, the part behind it once per sample and distinct range. From the last observer for all tensors,
+    `descend` then changes one after another where the outputs gain by it.
 
     Memory holds the samples, the float outputs and one sample's values per thread. The number of samples follows from
     the model's work, so that the time is bounded whatever its size.
@@ -154,15 +158,17 @@ def choose_observers(
         together = {among[0].value: 0.0}  # it is compared with nothing: what the tensors do alone is all that is known
         return Choice(dict.fromkeys(candidates, among[0]), alone_by_it, together, sum(alone_by_it.values()))
     halves = search.halves(model)
-    alone: list[Alone] = []
+    tried: list[Tried] = []
     if trials.work_alone(candidates) * FEWEST <= ALONE:
-        alone = search.alone([(half.candidates, half.measured) for half in halves])
-    errors = search.compare(halves, [_owns(errors, dynamic) for errors in alone])
+        tried = search.tried(halves)
+    own = partial(_own, start=among[-1], dynamic=dynamic)
+    errors = search.compare(halves, [own(part) for part in tried])
     best = _decide(errors)
     together = {name: error.value for name, error in errors.items()}
-    tried = _joined(alone) if alone else search.alone_by(Observer(best))
-    observers = _owns(tried, dynamic).get(best) or dict.fromkeys(candidates, Observer(best))
-    return Choice(observers, _spoilt(tried), together, errors[best].total)
+    both = sum(tried[1:], tried[0]) if tried else None
+    alone = both.alone if both else search.alone_by(Observer(best))
+    observers = own(both).get(best) if both else None
+    return Choice(observers or dict.fromkeys(candidates, Observer(best)), _spoilt(alone), together, errors[best].total)
 
 
 def weights_alone(
@@ -187,7 +193,7 @@ def weights_alone(
     first = next(iter(data))
     scores, codes = typed(at_scores(model), first), rounded.graph.initializers
     cost = Cost.of(scores, first)
-    samples = spread(data, cost.peak_bytes, ALONE / max(1, cost.total) / len(weights))
+    samples = spread(data, cost.peak_bytes, min(SAMPLES, ALONE / max(1, cost.total) / len(weights)))
     session = runtime.Session(scores)
     expected = [session.run(feeds) for feeds in samples]
     found = {}
@@ -236,19 +242,28 @@ class _Search:
             found.append(_Half(measured, held_out, ranges))
         return found
 
-    def alone(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Alone]:
-        """Try the tensors one by one, in each part on some of its samples; on none where that is too much work."""
-        most = [ALONE / self.trials.work_alone(candidates) / len(parts) for candidates, _ in parts]
-        if min(most) * len(parts) < 1:
-            return [{} for _ in parts]
-        tried = [(candidates, spread(self.data, self.trials.sample_bytes * len(parts), runs, among))
-                 for runs, (candidates, among) in zip(most, parts, strict=True)]  # fmt: skip
-        return list(self.trials.alone(tried, self.track, self.threads))
+    def tried(self, halves: Sequence[_Half]) -> list[Tried]:
+        """Try the tensors of each half one by one, and its weights."""
+        parts = self._parts([(half.candidates, half.measured) for half in halves])
+        alone = self.trials.alone(parts, self.track, self.threads)
+        return [Tried(errors, self.trials.weights(part.samples)) for errors, part in zip(alone, parts, strict=True)]
 
     def alone_by(self, observer: Observer) -> Alone:
-        """Try what one observer makes of each tensor."""
+        """Try what one observer makes of each tensor, unless that is too much work."""
         candidates = {name: {observer: found[observer]} for name, found in self.candidates.items()}
-        return self.alone([(candidates, range(len(self.data)))])[0]
+        if self.trials.work_alone(candidates) > ALONE:
+            return {}
+        parts = self._parts([(candidates, range(len(self.data)))])
+        return self.trials.alone(parts, self.track, self.threads)[0]
+
+    def _parts(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Part]:
+        """Return the samples of each part that its candidates can be tried on within `ALONE`."""
+        found = []
+        for candidates, among in parts:
+            runs = ALONE / self.trials.work_alone(candidates) / len(parts)
+            samples = spread(self.data, self.trials.sample_bytes * len(parts), min(TRIED, runs), among)
+            found.append(Part(candidates, samples, _repeats(samples, runs)))
+        return found
 
     def compare(
         self, halves: Sequence[_Half], own: Sequence[Mapping[str, Mapping[str, Observer]]]
@@ -263,25 +278,21 @@ class _Search:
             choices = {observer.value: dict.fromkeys(half.candidates, observer) for observer in for_all}
             choices |= own[index] if own else {}
             parameters = {name: _parameters(half.candidates, choice) for name, choice in choices.items()}
-            samples = spread(self.data, self.trials.sample_bytes, runs, half.held_out)
-            repeats = int(np.clip(min(runs / 4, RUNS) / len(samples), 1, REPEATS))
-            errors = self.trials.together(samples, parameters, repeats, self.track, self.threads)
+            samples = spread(self.data, self.trials.sample_bytes, min(TRIED, runs), half.held_out)
+            errors = self.trials.together(samples, parameters, _repeats(samples, runs), self.track, self.threads)
             found = {name: found[name] + error if found else error for name, error in errors.items()}
         return found
 
 
 def _decide(errors: Mapping[str, OutputError]) -> str:
-    """Return the choice of least error, unless by chance: the last observer, then another, then each tensor its own.
+    """Return the choice for all tensors: each its own, where that was tried, or else the last observer.
 
-    A step is taken where it is better by more than the standard error of the paired difference.
+    It gives way to the observer of least error that is better by more than `SURE` standard errors of the paired
+    difference.
     """
-    *others, chosen = (name for name in errors if name not in (OWN, DYNAMIC))
-    steps = [_least({name: errors[name].value for name in (*others, chosen)})]
-    steps += [name for name in (OWN, DYNAMIC) if name in errors]
-    for step in steps:
-        if _surely_less(errors[step], errors[chosen]):
-            chosen = step
-    return chosen
+    *_, last = errors
+    best = min(errors, key=lambda name: errors[name].value)
+    return best if _surely_less(errors[best], errors[last]) else last
 
 
 def _surely_less(error: OutputError, other: OutputError) -> bool:
@@ -290,27 +301,17 @@ def _surely_less(error: OutputError, other: OutputError) -> bool:
     if error.value == 0.0 or not np.isfinite(other.value):
         return True
     better, uncertain = gain(error, over=other)
-    return better > uncertain
+    return better > SURE * uncertain
 
 
-def _owns(alone: Alone, dynamic: Mapping[str, float]) -> dict[str, dict[str, Observer]]:
-    """Return for each tensor the observer that did best when it alone was quantized, a dynamic one with its price."""
-    found = {name: _own(alone, prices) for name, prices in ((OWN, {}), (DYNAMIC, dynamic))}
-    return found if dynamic else {OWN: found[OWN]}
+def _own(tried: Tried, start: Observer, dynamic: Mapping[str, float]) -> dict[str, dict[str, Observer]]:
+    """Return what tensors choose for themselves, that among the observers which measure a range last."""
+    found = {DYNAMIC: descend(start, tried, dynamic)} if dynamic else {}
+    return found | {OWN: descend(start, tried)}
 
 
-def _own(alone: Alone, dynamic: Mapping[str, float]) -> dict[str, Observer]:
-    own = {}
-    for name, errors in alone.items():
-        prices = {Observer.DYNAMIC: dynamic.get(name, math.inf)}
-        own[name] = _least({observer: error.value + prices.get(observer, 0.0) for observer, error in errors.items()})
-    return own
-
-
-def _joined(parts: Sequence[Alone]) -> Alone:
-    first, *others = parts
-    return {name: {observer: sum((other[name][observer] for other in others), error)
-                   for observer, error in errors.items()} for name, errors in first.items()}  # fmt: skip
+def _repeats(samples: Sequence[Sample], runs: float) -> int:
+    return int(np.clip(min(runs / 4, RUNS) / len(samples), 1, REPEATS))
 
 
 def _spoilt(alone: Alone) -> dict[str, float]:
@@ -321,11 +322,7 @@ def _parameters(candidates: Mapping[str, Quantizations], choice: Mapping[str, Ob
     return {name: candidates[name][observer] for name, observer in choice.items()}
 
 
-def _least(errors: Mapping[Key, float]) -> Key:
-    return min(errors, key=lambda key: errors[key])
-
-
-def spread(data: Dataset, sample_bytes: int, most: float = SAMPLES, among: Sequence[int] | None = None) -> list[Sample]:
+def spread(data: Dataset, sample_bytes: int, most: float, among: Sequence[int] | None = None) -> list[Sample]:
     """Return at most `most` samples, spread evenly over those `among`, so that together they are within `MEMORY`.
 
     Parameters
@@ -334,12 +331,12 @@ def spread(data: Dataset, sample_bytes: int, most: float = SAMPLES, among: Seque
     sample_bytes : int
         What is held of each sample.
     most : float
-        At least one sample is returned, and no more than `SAMPLES`.
+        At least one sample is returned.
     among : sequence of int, optional
         Positions in the data; all by default.
     """
     among = range(len(data)) if among is None else among
-    chosen = _evenly(among, min(most, SAMPLES, MEMORY // max(1, sample_bytes)))
+    chosen = _evenly(among, min(most, MEMORY // max(1, sample_bytes)))
     return [feeds for index, feeds in enumerate(data) if index in chosen]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Sample
 from qcompile.calib.observers import Histogram, Observer, value_range
+from qcompile.calib.output_error import OutputError
 from qcompile.calib.sections import Section, live_values, section
 from qcompile.calib.work import Cost
 from qcompile.core import numerics, runtime
@@ -27,96 +28,10 @@ _SCALE, _ZERO_POINT = "qcompile.trial/scale/", "qcompile.trial/zero_point/"
 #: They are never narrowed, which would clip what minmax keeps.
 SPREAD = 0.02
 
-#: Part of the mean signal that is added to every sample's, and the least noise over signal that makes a difference.
-QUIET, EXACT = 1e-3, 1e-9
-
 #: Scale and zero point of a tensor, each of shape (). A scale of 0 stands for the range of each run's own values.
 Parameters = tuple[npt.NDArray[np.float32], numerics.IntArray]
 #: What each observer makes of a tensor.
 Quantizations = Mapping[Observer, Parameters]
-
-
-@dataclass
-class OutputError:
-    """Noise power over signal power at a model's outputs: the geometric mean over samples, summed over the outputs.
-
-    Each sample counts alike. In a ratio of sums, one sample that loses an outlier would decide for all others, and
-    which samples those are is chance.
-    """
-
-    signal: dict[str, list[float]] = field(default_factory=dict)
-    noise: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, reference: runtime.Outputs, *candidates: runtime.Outputs) -> None:
-        """Count one sample; the noise is the mean over repeats. Outputs that a candidate lacks are without noise."""
-        for name, expected in reference.items():
-            # A masked score is -inf in both; where the candidate alone is not finite, the error is infinite.
-            finite = np.isfinite(expected)
-            y = np.asarray(expected, np.float64)[finite]
-            repeats = [np.asarray(candidate.get(name, expected), np.float64)[finite] for candidate in candidates]
-            self.signal.setdefault(name, []).append(_power(y))
-            self.noise.setdefault(name, []).append(sum(_power(y - repeat) for repeat in repeats) / len(repeats))
-
-    def __add__(self, other: OutputError) -> OutputError:
-        """Return the error over both's samples."""
-        both = OutputError()
-        for error in (self, other):
-            for name in error.noise:
-                both.signal.setdefault(name, []).extend(error.signal[name])
-                both.noise.setdefault(name, []).extend(error.noise[name])
-        return both
-
-    @property
-    def value(self) -> float:
-        """The error: 0 without noise, infinite where a candidate drives an output that is finite to infinity or NaN."""
-        return sum((self._of(name) for name in self.noise), 0.0)
-
-    @property
-    def total(self) -> float:
-        """The same as a ratio of sums: what the loudest samples lose counts most."""
-        pairs = [(sum(noise), sum(self.signal[name])) for name, noise in self.noise.items()]
-        return sum((noise / signal if signal > 0.0 and np.isfinite(noise) else np.inf)
-                   for noise, signal in pairs if noise != 0.0)  # fmt: skip
-
-    @property
-    def decibels(self) -> npt.NDArray[np.float64]:
-        """What each sample says of the SQNR: the mean is that of `value` in dB, the spread its uncertainty.
-
-        For one output these are the samples' own ratios; for several, what each sample moves the sum by (the delta
-        method). Only for a `value` that is finite and not 0.
-        """
-        logs = {name: self._logs(name) for name in self.noise if any(self.noise[name])}
-        moved = sum(np.exp(log.mean()) * (log - log.mean()) for log in logs.values()) / self.value
-        return np.asarray(-10.0 / np.log(10.0) * (np.log(self.value) + moved))
-
-    def _of(self, name: str) -> float:
-        noise, signal = np.array(self.noise[name]), np.array(self.signal[name])
-        if not noise.any():
-            return 0.0
-        if not np.isfinite(noise).all() or not signal.any():
-            return float("inf")
-        return float(np.exp(np.mean(self._logs(name))))
-
-    def _logs(self, name: str) -> npt.NDArray[np.float64]:
-        """Return the logarithm of each sample's noise over signal."""
-        noise, signal = np.array(self.noise[name]), np.array(self.signal[name])
-        # A sample that says nothing is judged by what the others say.
-        return np.asarray(np.log(np.maximum(noise / (signal + QUIET * signal.mean()), EXACT)))
-
-
-def _power(values: npt.NDArray[np.float64]) -> float:
-    return float(np.mean(values * values)) if values.size else 0.0
-
-
-def gain(error: OutputError, over: OutputError) -> tuple[float, float]:
-    """Return by how many dB an error is less than another on the same samples, and that number's standard error.
-
-    The samples are paired: what makes one hard for both does not count. Both errors must be finite and not 0; of a
-    single sample, the standard error is infinite.
-    """
-    differences = error.decibels - over.decibels
-    count = differences.size
-    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else float("inf")
 
 
 def quantizations(
@@ -140,6 +55,15 @@ def distinct(candidates: Quantizations) -> dict[Observer, list[Observer]]:
     for observer, (scale, zero_point) in candidates.items():
         groups.setdefault((float(scale), int(zero_point)), []).append(observer)
     return {group[0]: group for group in groups.values()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples to try tensors on, what each observer makes of the tensors, and how often each sample runs."""
+
+    candidates: Mapping[str, Quantizations]
+    samples: Sequence[Sample]
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -227,21 +151,28 @@ class Trials:
 
     def alone(
         self,
-        parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[Sample]]],
+        parts: Sequence[Part],
         track: Track[tuple[str, list[dict[Observer, OutputError]]]],
         threads: int,
     ) -> list[dict[str, dict[Observer, OutputError]]]:
         """Quantize one tensor at a time; return, for each part of the samples, the error by tensor and observer.
 
-        The part of the graph before the tensor runs once per sample, the part behind it once per sample and distinct
-        quantization. Every part of the samples has candidates of its own, for the same tensors.
+        The part of the graph before the tensor runs once per sample, the part behind it once per sample, distinct
+        quantization and repeat. Every part of the samples has candidates of its own, for the same tensors.
         """
-        names = list(parts[0][0])
-        outputs = [self._outputs(samples) for _, samples in parts]
+        names = list(parts[0].candidates)
+        outputs = [self._outputs(part.samples) for part in parts]
         with ThreadPoolExecutor(threads) as pool:
             errors = pool.map(partial(self._alone, parts, outputs), names)
             found = dict(track(zip(names, errors, strict=True), len(names), "choosing ranges"))
         return [{name: found[name][index] for name in names} for index in range(len(parts))]
+
+    def weights(self, samples: Sequence[Sample]) -> OutputError:
+        """Return the outputs' error with the weights rounded and no tensor quantized."""
+        error, session = OutputError(), runtime.Session(self.rounded)
+        for feeds, expected in zip(samples, self._outputs(samples), strict=True):
+            error.add(expected, session.run(feeds))
+        return error
 
     def _outputs(self, samples: Sequence[Sample]) -> list[runtime.Outputs]:
         session = runtime.Session(self.model)
@@ -249,22 +180,23 @@ class Trials:
 
     def _alone(
         self,
-        parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[Sample]]],
+        parts: Sequence[Part],
         outputs: Sequence[Sequence[runtime.Outputs]],
         name: str,
     ) -> list[dict[Observer, OutputError]]:
         model, cuts = self._quantized(self.model, [name])
         before, behind = _split(model, cuts[name])
         found = []
-        for (candidates, samples), part in zip(parts, outputs, strict=True):
-            groups = distinct(candidates[name])
+        for part, references in zip(parts, outputs, strict=True):
+            groups = distinct(part.candidates[name])
             errors = {observer: OutputError() for observer in groups}
-            for feeds, expected in zip(samples, part, strict=True):
+            inputs = {observer: _repeats({name: part.candidates[name][observer]}, part.repeats) for observer in groups}
+            for feeds, expected in zip(part.samples, references, strict=True):
                 if behind is None:
                     break
                 state = feeds if before is None else {**feeds, **before.run(feeds)}
                 for observer, error in errors.items():
-                    error.add(expected, behind.run({**state, **_inputs({name: candidates[name][observer]})}))
+                    error.add(expected, *(behind.run({**state, **given}) for given in inputs[observer]))
             found.append({observer: errors[first] for first, group in groups.items() for observer in group})
         return found
 
@@ -291,10 +223,14 @@ def _together(
     parameters: Mapping[str, Parameters],
 ) -> OutputError:
     error = OutputError()
-    inputs = [_inputs(_widened(parameters, repeat)) for repeat in range(repeats)]
+    inputs = _repeats(parameters, repeats)
     for feeds, expected in zip(samples, outputs, strict=True):
         error.add(expected, *(session.run({**feeds, **given}) for given in inputs))
     return error
+
+
+def _repeats(parameters: Mapping[str, Parameters], count: int) -> list[dict[str, npt.NDArray[Any]]]:
+    return [_inputs(_widened(parameters, repeat)) for repeat in range(count)]
 
 
 def _widened(parameters: Mapping[str, Parameters], repeat: int) -> Mapping[str, Parameters]:

@@ -16,6 +16,7 @@ from wheels import Archive
 _SEED = 0
 _SHIFT = 4  # pixels, as in the training of ResNets on CIFAR (He et al. 2016, section 4.2)
 _VWW_SIZE, _VWW_CROPS = 96, 100
+_VWW_PARTS = (1.0, 0.9, 0.8, 0.7)  # of an evaluation photograph, each also mirrored
 _PERSON, _NO_PERSON = 0, 1  # the order of the classes in visual_wake_words.py, in the archive that holds the weights
 
 # Window, step, channels and upper edge as keyword_spotting.py says, in the archive that holds the weights. It does not
@@ -115,15 +116,17 @@ def build_vww_mobilenet(archive: Archive, folder: Path) -> None:
     images, labels = [], []
     for source, label in (("persons", _PERSON), ("others", _NO_PERSON)):
         for content in archive.read_all(source).values():
-            square = _centre_square(decode(content)).astype(np.float32)
-            images += [square[None], square[None, :, ::-1]]
-            labels += [label, label]
+            image = decode(content)
+            squares = [_centre_square(image, part).astype(np.float32) for part in _VWW_PARTS]
+            images += [view for square in squares for view in (square[None], square[None, :, ::-1])]
+            labels += [label] * 2 * len(squares)
     write_npz(folder / "eval.npz", {"x": np.stack(images), "labels": np.array(labels, np.int64)})
 
 
-def _centre_square(image: RgbImage) -> RgbImage:
+def _centre_square(image: RgbImage, part: float) -> RgbImage:
+    """Cut a square out of the middle, by its side as a part of the image's shorter one."""
     height, width = image.shape[:2]
-    side = min(height, width)
+    side = int(part * min(height, width))
     return crop_and_resize(image, (width - side) // 2, (height - side) // 2, side, _VWW_SIZE)
 
 

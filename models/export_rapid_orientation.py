@@ -14,7 +14,7 @@ from wheels import Archive
 
 _SHORTER_SIDE, _SIZE = 256, 224
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CROPS, _CALIBRATION_PAGES, _EVALUATION_PAGES = 8, 8, 14
+_CROPS, _CALIBRATION_PAGES, _EVALUATION_PAGES = 8, 40, 59
 _PAGE_SIZES = ((340, 260), (260, 340), (300, 300))  # width and height in pixels, taken in turn
 _FONT_SIZES = (11, 13, 16, 20)
 _SEED = 0
