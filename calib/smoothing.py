@@ -7,7 +7,7 @@ section 4, whose α is searched here for each group; Lin et al. 2024, "AWQ", sea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from qcompile.core import numerics
 Numbers = npt.NDArray[np.float64]
 
 #: How much of a channel's reach goes into the weights: 0 evens out the weights, 1 the activations.
-ALPHAS = tuple(step / 20 for step in range(21))
+ALPHAS = tuple(step / 20 for step in range(6, 21))
 #: Factors are powers of 2 by eighths: at most 4 % beside the exact ones, and a plan can hold them as short numbers.
 STEPS = 8
 #: Whole powers of 2 change no digit of a float, so they are preferred at this much more noise.
@@ -57,13 +57,30 @@ class Reader:
     def reach(self) -> Numbers:
         """The largest absolute weight of each channel that it reads, shape (channels,)."""
         found = np.zeros(self.classes.size)
-        np.maximum.at(found, np.broadcast_to(self.channels, self.weight.shape), np.abs(self.weight))
+        np.maximum.at(found, self.channels, self._over(np.max, self._absolute))
         return found
 
     @cached_property
+    def energy(self) -> Numbers:
+        """The sum of the squared weights of each channel that it reads, shape (channels,)."""
+        found = np.zeros(self.classes.size)
+        np.add.at(found, self.channels, self._over(np.sum, np.square(self.weight, dtype=np.float64)))
+        return found
+
+    @property
     def signal(self) -> float:
         """The power of what it adds up, as if channels were independent, summed over its output channels."""
-        return float(np.sum(np.square(self.weight, dtype=np.float64) * self.spread.power[self.channels]))
+        return float(np.dot(self.energy, self.spread.power))
+
+    @cached_property
+    def _absolute(self) -> npt.NDArray[Any]:
+        return np.abs(self.weight)
+
+    def _over(self, reduce: Callable[..., npt.NDArray[Any]], array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Reduce an array of the weights' shape to that of `channels`."""
+        axes = tuple(at for at, length in enumerate(self.channels.shape) if length == 1)
+        reduced = reduce(array, axis=axes, keepdims=True)
+        return reduced
 
     def noise(self, factors: Numbers, dtype: str, weight_dtype: str, per_channel: bool) -> float:
         """Return the noise power that quantization adds, summed over its output channels.
@@ -83,12 +100,16 @@ class Reader:
         by_channel = factors[self.classes]
         low, high = np.min(self.spread.low / by_channel), np.max(self.spread.high / by_channel)
         step = float(numerics.affine_scale([low], [high], dtype)[0][0])
-        scaled = np.abs(self.weight * by_channel[self.channels])
-        others = tuple(at for at in range(scaled.ndim) if at != self.axis) if per_channel else None
-        steps = numerics.symmetric_scale(np.max(scaled, axis=others, keepdims=True), weight_dtype).astype(np.float64)
-        power = np.broadcast_to((self.spread.power / by_channel**2)[self.channels], scaled.shape)
-        rounding = step**2 / 12.0 * float(np.sum(np.square(scaled)))
-        return rounding + float(np.sum(steps**2 * np.sum(power, axis=others, keepdims=True))) / 12.0
+        others = tuple(at for at in range(self.weight.ndim) if at != self.axis) if per_channel else None
+        absmax = np.max(self._absolute * by_channel.astype(np.float32)[self.channels], axis=others, keepdims=True)
+        steps = numerics.symmetric_scale(absmax, weight_dtype).astype(np.float64)
+        power = (self.spread.power / by_channel**2)[self.channels]
+        repeats = self.weight.size / power.size / (self.weight.shape[self.axis] / power.shape[self.axis])
+        if others is None:
+            weights = float(steps.reshape(())) ** 2 * float(np.sum(power)) * self.weight.size / power.size
+        else:
+            weights = repeats * float(np.sum(steps**2 * np.sum(power, axis=others, keepdims=True)))
+        return (step**2 * float(np.dot(self.energy, by_channel**2)) + weights) / 12.0
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class Classes:
         beyond = range(-labels.ndim, -len(shape))
         labels = self.flat(labels, (*beyond, *(at for at in range(-len(shape), 0) if shape[at] == 1)))
         labels = labels.reshape(labels.shape[len(beyond) :])
-        fits = all(n in (1, length) for n, length in zip(reversed(labels.shape), reversed(shape), strict=False))
-        return labels if fits else None
+        ends: tuple[int, ...] = tuple(labels.shape)
+        return labels if all(end in (1, n) for end, n in zip(ends[::-1], shape[::-1], strict=False)) else None
 
     def ahead(self, node: ir.Node, labels: Labels) -> list[Labels] | None:
         """Carry labels through an operator of `index_maps.MOVES`; None if where elements go is not known."""
@@ -137,10 +137,10 @@ def mixed_axes(node: ir.Node) -> tuple[int, ...] | None:
         axes = evaluate(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else np.array(every)
         if numbers is None or axes is None or np.isnan(numbers).any():
             return None
-        grown = numbers.reshape(2, -1).any(axis=0)
-        return tuple(int(at) % len(shape) - len(shape) for at, more in zip(axes, grown, strict=True) if more)
+        grown = axes.reshape(-1)[numbers.reshape(2, -1).any(axis=0)]
+        return tuple(int(at) % len(shape) - len(shape) for at in grown)
     if node.op_type.startswith("Reduce"):
-        if node.attributes.get_int("noop_with_empty_axes", 0):
+        if node.attributes.get_int("noop_with_empty_axes", 0) != 0:
             return None
         numbers = evaluate(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else np.array(every)
         return None if numbers is None else tuple(int(at) % len(shape) - len(shape) for at in numbers.reshape(-1))

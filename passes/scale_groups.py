@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from qcompile.core.contract import Refusal
 from qcompile.core.plan import How
-from qcompile.passes.index_maps import Labels
+from qcompile.passes.index_maps import Labels, Numbers
 from qcompile.passes.patterns import Patterns
 from qcompile.passes.scale_classes import FIXED, Classes, channel_axis, lengths
 from qcompile.passes.scale_closure import Closure
@@ -99,7 +99,7 @@ class ScaleGroup:
         """How many factors there are."""
         return int(self.classes.max())
 
-    def per_class(self, per_channel: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Labels:
+    def per_class(self, per_channel: Numbers) -> Numbers:
         """Return the factor of each class, that of `FIXED` first, from those of the root's channels."""
         found = np.ones(self.factors + 1)
         found[self.classes] = per_channel
@@ -146,7 +146,7 @@ def scale_group(root: ir.Value, axis: int, patterns: Patterns, how: How) -> Scal
 
 
 def _group(closure: Closure, how: How) -> ScaleGroup:
-    """Number the classes that are left."""
+    """Return what a closure found, its classes numbered by what is left."""
     found = closure.classes.of(closure.labels[closure.root].reshape(-1))
     kept = np.unique(np.append(found, FIXED))
 
