@@ -74,13 +74,13 @@ class Reader:
 
     @cached_property
     def _absolute(self) -> npt.NDArray[Any]:
-        return np.abs(self.weight)
+        absolute: npt.NDArray[Any] = np.abs(self.weight)
+        return absolute
 
     def _over(self, reduce: Callable[..., npt.NDArray[Any]], array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Reduce an array of the weights' shape to that of `channels`."""
         axes = tuple(at for at, length in enumerate(self.channels.shape) if length == 1)
-        reduced = reduce(array, axis=axes, keepdims=True)
-        return reduced
+        return reduce(array, axis=axes, keepdims=True)
 
     def noise(self, factors: Numbers, dtype: str, weight_dtype: str, per_channel: bool) -> float:
         """Return the noise power that quantization adds, summed over its output channels.
@@ -128,8 +128,9 @@ class Scheme:
     weight_dtype: str
     per_channel: bool
 
-    def loss(self, readers: Sequence[Reader], factors: Numbers) -> float:
-        """Return noise over signal, summed over the operators."""
+    def loss(self, readers: Sequence[Reader], log2: Numbers) -> float:
+        """Return noise over signal, summed over the operators, with factors of 2 to the power of `log2` by class."""
+        factors = np.exp2(log2)
         return sum(
             reader.noise(factors, self.dtype, self.weight_dtype, self.per_channel) / reader.signal
             for reader in readers
@@ -137,7 +138,7 @@ class Scheme:
         )
 
 
-def smoothing_factors(readers: Sequence[Reader], alpha: float) -> Numbers:
+def smoothing_log2(readers: Sequence[Reader], alpha: float) -> Numbers:
     """Return max|X|^α / max|W|^(1-α) of each class (SmoothQuant, equation 4), as powers of 2 by eighths.
 
     Parameters
@@ -149,8 +150,8 @@ def smoothing_factors(readers: Sequence[Reader], alpha: float) -> Numbers:
     Returns
     -------
     ndarray of float64, shape (number of factors + 1,)
-        The first is 1, for channels that are not scaled; so is that of channels that are dead. A factor that all have
-        in common changes nothing, so it is taken out.
+        Their logarithms. The first is 0, for channels that are not scaled; so is that of channels that are dead. A
+        factor that all have in common changes nothing, so it is taken out.
     """
     count = max(int(reader.classes.max()) for reader in readers) + 1
     reach, weights = np.zeros(count), np.zeros(count)
@@ -163,21 +164,21 @@ def smoothing_factors(readers: Sequence[Reader], alpha: float) -> Numbers:
     log2[alive] = alpha * np.log2(reach[alive]) - (1.0 - alpha) * np.log2(weights[alive])
     if alive.any():
         log2[alive] -= np.median(log2[alive])
-    return np.exp2(_rounded(log2, STEPS))
+    return _rounded(log2, STEPS)
 
 
 def best_alpha(readers: Sequence[Reader], scheme: Scheme) -> float | None:
     """Return the α of least loss, None where nothing is better than leaving the channels as they are."""
     count = max(int(reader.classes.max()) for reader in readers) + 1
-    losses = {alpha: scheme.loss(readers, smoothing_factors(readers, alpha)) for alpha in ALPHAS}
+    losses = {alpha: scheme.loss(readers, smoothing_log2(readers, alpha)) for alpha in ALPHAS}
     best = min(losses, key=lambda alpha: losses[alpha])
-    return best if losses[best] < scheme.loss(readers, np.ones(count)) else None
+    return best if losses[best] < scheme.loss(readers, np.zeros(count)) else None
 
 
-def preferably_whole(readers: Sequence[Reader], factors: Numbers, scheme: Scheme) -> Numbers:
+def preferably_whole(readers: Sequence[Reader], log2: Numbers, scheme: Scheme) -> Numbers:
     """Return the nearest whole powers of 2 where they lose next to nothing, else the factors as they are."""
-    whole = np.exp2(_rounded(np.log2(factors), 1))
-    return whole if scheme.loss(readers, whole) <= WHOLE * scheme.loss(readers, factors) else factors
+    whole = _rounded(log2, 1)
+    return whole if scheme.loss(readers, whole) <= WHOLE * scheme.loss(readers, log2) else log2
 
 
 def _rounded(log2: Numbers, steps: int) -> Numbers:

@@ -156,7 +156,7 @@ def channel_axis(node: ir.Node, value: ir.Value) -> int | None:
 
     None if the rank is not known or the operator transposes what it reads.
     """
-    if value.shape is None or node.attributes.get_int("transA", 0):
+    if value.shape is None or node.attributes.get_int("transA", 0) != 0:
         return None
     return 1 - len(value.shape) if node.op_type in ("Conv", "ConvTranspose") else -1
 

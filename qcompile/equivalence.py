@@ -17,7 +17,7 @@ from qcompile.calib.collect import ChannelSpread, collect, collect_spread
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.smoothing import Reader, Scheme, best_alpha, preferably_whole, smoothing_factors
+from qcompile.calib.smoothing import Reader, Scheme, best_alpha, preferably_whole, smoothing_log2
 from qcompile.calib.trials import OutputError, Trials, gain, quantizations
 from qcompile.calib.work import Cost
 from qcompile.core.contract import Refusal
@@ -205,8 +205,8 @@ class _Search:
         alpha = best_alpha(readers, self.scheme)
         if alpha is None:
             return _Tuned(group, readers, None, "its channels are even enough: no factors lower the noise")
-        factors = smoothing_factors(readers, alpha)
-        before, after = (self.scheme.loss(readers, each) for each in (np.ones(factors.size), factors))
+        log2 = smoothing_log2(readers, alpha)
+        before, after = (self.scheme.loss(readers, each) for each in (np.zeros(log2.size), log2))
         if group.how is not How.FOLD and before < MUL_GAIN * after:
             reason = f"it takes a Mul, which would leave {after / before:.0%} of the noise behind it: too little gain"
             return _Tuned(group, readers, None, reason)
@@ -220,9 +220,9 @@ class _Search:
             if one.alpha is None or one.group.how not in candidate.kinds:
                 found[name] = ChannelFactors(How.NONE, reason=one.reason or why)
                 continue
-            factors = smoothing_factors(one.readers, one.alpha if candidate.alpha is None else candidate.alpha)
-            factors = preferably_whole(one.readers, factors, self.scheme)
-            found[name] = ChannelFactors(one.group.how, tuple(map(float, np.log2(factors)[one.group.classes])))
+            log2 = smoothing_log2(one.readers, one.alpha if candidate.alpha is None else candidate.alpha)
+            log2 = preferably_whole(one.readers, log2, self.scheme)
+            found[name] = ChannelFactors(one.group.how, tuple(map(float, log2[one.group.classes])))
         return found
 
     def _readers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Reader]:
