@@ -37,6 +37,12 @@ class Classes:
         other._parent = self._parent.copy()
         return other
 
+    def fresh(self, count: int) -> Labels:
+        """Return labels that nothing has yet."""
+        labels = np.arange(count, dtype=np.int64) + self._parent.size
+        self._parent = np.concatenate([self._parent, labels])
+        return labels
+
     def of(self, labels: Labels) -> Labels:
         """Return the least label of each one's class."""
         found: Labels = self._parent[labels]

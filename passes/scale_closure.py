@@ -300,7 +300,7 @@ class Closure:
         if mixed is None or (node.op_type == "MaxPool" and len(node.outputs) > 1 and node.outputs[1].uses()):
             self._stop(labels, node, f"what this {node.op_type} mixes is not known")
             return
-        if is_standard(node, "Pad") and len(node.inputs) > 2 and scalar(node.inputs[2]) not in (None, 0.0):
+        if is_standard(node, "Pad") and len(node.inputs) > 2 and node.inputs[2] and scalar(node.inputs[2]) != 0.0:
             self._stop(labels, node, "it pads with another number than zero")
             return
         gone = mixed if node.op_type.startswith("Reduce") and not node.attributes.get_int("keepdims", 1) else ()
@@ -377,7 +377,7 @@ class Closure:
             self.put(node.outputs[0], labels)
 
     def _into_concat(self, node: ir.Node, value: ir.Value, labels: Labels) -> None:
-        """Go on behind a Concat: along the axis that it joins, the other parts keep their scale."""
+        """Go on behind a Concat: along the axis that it joins, the other parts have factors of their own."""
         shapes = [lengths(x) for x in node.inputs]
         axis = node.attributes.get_int("axis", 0)
         axis = axis if axis < 0 else axis - len(shapes[0] or ())
@@ -390,7 +390,7 @@ class Closure:
                 self._stop(labels, node, "the lengths of its parts are not known")
                 return
             full = labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
-            other = np.full([shape[axis] if at == axis + rank else 1 for at in range(rank)], FIXED)
+            other = self.classes.fresh(shape[axis]).reshape([-1] + [1] * (-axis - 1))
             parts.append(full if x is value else np.broadcast_to(other, [
                 shape[axis] if at == axis + rank else length for at, length in enumerate(full.shape)]))  # fmt: skip
         self.put(node.outputs[0], np.concatenate(parts, axis))

@@ -33,7 +33,7 @@ from qcompile.passes.scale_classes import weight_channels
 from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
 from qcompile.passes.smooth import Smooth, added_nodes
 from qcompile.pipeline import SMOOTHING, WISHES
-from qcompile.pricing import WORTH, Pricer
+from qcompile.pricing import Pricer
 
 #: Multiply-accumulates that all trials together may take.
 WORK = 1.5e12
@@ -43,6 +43,8 @@ SAMPLES, ENOUGH = 32, 6
 GLOBAL = (0.65, 0.8)
 #: A Mul more is considered where it makes the noise of the operators behind it this much less, by the estimate.
 MUL_GAIN = 2.0
+#: Time and noise are weighed as time · noise^0.1: a decibel is worth 2 % of time, next to nothing beyond 30 dB.
+NOISE, NEGLIGIBLE = 0.1, 1e-3
 #: Ranges by which a trial quantizes, if these are to be chosen from: the one that loses less counts.
 OBSERVERS = (Observer.MINMAX, Observer.MSE)
 
@@ -96,10 +98,10 @@ class _Tuned:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a candidate comes to: noise at the outputs, and latency and noise together in parts of float's latency."""
+    """What a candidate comes to: noise at the outputs, and what that costs together with the time it takes."""
 
     error: OutputError
-    worth: float
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class _Search:
             step = step if step.alpha is None else replace(step, kinds=best.kinds)
             if step.alpha is None or step.kinds:
                 found = outcome(step)
-                if found.worth < least.worth and _surely_less(found.error, least.error):
+                if found.cost < least.cost and _surely_less(found.error, least.error):
                     best, least = step, found
         return best, tuned
 
@@ -273,17 +275,14 @@ class _Trials:
         choices = {observer.value: {name: found[observer] for name, found in ranges.items()} for observer in among}
         errors = trials.together(judge, choices, 1, track, options.threads)
         error = min(errors.values(), key=lambda one: one.value)
-        return _Outcome(error, self._added_latency(model, added) + WORTH * error.total)
+        return _Outcome(error, self._slower(model, added) * (error.total + NEGLIGIBLE) ** NOISE)
 
-    def _added_latency(self, model: ir.Model, added: int) -> float:
-        """Return the time that added nodes take, in parts of float's."""
-        if not added or self.pricer is None:
-            return 0.0
-        before = self.pricer.latency(self.pricer.placed(self.dear))
-        in_float = before / self.pricer.worth(self.dear, 0.0)
-        other = pricer_for(self.job, model)
-        assert other is not None
-        return (other.latency(other.placed(self.dear)) - before) / in_float
+    def _slower(self, model: ir.Model, added: int) -> float:
+        """Return how much longer a run takes with added nodes, over the time without."""
+        other = pricer_for(self.job, model) if added else None
+        if self.pricer is None or other is None:
+            return 1.0
+        return other.latency(other.placed(self.dear)) / self.pricer.latency(self.pricer.placed(self.dear))
 
 
 def _halves(data: Dataset, most: int) -> tuple[Dataset, list[Sample]]:
