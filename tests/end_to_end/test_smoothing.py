@@ -10,7 +10,6 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-
 #: Post-norm: the first norm feeds the residual as well, and behind Tanh nothing folds.
 BLOCK = """
 <ir_version: 10, opset_import: ["": 17]>
