@@ -127,6 +127,62 @@ def collect_channels(
     return found
 
 
+@dataclass(frozen=True)
+class ChannelSpread:
+    """How far the channels of one tensor reach.
+
+    Parameters
+    ----------
+    low, high : ndarray of float64, shape (channels,)
+        The least and the greatest value of each, zero included.
+    power : ndarray of float64, shape (channels,)
+        The mean of its squares: over the elements of each sample, then over the samples.
+    """
+
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    power: npt.NDArray[np.float64]
+
+    @property
+    def absmax(self) -> npt.NDArray[np.float64]:
+        """The largest absolute value of each channel, shape (channels,)."""
+        return np.maximum(self.high, -self.low)
+
+
+def collect_spread(
+    model: ir.Model, axes: Mapping[str, int], data: Dataset, track: Track[Sample]
+) -> dict[str, ChannelSpread]:
+    """Stream the data through the float model and keep how far each channel of the named tensors reaches.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    axes : mapping of str to int
+        The channel axis of each tensor, by value name; the axis' length must be the same in all samples.
+    data : Dataset
+    track : callable
+        Shows progress.
+
+    Raises
+    ------
+    DataError
+        If a sample drives one of the tensors to NaN or infinity.
+    """
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    for place, values in _values(model, list(axes), data, track):
+        for name, axis in axes.items():
+            channels = np.moveaxis(values[name], axis, 0)
+            channels = channels.reshape(channels.shape[0], -1)
+            if not channels.size:
+                continue
+            power = np.mean(np.square(channels, dtype=np.float64), axis=1)
+            if not np.isfinite(power).all():
+                raise _not_finite(name, place)
+            low, high, before = sums.get(name, np.zeros((3, channels.shape[0])))
+            sums[name] = np.stack([np.minimum(low, channels.min(1)), np.maximum(high, channels.max(1)), before + power])
+    return {name: ChannelSpread(low, high, power / len(data)) for name, (low, high, power) in sums.items()}
+
+
 def _values(
     model: ir.Model, names: Sequence[str], data: Dataset, track: Track[Sample]
 ) -> Iterator[tuple[str, runtime.Outputs]]:
@@ -140,5 +196,9 @@ def _count(histogram: Histogram, values: npt.NDArray[Any], name: str, place: str
     try:
         histogram.add(values)
     except ValueError as error:
-        fact = f"drives tensor '{name}' of the float model to a number that is not finite"
-        raise DataError(place, fact, "check its preprocessing") from error
+        raise _not_finite(name, place) from error
+
+
+def _not_finite(name: str, place: str) -> DataError:
+    fact = f"drives tensor '{name}' of the float model to a number that is not finite"
+    return DataError(place, fact, "check its preprocessing")

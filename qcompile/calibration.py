@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError, first_line
-from qcompile.core.plan import Precision
+from qcompile.core.plan import ChannelFactors, Precision
 from qcompile.passes.place import Wish
 
 #: Raised when the file's meaning changes; docs/schemas/calibration.schema.json describes this version.
@@ -44,6 +44,8 @@ class Calibration:
         Whether activations have ranges; if not, weights alone can be quantized.
     options : mapping
         What decides a plan, as a recipe has it.
+    smoothing : mapping of str to ChannelFactors
+        What was divided and multiplied before the measurements.
     """
 
     statistics: Statistics
@@ -53,6 +55,7 @@ class Calibration:
     data: str
     calibrated: bool
     options: Mapping[str, Any]
+    smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
 
     @property
     def guessed(self) -> bool:
@@ -75,6 +78,7 @@ class Calibration:
             "options": self.options,
             "choice": asdict(self.choice),
             "spared": {node: asdict(wish) for node, wish in self.spared.items()},
+            "smoothing": {name: factors.as_json() for name, factors in self.smoothing.items()},
         }
         buffer = io.BytesIO()
         with np.load(io.BytesIO(self.statistics.to_bytes()), allow_pickle=False) as arrays:
@@ -117,6 +121,7 @@ class Calibration:
                 *digests,
                 bool(header["calibrated"]),
                 dict(header["options"]),
+                {name: ChannelFactors.from_json(entry) for name, entry in header.get("smoothing", {}).items()},
             )
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,
                 AttributeError, IndexError) as error:  # fmt: skip

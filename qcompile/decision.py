@@ -47,7 +47,7 @@ def calibrate(job: Job, canonical: ir.Model) -> Calibration:
     """
     if not job.evidence.calibrated:
         return _guess(job, canonical)
-    pricer = _pricer(job, canonical)
+    pricer = pricer_for(job, canonical)
     dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
     if pricer is not None:
         dear |= _spoilt_weights(job, canonical, pricer, dear, {}, "")
@@ -120,10 +120,10 @@ def decide(canonical: ir.Model, calibration: Calibration, target: Target, option
     calibration.require(placement.activations)
     observers = calibration.choice.observers
     plan = allocate_bits(canonical, placement, calibration.statistics, target, observers)
-    return replace(plan, options=options.as_recipe(), guessed=calibration.guessed)
+    return replace(plan, options=options.as_recipe(), guessed=calibration.guessed, smoothing=calibration.smoothing)
 
 
-def _pricer(job: Job, canonical: ir.Model) -> Pricer | None:
+def pricer_for(job: Job, canonical: ir.Model) -> Pricer | None:
     """Return what prices placements, where the target has prices and there is something to place."""
     options, target = job.options, job.target
     if target.costs is None or not all(options.quantized(True)) or is_quantized(canonical):
@@ -174,7 +174,7 @@ def _guess(job: Job, canonical: ir.Model) -> Calibration:
         return weights_alone
     # Lengths that are open say nothing of what a run takes.
     fixed = all(value.shape is not None and value.shape.is_static() for value in canonical.graph.inputs)
-    pricer = _pricer(job, canonical) if fixed else None
+    pricer = pricer_for(job, canonical) if fixed else None
     spared = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
     placement = hoped = choose_operators(canonical, job.target, options, True, spared)
     try:

@@ -45,6 +45,10 @@ class Options:
     activations : "8" or "none"
     observer : "auto", or one of `Observer`
         How an activation's range is chosen; ``auto`` measures which serves each tensor best.
+    smoothing : "auto" or "none"
+        Whether channels of activations may be divided by factors that the weights behind them take back.
+    no_added_nodes : bool
+        Whether that must be without a node more.
     costs : Path, optional
         Cost table that takes the place of the target's own, as ``qcompile probe`` writes it. ``none`` is no table:
         whatever can be integers becomes integers, whether it pays or not.
@@ -74,6 +78,8 @@ class Options:
     weights: Literal["8", "none"] = "8"
     activations: Literal["8", "none"] = "8"
     observer: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
+    smoothing: Literal["auto", "none"] = "auto"
+    no_added_nodes: bool = False
     costs: Path | None = None
     shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     min_fidelity: Mapping[str, float] = field(default_factory=dict)
@@ -100,7 +106,7 @@ class Options:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("weights", "activations", "observer"):
+        for name in ("weights", "activations", "observer", "smoothing"):
             choices, chosen = get_args(hints[name]), getattr(self, name)
             if chosen not in choices:
                 raise UsageError(f"--{name}", f"there is no choice '{chosen}'", f"use one of {', '.join(choices)}")

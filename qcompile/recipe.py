@@ -138,6 +138,12 @@ def _data(value: object, folder: Path) -> str:
     return text if FUNCTION.fullmatch(text) and not (folder / text).exists() else str(folder / text)
 
 
+def _switch(value: object, folder: Path) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
 def _whole(value: object, folder: Path) -> int:
     if type(value) is not int:
         raise TypeError
@@ -170,6 +176,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "weights": ('8 or "none"', _bits),
     "activations": ('8 or "none"', _bits),
     "observer": ("a text", _text),
+    "smoothing": ("a text", _text),
+    "no_added_nodes": ("true or false", _switch),
     "costs": ("a path, or none", _costs),
     "shape": ("a table of lists of sizes, such as x = [1, 128]", _shapes),
     "min_fidelity": ("a table of numbers, such as sqnr = 20", _bounds),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qcompile import artifact, decision, driver, recipe
+from qcompile import artifact, decision, driver, equivalence, recipe
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Track
@@ -20,6 +20,7 @@ from qcompile.driver import CompileResult
 from qcompile.job import Job, Source, chosen_target, take
 from qcompile.options import COSTS_KEY, Options
 from qcompile.passes.check_plan import check_plan
+from qcompile.passes.smooth import Smooth
 from qcompile.pipeline import untracked
 
 
@@ -62,7 +63,8 @@ def calibrate(source: Source, options: Options, output: Path, track: Track[Any] 
     artifact.check_own(output, Calibration.read)
     job = Job.begin(source, options, track)
     canonical = driver.canonicalize(job)
-    calibration = decision.calibrate(job, canonical)
+    canonical, smoothing = equivalence.smooth(job, canonical)
+    calibration = replace(decision.calibrate(job, canonical), smoothing=smoothing)
     artifact.write_file(output, calibration.to_bytes())
     evidence = job.evidence
     if calibration.calibrated and not evidence.calibrated:
@@ -93,6 +95,7 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     model = take(source).model
     calibration.require_model(models.content_hash(model), measured)
     canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
+    canonical = Smooth(calibration.smoothing)(canonical).model
     decided = decision.decide(canonical, calibration, target, options)
     artifact.write_file(output, decided.to_json().encode())
     return decided
@@ -119,7 +122,7 @@ def apply(source: Source, options: Options, planned: Path, track: Track[Any] = u
     output = artifact.place(source, options)
     decided = read_plan(planned)
     job = Job.begin(source, options, track)
-    canonical = driver.canonicalize(job)
+    canonical = equivalence.apply_smoothing(job, driver.canonicalize(job), decided.smoothing)
     decided = check_plan(canonical, replace(decided, options=options.as_recipe()), job.target, planned)
     quantized = driver.quantize(job, canonical, decided)
     return driver.deliver(job, canonical, quantized, decided, output)

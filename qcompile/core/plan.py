@@ -21,6 +21,9 @@ from qcompile.core.errors import UsageError
 #: Raised when the JSON's meaning changes; `docs/schemas/plan.schema.json` describes this version.
 SCHEMA_VERSION = 1
 
+#: Factors are between 2 to the power of its negative and of it: about 1e-4 to 1e4 (Xiao et al. 2023).
+LARGEST_LOG2 = 13.0
+
 
 class Precision(StrEnum):
     """In what an operator computes."""
@@ -115,6 +118,60 @@ class OpPlan:
     output: str = ""
 
 
+class How(StrEnum):
+    """Where the factors go that a tensor's channels are divided by in front of linear operators."""
+
+    FOLD = "fold"
+    """Into constants alone: nothing is added."""
+    RESTORE = "restore"
+    """Into what makes the tensor; what cannot take them in reads it through a Mul that takes them back."""
+    BRANCH = "branch"
+    """The linear operators read the tensor through a Mul that divides it."""
+    NONE = "none"
+    """The tensor stays as it is."""
+
+
+@dataclass(frozen=True)
+class ChannelFactors:
+    """What the channels of one tensor are divided by: 2 to the power of `log2`.
+
+    Parameters
+    ----------
+    how : How
+    log2 : tuple of float
+        One number per channel, multiples of 1/8: what is folded with whole ones is exact. Empty where nothing is done.
+    reason : str
+        Why nothing is done; empty otherwise.
+    """
+
+    how: How
+    log2: tuple[float, ...] = ()
+    reason: str = ""
+
+    @property
+    def factors(self) -> npt.NDArray[np.float64]:
+        """The factors, shape (channels,)."""
+        return np.exp2(np.asarray(self.log2, np.float64))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Self:
+        """Read what `as_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If a factor is beyond what is ever chosen, or a fraction of another kind.
+        """
+        log2 = tuple(float(number) for number in entry["log2"])
+        if not all(abs(number) <= LARGEST_LOG2 and (8.0 * number).is_integer() for number in log2):
+            raise ValueError("factors are powers of 2 by eighths")
+        return cls(How(entry["how"]), log2, str(entry["reason"]))
+
+
 @dataclass(frozen=True)
 class QuantPlan:
     """Every tensor's quantization by value name, and every operator's precision by node name.
@@ -128,12 +185,15 @@ class QuantPlan:
         What it was decided with, JSON-ready, as a recipe has it (docs/recipe.md).
     guessed : bool
         Whether the scales of activations were derived without data.
+    smoothing : mapping of str to ChannelFactors
+        By the name of a value that linear operators read, in the graph's order: what moves into their weights first.
     """
 
     tensors: Mapping[str, TensorQuant] = field(default_factory=dict)
     ops: Mapping[str, OpPlan] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     guessed: bool = False
+    smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
 
     def count(self, precision: Precision) -> int:
         """Return how many operators have this precision."""
@@ -145,6 +205,7 @@ class QuantPlan:
             "schema_version": SCHEMA_VERSION,
             "options": self.options,
             "guessed": self.guessed,
+            "smoothing": {name: factors.as_json() for name, factors in self.smoothing.items()},
             "tensors": {name: asdict(quant) for name, quant in sorted(self.tensors.items())},
             "ops": {name: asdict(op) for name, op in self.ops.items()},
         }
@@ -169,6 +230,9 @@ class QuantPlan:
                 ops={name: _op(entry) for name, entry in content["ops"].items()},
                 options=dict(content.get("options", {}).items()),
                 guessed=bool(content.get("guessed", False)),
+                smoothing={
+                    name: ChannelFactors.from_json(entry) for name, entry in content.get("smoothing", {}).items()
+                },
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(place, f"is not a quantization plan ({error!r})", "write it again") from error

@@ -61,6 +61,8 @@ def test_every_option_is_a_key(small, recipe):
         weights = 8
         activations = "none"
         observer = "mse"
+        smoothing = "none"
+        no_added_nodes = true
         costs = "costs.json"
         cache = "../cache"
         seed = 7
@@ -87,6 +89,8 @@ def test_every_option_is_a_key(small, recipe):
         weights="8",
         activations="none",
         observer="mse",
+        smoothing="none",
+        no_added_nodes=True,
         costs=small.folder / "costs.json",
         shape={"x": (1, 3, 8, 8)},
         min_fidelity={"sqnr": 20.0, "cosine": 0.9},

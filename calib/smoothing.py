@@ -1,0 +1,186 @@
+"""Smoothing: by which factors the channels of activations are divided, so that what is quantized loses least.
+
+X · W = (X / s) · (s · W). Factors that even out X leave more to the weights, and the other way round; how much of each
+is reckoned by the noise of the operators' results under the target's own scheme (Xiao et al. 2023, "SmoothQuant",
+section 4, whose α is searched here for each group; Lin et al. 2024, "AWQ", search likewise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.calib.collect import ChannelSpread
+from qcompile.core import numerics
+
+Numbers = npt.NDArray[np.float64]
+
+#: How much of a channel's reach goes into the weights: 0 evens out the weights, 1 the activations.
+ALPHAS = tuple(step / 20 for step in range(6, 21))
+#: Factors are powers of 2 by eighths: at most 4 % beside the exact ones, and a plan can hold them as short numbers.
+STEPS = 8
+#: Whole powers of 2 change no digit of a float, so they are preferred at this much more noise.
+WHOLE = 1.02
+#: Their largest and least logarithm: about 1e-4 to 1e4.
+LARGEST_LOG2 = 13.0
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A linear operator in integers, and the channels that it reads.
+
+    Parameters
+    ----------
+    spread : ChannelSpread
+        Of what it reads.
+    classes : ndarray of int, shape (channels,)
+        Which factor divides each channel; 0 is none.
+    weight : ndarray of float32
+    axis : int
+        The axis of the weights that counts output channels.
+    channels : ndarray of int
+        Which channel each weight multiplies; broadcasts with the weights.
+    """
+
+    spread: ChannelSpread
+    classes: npt.NDArray[np.int64]
+    weight: npt.NDArray[Any]
+    axis: int
+    channels: npt.NDArray[np.int64]
+
+    @cached_property
+    def reach(self) -> Numbers:
+        """The largest absolute weight of each channel that it reads, shape (channels,)."""
+        found = np.zeros(self.classes.size)
+        np.maximum.at(found, self.channels, self._over(np.max, self._absolute))
+        return found
+
+    @cached_property
+    def energy(self) -> Numbers:
+        """The sum of the squared weights of each channel that it reads, shape (channels,)."""
+        found = np.zeros(self.classes.size)
+        np.add.at(found, self.channels, self._over(np.sum, np.square(self.weight, dtype=np.float64)))
+        return found
+
+    @property
+    def signal(self) -> float:
+        """The power of what it adds up, as if channels were independent, summed over its output channels."""
+        return float(np.dot(self.energy, self.spread.power))
+
+    @cached_property
+    def _absolute(self) -> npt.NDArray[Any]:
+        absolute: npt.NDArray[Any] = np.abs(self.weight)
+        return absolute
+
+    def _over(self, reduce: Callable[..., npt.NDArray[Any]], array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Reduce an array of the weights' shape to that of `channels`."""
+        axes = tuple(at for at, length in enumerate(self.channels.shape) if length == 1)
+        return reduce(array, axis=axes, keepdims=True)
+
+    def noise(self, factors: Numbers, dtype: str, weight_dtype: str, per_channel: bool) -> float:
+        """Return the noise power that quantization adds, summed over its output channels.
+
+        Rounding X/s adds Δ²/12 · Σ (s·W)², with Δ the step over the range of all channels; rounding s·W adds
+        Δ²/12 · Σ E[(X/s)²], with Δ the step of each output channel. Roundings are taken as independent and uniform.
+
+        Parameters
+        ----------
+        factors : ndarray, shape (number of factors + 1,)
+            By class.
+        dtype, weight_dtype : str
+            Integer types of the codes: activations have one scale and a zero point, weights are symmetric.
+        per_channel : bool
+            Whether weights have a scale per output channel.
+        """
+        by_channel = factors[self.classes]
+        low, high = np.min(self.spread.low / by_channel), np.max(self.spread.high / by_channel)
+        step = float(numerics.affine_scale([low], [high], dtype)[0][0])
+        others = tuple(at for at in range(self.weight.ndim) if at != self.axis) if per_channel else None
+        absmax = np.max(self._absolute * by_channel.astype(np.float32)[self.channels], axis=others, keepdims=True)
+        steps = numerics.symmetric_scale(absmax, weight_dtype).astype(np.float64)
+        power = (self.spread.power / by_channel**2)[self.channels]
+        repeats = self.weight.size / power.size / (self.weight.shape[self.axis] / power.shape[self.axis])
+        if others is None:
+            weights = float(steps.reshape(())) ** 2 * float(np.sum(power)) * self.weight.size / power.size
+        else:
+            weights = repeats * float(np.sum(steps**2 * np.sum(power, axis=others, keepdims=True)))
+        return (step**2 * float(np.dot(self.energy, by_channel**2)) + weights) / 12.0
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the target quantizes.
+
+    Parameters
+    ----------
+    dtype, weight_dtype : str
+        Integer types of activations and weights.
+    per_channel : bool
+        Whether weights have a scale per output channel.
+    """
+
+    dtype: str
+    weight_dtype: str
+    per_channel: bool
+
+    def loss(self, readers: Sequence[Reader], log2: Numbers) -> float:
+        """Return noise over signal, summed over the operators, with factors of 2 to the power of `log2` by class."""
+        factors = np.exp2(log2)
+        return sum(
+            reader.noise(factors, self.dtype, self.weight_dtype, self.per_channel) / reader.signal
+            for reader in readers
+            if reader.signal > 0.0
+        )
+
+
+def smoothing_log2(readers: Sequence[Reader], alpha: float) -> Numbers:
+    """Return max|X|^α / max|W|^(1-α) of each class (SmoothQuant, equation 4), as powers of 2 by eighths.
+
+    Parameters
+    ----------
+    readers : sequence of Reader
+        All operators that read channels of one group.
+    alpha : float
+
+    Returns
+    -------
+    ndarray of float64, shape (number of factors + 1,)
+        Their logarithms. The first is 0, for channels that are not scaled; so is that of channels that are dead. A
+        factor that all have in common changes nothing, so it is taken out.
+    """
+    count = max(int(reader.classes.max()) for reader in readers) + 1
+    reach, weights = np.zeros(count), np.zeros(count)
+    for reader in readers:
+        np.maximum.at(reach, reader.classes, reader.spread.absmax)
+        np.maximum.at(weights, reader.classes, reader.reach)
+    alive = (reach > 0.0) & (weights > 0.0)
+    alive[0] = False
+    log2 = np.zeros(count)
+    log2[alive] = alpha * np.log2(reach[alive]) - (1.0 - alpha) * np.log2(weights[alive])
+    if alive.any():
+        log2[alive] -= np.median(log2[alive])
+    return _rounded(log2, STEPS)
+
+
+def best_alpha(readers: Sequence[Reader], scheme: Scheme) -> float | None:
+    """Return the α of least loss, None where nothing is better than leaving the channels as they are."""
+    count = max(int(reader.classes.max()) for reader in readers) + 1
+    losses = {alpha: scheme.loss(readers, smoothing_log2(readers, alpha)) for alpha in ALPHAS}
+    best = min(losses, key=lambda alpha: losses[alpha])
+    return best if losses[best] < scheme.loss(readers, np.zeros(count)) else None
+
+
+def preferably_whole(readers: Sequence[Reader], log2: Numbers, scheme: Scheme) -> Numbers:
+    """Return the nearest whole powers of 2 where they lose next to nothing, else the factors as they are."""
+    whole = _rounded(log2, 1)
+    return whole if scheme.loss(readers, whole) <= WHOLE * scheme.loss(readers, log2) else log2
+
+
+def _rounded(log2: Numbers, steps: int) -> Numbers:
+    clipped: Numbers = np.clip(np.rint(log2 * steps) / steps, -LARGEST_LOG2, LARGEST_LOG2)
+    return clipped

@@ -1,0 +1,155 @@
+"""The factors of smoothing and the noise that they are chosen by, against the definitions in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.calib.collect import ChannelSpread
+from qcompile.calib.smoothing import Reader, Scheme, best_alpha, preferably_whole, smoothing_log2
+from qcompile.core import numerics
+
+Array = np.ndarray[Any, np.dtype[Any]]
+CPU = Scheme("uint8", "int8", True)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def spread_of(x: Array) -> ChannelSpread:
+    return ChannelSpread(np.minimum(x.min(0), 0.0), np.maximum(x.max(0), 0.0), np.mean(np.square(x), 0))
+
+
+def dense(x: Array, weight: Array, classes: Array | None = None) -> Reader:
+    """Return a MatMul that reads x [tokens, channels]."""
+    count = x.shape[1]
+    numbers = np.arange(1, count + 1) if classes is None else classes
+    return Reader(spread_of(x), numbers, weight.astype(np.float32), 1, np.arange(count)[:, None])
+
+
+def outliers(random: np.random.Generator, tokens: int = 64, channels: int = 16) -> Array:
+    return random.normal(size=(tokens, channels)) * np.exp(random.normal(0, 1.5, channels))
+
+
+@given(seeds, st.floats(0.0, 1.0))
+def test_factors_are_those_of_the_paper(seed: int, alpha: float) -> None:
+    random = np.random.default_rng(seed)
+    x, weight = outliers(random), random.normal(size=(16, 5))
+    log2 = smoothing_log2([dense(x, weight)], alpha)
+    exact = np.log2(np.abs(x).max(0) ** alpha / np.abs(weight.astype(np.float32)).max(1) ** (1 - alpha))
+    assert log2[0] == 0.0 and (8 * log2 == np.rint(8 * log2)).all()
+    np.testing.assert_allclose(log2[1:], exact - np.median(exact), atol=1 / 16 + 1e-9)
+
+
+def test_factors_of_all_readers_and_of_shared_channels_are_one(random: np.random.Generator) -> None:
+    x, weights = outliers(random), [random.normal(size=(16, 5)), random.normal(size=(16, 3))]
+    classes = np.repeat(np.arange(1, 9), 2)
+    both = smoothing_log2([dense(x, weight, classes) for weight in weights], 0.5)
+    reach = np.abs(x).max(0).reshape(8, 2).max(1)
+    most = np.abs(np.concatenate(weights, 1)).max(1).reshape(8, 2).max(1)
+    exact = np.log2(np.sqrt(reach / most))
+    assert both.shape == (9,)
+    np.testing.assert_allclose(both[1:], exact - np.median(exact), atol=1 / 16 + 1e-9)
+
+
+def test_dead_channels_and_extreme_ones_have_bounded_factors(random: np.random.Generator) -> None:
+    x, weight = outliers(random), random.normal(size=(16, 5))
+    x[:, 3], weight[4] = 0.0, 0.0
+    x[:, 5] *= 1e12
+    log2 = smoothing_log2([dense(x, weight)], 1.0)
+    assert log2[4] == log2[5] == 0.0 and log2[6] == 13.0 and np.abs(log2).max() == 13.0
+
+
+def test_what_is_not_scaled_keeps_its_factor(random: np.random.Generator) -> None:
+    classes = np.where(np.arange(16) < 4, 0, np.arange(16) - 3)
+    assert smoothing_log2([dense(outliers(random), random.normal(size=(16, 5)), classes)], 0.8)[0] == 0.0
+
+
+@given(seeds, st.booleans())
+def test_noise_is_that_of_the_formula(seed: int, per_channel: bool) -> None:
+    random = np.random.default_rng(seed)
+    x, weight = outliers(random), random.normal(size=(16, 5)).astype(np.float32)
+    factors = np.exp2(random.integers(-16, 17, 17) / 8)
+    scaled_x, scaled = x / factors[1:], weight * factors[1:, None].astype(np.float32)
+    step = (max(scaled_x.max(), 0) - min(scaled_x.min(), 0)) / 255
+    steps = np.abs(scaled).max(0 if per_channel else None) / 127 * np.ones(5)
+    expected = step**2 / 12 * np.sum(np.square(scaled, dtype=np.float64))
+    expected += np.sum(steps**2) / 12 * np.sum(np.mean(scaled_x**2, 0))
+    found = dense(x, weight).noise(factors, "uint8", "int8", per_channel)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_noise_of_convolutions_is_that_of_their_groups(group: int, random: np.random.Generator) -> None:
+    """A grouped convolution is as many dense ones, each on its own channels."""
+    x = outliers(random, channels=8)
+    per, out = 8 // group, 4
+    weight = random.normal(size=(out * group, per, 3, 3)).astype(np.float32)
+    first = np.arange(out * group) // out * per
+    channels = (first[:, None] + np.arange(per)).reshape(out * group, per, 1, 1)
+    factors = np.exp2(random.integers(-8, 9, 9) / 8)
+    whole = Reader(spread_of(x), np.arange(1, 9), weight, 0, channels)
+    parts = 0.0
+    step = float(numerics.affine_scale([np.min(x / factors[1:])], [np.max(x / factors[1:])], "uint8")[0][0])
+    for index in range(group):
+        own = slice(index * per, (index + 1) * per)
+        scaled = weight[index * out : (index + 1) * out] * factors[1:][own, None, None].astype(np.float32)
+        steps = np.abs(scaled).max((1, 2, 3)) / 127
+        parts += step**2 / 12 * np.sum(np.square(scaled, dtype=np.float64))
+        parts += np.sum(steps**2) / 12 * 9 * np.sum(np.mean((x / factors[1:])[:, own] ** 2, 0))
+    np.testing.assert_allclose(whole.noise(factors, "uint8", "int8", True), parts, rtol=1e-5)
+    np.testing.assert_allclose(whole.reach, [np.abs(np.where(channels == c, weight, 0)).max() for c in range(8)])
+
+
+@given(seeds)
+def test_the_estimate_predicts_what_quantization_does(seed: int) -> None:
+    """Within a decibel of the error of quantized X and W, over enough tokens for roundings to average out."""
+    random = np.random.default_rng(seed)
+    x, weight = outliers(random, 512, 32), random.normal(size=(32, 24)).astype(np.float32)
+    reader = dense(x, weight)
+    log2 = smoothing_log2([reader], 0.7)
+    factors = np.exp2(log2[1:])
+    smooth_x, smooth_w = (x / factors).astype(np.float32), (weight * factors[:, None]).astype(np.float32)
+    scale, zero = numerics.affine_scale([smooth_x.min()], [smooth_x.max()], "uint8")
+    rounded_x = numerics.dequantize(numerics.quantize(smooth_x, scale[0], zero[0], "uint8"), scale[0], zero[0])
+    steps = numerics.symmetric_scale(np.abs(smooth_w).max(0), "int8")
+    zeros = np.zeros(24, np.int64)
+    codes = numerics.quantize(smooth_w, steps, zeros, "int8", 1, symmetric=True)
+    rounded_w = numerics.dequantize(codes, steps, zeros, 1)
+    error = np.mean(np.sum(np.square(rounded_x @ rounded_w - x @ weight), 1))
+    assert abs(10 * np.log10(error / reader.noise(np.exp2(log2), "uint8", "int8", True))) < 1.0
+
+
+def test_alpha_is_searched_by_the_loss(random: np.random.Generator) -> None:
+    x, weight = outliers(random, channels=32), random.normal(size=(32, 8))
+    x[:, 7] *= 60.0
+    readers = [dense(x, weight)]
+    alpha = best_alpha(readers, CPU)
+    assert alpha is not None
+    losses = {a: CPU.loss(readers, smoothing_log2(readers, a)) for a in (0.3, 0.5, alpha, 0.9, 1.0)}
+    assert min(losses, key=lambda a: losses[a]) == alpha
+    assert losses[alpha] < CPU.loss(readers, np.zeros(33)) / 10
+
+
+def test_even_channels_are_left_alone() -> None:
+    x, weight = np.tile([[-1.0], [1.0]], (1, 16)), np.ones((16, 4))
+    assert best_alpha([dense(x, weight)], CPU) is None
+
+
+def test_whole_powers_are_preferred_where_they_lose_nothing(random: np.random.Generator) -> None:
+    """The largest channel decides the step; how the small ones are rounded costs next to nothing."""
+    x, weight = random.normal(size=(64, 16)), random.normal(size=(16, 8))
+    reader = [dense(x, weight)]
+    near = np.zeros(17)
+    near[1 + np.abs(x).max(0).argmin()] = 0.125
+    whole = preferably_whole(reader, near, CPU)
+    assert (whole == 0.0).all()
+    uneven = smoothing_log2([dense(outliers(random), weight)], 1.0)
+    kept = preferably_whole([dense(outliers(random), weight)], uneven, CPU)
+    assert (kept == uneven).all() or (kept == np.rint(kept)).all()
+
+
+def test_dead_weights_have_no_loss() -> None:
+    assert CPU.loss([dense(np.ones((4, 3)), np.zeros((3, 2)))], np.zeros(4)) == 0.0
