@@ -5,7 +5,7 @@ All that is read is structure, the target's table, and what is wished for single
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -106,7 +106,9 @@ def code_readers(model: ir.Model, placement: Placement) -> dict[str, frozenset[s
     }  # fmt: skip
 
 
-def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> dict[str, Wish]:
+def sparing(
+    model: ir.Model, placement: Placement, names: Mapping[str, str], float_weights: Collection[str] = ()
+) -> dict[str, Wish]:
     """Return what to wish for so that these values keep their float values; weights stay stored as integers.
 
     Parameters
@@ -116,6 +118,8 @@ def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> 
         In which they are measured.
     names : mapping of str to str
         By value name, the reason, as the plan is to say it of the operators that read or write the value's codes.
+    float_weights : collection of str
+        Operator types that get float weights back.
     """
     values = ir.convenience.create_value_mapping(model.graph)
     same: dict[str, list[str]] = {}
@@ -129,7 +133,8 @@ def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> 
             nodes += [node for node, op in placement.ops.items() if op.output == value.name]
             for node in nodes:
                 if placement.ops[node].precision is Precision.INTEGER:
-                    found.setdefault(node, Wish(Precision.WEIGHT_ONLY, reason))
+                    kept = placement.ops[node].op_type not in float_weights
+                    found.setdefault(node, Wish(Precision.WEIGHT_ONLY if kept else Precision.FLOAT, reason))
     return found
 
 

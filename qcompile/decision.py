@@ -50,10 +50,11 @@ def calibrate(job: Job, canonical: ir.Model) -> Calibration:
     pricer = pricer_for(job, canonical)
     dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
     if pricer is not None:
-        dear |= _spoilt_weights(job, canonical, pricer, dear, {}, "")
+        weights = _weights_noise(job, canonical, pricer)
+        dear |= pricer.spoilt(dear, weights)
     best = _measure(job, canonical, pricer, dear, "")
     if pricer is not None:
-        best = _spare(job, canonical, pricer, best)
+        best = _spare(job, canonical, pricer, weights, best)
     return _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
 
 
@@ -69,14 +70,13 @@ class _Measured:
         return pricer.worth(self.spared, self.choice)
 
 
-def _spare(job: Job, canonical: ir.Model, pricer: Pricer, best: _Measured) -> _Measured:
-    """Spare the tensors whose noise is not paid for by time, as long as that pays in what is measured then."""
+def _spare(job: Job, canonical: ir.Model, pricer: Pricer, weights: Mapping[str, float], best: _Measured) -> _Measured:
+    """Spare what makes noise that is not paid for by time, as long as that pays in what is measured then."""
     for attempt in range(2, ATTEMPTS + 1):
-        worst = partial(pricer.spoiling, best.choice, best.spared)
+        worst = partial(pricer.spoiling, best.choice, best.spared, weights)
         spoiling = job.pipeline.measure(f"spoilers {attempt}", WISHES, worst)
         if not spoiling:
             break
-        spoiling |= _spoilt_weights(job, canonical, pricer, spoiling, best.spared, f" {attempt}")
         # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
         other = _measure(job, canonical, pricer, {**best.spared, **spoiling}, f" {attempt}")
         if other.worth(pricer) >= best.worth(pricer):
@@ -85,19 +85,14 @@ def _spare(job: Job, canonical: ir.Model, pricer: Pricer, best: _Measured) -> _M
     return best
 
 
-def _spoilt_weights(
-    job: Job, canonical: ir.Model, pricer: Pricer, wishes: Mapping[str, Wish], spared: Mapping[str, Wish], turn: str
-) -> dict[str, Wish]:
-    """Return which of the operators that are wished to be in float need their weights in float too."""
-    weights = pricer.stored({**spared, **wishes})
-    weights = {name: values for name, values in weights.items() if name in wishes}
-    placement = choose_operators(canonical, job.target, job.options, False, {**spared, **wishes})
+def _weights_noise(job: Job, canonical: ir.Model, pricer: Pricer) -> dict[str, float]:
+    """Measure what the weights of single operators lose at the outputs as codes."""
+    placement = choose_operators(canonical, job.target, job.options, False, {})
     rounded = round_to_codes(canonical, allocate_bits(canonical, placement, Statistics(), job.target, {}))
     data, track = job.evidence.calibration, job.track
-    noise = job.pipeline.measure(
-        f"weights{turn}", NOISE, lambda: weights_alone(canonical, rounded, weights, data, track)
+    return job.pipeline.measure(
+        "weights", NOISE, lambda: weights_alone(canonical, rounded, pricer.weights, data, track)
     )
-    return pricer.spoilt({**spared, **wishes}, noise)
 
 
 def choose_operators(

@@ -61,9 +61,13 @@ class Evidence:
         """Return the same with what there is to say of a plan with scales of activations that no data here led to."""
         if self.calibrated and plan.guessed:
             return replace(self, caveat=" ".join(filter(None, (GUESSED_ELSEWHERE, self.caveat))))
-        if self.calibrated or not any(quant.role is Role.ACTIVATION for quant in plan.tensors.values()):
+        activations = [quant for quant in plan.tensors.values() if quant.role is Role.ACTIVATION]
+        if self.calibrated or not activations:
             return self
-        return self.guessing() if plan.guessed else self.at_run_time()
+        if plan.guessed:
+            return self.guessing()
+        dynamic = all(quant.is_dynamic for quant in activations)
+        return self.at_run_time() if dynamic else self._with("No data: biases are not corrected.")
 
     def guessing(self) -> Evidence:
         """Return the same for activations whose ranges are derived instead of measured."""

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -185,54 +186,60 @@ class Pricer:
         """Return the bytes of constants, in parts of those in float."""
         return models.initializer_bytes(quantized) / max(1, models.initializer_bytes(self.model))
 
-    def spoiling(self, choice: Choice, spared: Mapping[str, Wish]) -> dict[str, Wish]:
+    def spoiling(
+        self, choice: Choice, spared: Mapping[str, Wish], weights: Mapping[str, float] = MappingProxyType({})
+    ) -> dict[str, Wish]:
         """Return what to wish for, beside what is spared, so that noise is not paid for with too little time.
 
-        The tensors that add most to the noise are spared, as many of them as make the worth of it all least.
+        The tensors and weights that add most to the noise are spared, as many as make the worth of it all least.
 
         Parameters
         ----------
         choice : Choice
             What was measured with all that is not spared in integers.
         spared : mapping of str to Wish
+        weights : mapping of str to float
+            By node name, noise over signal at the outputs with that operator's weights alone in codes.
         """
-        # What drives an output to infinity is as bad as can be, and still to be reckoned with.
-        alone = {name: min(error, WORST) for name, error in choice.alone.items()}
         placement, noise = self.placed(spared), min(choice.noise, WORST)
-        names, total = _integers(placement), sum(alone.values())
-        if WORTH * noise < GAIN:
+        names = _integers(placement)
+        if WORTH * noise < GAIN or not names:
             return {}
-        if not names:
-            return {}
-        worst = sorted(alone, key=lambda name: -alone[name])
+        # What drives an output to infinity is as bad as can be, and still to be reckoned with.
+        alone = {(name, False): min(error, WORST) for name, error in choice.alone.items()}
+        alone |= {(name, True): min(weights.get(name, 0.0), WORST) for name in names}
+        rounding = {op_type for op_type, rule in self.target.ops.items() if rule.rounds}
+        worst, total = sorted(alone, key=lambda source: -alone[source]), sum(alone.values())
         best, least = dict[str, Wish](), self.worth(spared, choice, noise)
         everywhere = {name: Wish(Precision.WEIGHT_ONLY, _spoils(noise, "codes everywhere")) for name in names}
         if (price := self.worth({**spared, **everywhere}, choice, 0.0)) < least - GAIN:
             best, least = everywhere, price
         for count in _counts(len(worst)) if total > 0.0 else ():
-            rest = noise * sum(alone[name] for name in worst[count:]) / total
+            rest = noise * sum(alone[source] for source in worst[count:]) / total
             if WORTH * (noise - rest) < GAIN:
                 continue
-            wishes = sparing(self.model, placement, {name: _spoils(choice.alone[name]) for name in worst[:count]})
+            tensors = {name: _spoils(choice.alone[name]) for name, of_weights in worst[:count] if not of_weights}
+            wishes = sparing(self.model, placement, tensors, rounding) | {
+                name: Wish(Precision.FLOAT, _spoils(weights[name], "codes of its weights"))
+                for name, of_weights in worst[:count] if of_weights
+            }  # fmt: skip
+            wishes |= self.spoilt(wishes, weights)
             if (price := self.worth({**spared, **wishes}, choice, rest)) < least - GAIN:
                 best, least = wishes, price
             if WORTH * rest < GAIN:
                 break
         return best
 
-    def stored(self, wishes: Mapping[str, Wish]) -> dict[str, tuple[str, ...]]:
-        """Return the names of the weights that operators store as integers only for their size, by node name."""
-        nodes = {structure.node_name(node): node for node in self.model.graph}
-        rules, ops = self.target.ops, self.placed(wishes).ops
-        found = {}
-        for name, wish in wishes.items():
-            rule = rules.get(nodes[name].op_type)
-            if rule is None or wish.precision is not Precision.WEIGHT_ONLY or ops[name].precision is not wish.precision:
-                continue
-            values = structure.stored_weights(nodes[name], rule.kind)
-            if values and rule.kind is not OpKind.LOOKUP:
-                found[name] = tuple(structure.name_of(value) for value, _ in values)
-        return found
+    @cached_property
+    def weights(self) -> dict[str, tuple[str, ...]]:
+        """The names of the weights that operators have as integers, by node name; tables are not among them."""
+        ops, found = self.placed({}).ops, {}
+        for node in self.model.graph:
+            rule, op = self.target.ops.get(node.op_type), ops[structure.node_name(node)]
+            if rule is not None and op.precision is not Precision.FLOAT and rule.kind is not OpKind.LOOKUP:
+                values = structure.stored_weights(node, rule.kind)
+                found[structure.node_name(node)] = tuple(structure.name_of(value) for value, _ in values)
+        return {name: values for name, values in found.items() if values}
 
     def spoilt(self, wishes: Mapping[str, Wish], noise: Mapping[str, float]) -> dict[str, Wish]:
         """Return what to wish for where the codes of weights that are only stored cost more than they save in bytes.
@@ -243,13 +250,12 @@ class Pricer:
         noise : mapping of str to float
             By node name, noise over signal at the outputs with that operator's weights alone in codes.
         """
-        stored, sizes = self.stored(wishes), self.model.graph.initializers
-        whole, found = max(1, models.initializer_bytes(self.model)), {}
-        for name, error in noise.items():
-            tensors = [sizes[value].const_value for value in stored[name]]
+        sizes, whole, found = self.model.graph.initializers, max(1, models.initializer_bytes(self.model)), {}
+        for name, wish in wishes.items():
+            error, tensors = noise.get(name, 0.0), [sizes[value].const_value for value in self.weights.get(name, ())]
             saved = SAVED * sum(tensor.nbytes for tensor in tensors if tensor is not None) / whole
-            if WORTH * min(error, WORST) > max(saved, GAIN / 10):
-                found[name] = Wish(Precision.FLOAT, f"{wishes[name].reason}; {_spoils(error, 'codes of its weights')}")
+            if wish.precision is Precision.WEIGHT_ONLY and WORTH * min(error, WORST) > max(saved, GAIN / 10):
+                found[name] = Wish(Precision.FLOAT, f"{wish.reason}; {_spoils(error, 'codes of its weights')}")
         return found
 
     @cached_property

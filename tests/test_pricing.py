@@ -99,12 +99,22 @@ def test_weights_that_are_only_stored_come_back_where_their_codes_cost_more_than
     asked = pricer(network, table())
     wishes = {"one": Wish(Precision.WEIGHT_ONLY, "dear"), "two": Wish(Precision.FLOAT, "asked"),
               "exp": Wish(Precision.WEIGHT_ONLY, "dear")}  # fmt: skip
-    assert asked.stored(wishes) == {"one": ("w",)}
+    assert asked.weights == {"one": ("w",), "two": ("v",), "three": ("u",)}
     # A third of the weights is worth a quarter of float's time in bytes, which is what 5 % of noise are worth.
     assert asked.spoilt(wishes, {"one": 0.04}) == {}
     found = asked.spoilt(wishes, {"one": 0.1})
     assert set(found) == {"one"} and found["one"].precision is Precision.FLOAT
     assert found["one"].reason == "dear; codes of its weights would leave 10.0 dB at the outputs"
+
+
+def test_weights_that_spoil_the_outputs_take_their_operator_out_of_integers(network: ir.Model) -> None:
+    asked = pricer(network, table(QLinearConv=1e-3, QuantizeLinear=1e-3, DequantizeLinear=1e-3))
+    found = asked.spoiling(Choice({}, {"e": 1e-5, "x": 1e-5, "r": 1e-5}, {}, 0.2), {}, {"two": 0.5})
+    assert set(found) == {"two"} and found["two"].precision is Precision.FLOAT
+    assert found["two"].reason == "codes of its weights would leave 3.0 dB at the outputs"
+    # What is spared for its codes keeps integer weights, unless these spoil as much.
+    found = asked.spoiling(Choice({}, {"e": 0.5, "x": 1e-5, "r": 1e-5}, {}, 0.5), {}, {"three": 0.3})
+    assert found["three"].precision is Precision.FLOAT and "; codes of its weights" in found["three"].reason
 
 
 def test_float_weights_are_worth_their_bytes(network: ir.Model) -> None:

@@ -85,9 +85,15 @@ def test_indices_have_a_share_of_equals_instead_of_a_ratio() -> None:
 
 def test_kernels_that_add_more_than_quantization_did() -> None:
     noisy = Y + np.float32([[0.5, -0.5, 0.5, -0.5]])
-    proof = Proof(lambda feeds: {}, quantization=compared(Y * np.float32(1.001)), rounding=compared(noisy))
-    with pytest.raises(VerificationError, match="from the QDQ model"):
-        proof.require_faithful_kernels()
+    exact, moved = compared(Y * np.float32(1.001)), compared(noisy)
+    with pytest.raises(VerificationError, match=r"dB from the QDQ model and .* dB from float"):
+        Proof(lambda feeds: {}, quantization=exact, rounding=moved, inspected=moved).require_faithful_kernels()
+
+
+def test_kernels_may_draw_other_noise_of_the_same_power() -> None:
+    one, other = (Y + np.float32([[0.5, -0.5, 0.5, -0.5]]) * sign for sign in (1.0, -1.0))
+    draws = {"quantization": compared(one), "rounding": compared(other, one), "inspected": compared(other)}
+    Proof(lambda feeds: {}, **draws).require_faithful_kernels()
 
 
 def test_measures_against_their_definitions() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from importlib.resources.abc import Traversable
@@ -13,6 +13,9 @@ from typing import Any, Self
 from qcompile.core.capabilities import Capability
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
+
+#: Kernels of integer weights and float activations that turn these into codes block by block.
+ROUNDING = ("MatMulNBits",)
 
 
 class OpKind(StrEnum):
@@ -48,8 +51,11 @@ class OpRule:
         With fewer, integers gain too little to be worth their error.
     dynamic : bool
         The integer kernel also reads codes whose range is taken when the model runs, and leaves in float then.
+    rounds : bool
+        With weights alone stored as integers, its kernel rounds activations to codes as well.
 
-    `quantized_output`, `fuses` and `dynamic` follow from the capabilities of the target's cost table where it has them.
+    `quantized_output`, `fuses`, `dynamic` and `rounds` follow from the capabilities of the target's cost table where it
+    has them.
     """
 
     kind: OpKind
@@ -58,6 +64,7 @@ class OpRule:
     weight_only: bool = False
     fewest_weights: int = 0
     dynamic: bool = False
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ class Types:
 
 
 def derived(
-    rules: Mapping[str, OpRule], capabilities: Iterable[Capability], types: Types
+    rules: Mapping[str, OpRule], capabilities: Sequence[Capability], types: Types
 ) -> tuple[dict[str, OpRule], dict[str, str]]:
     """Return the rules as the capabilities have them, and why those that are left out have no integer kernel.
 
@@ -177,13 +184,15 @@ def derived(
     Parameters
     ----------
     rules : mapping of str to OpRule
-    capabilities : iterable of Capability
+    capabilities : sequence of Capability
     types : Types
     """
     found: dict[str, OpRule] = {}
     absent: dict[str, str] = {}
     fitting = [row for row in capabilities if _fits(row, types)]
     dynamic = {row.op for row in fitting if row.dynamic and row.integer and not row.behind}
+    alone = [row for row in capabilities if _fits(replace(row, activation=types.activation), types)]
+    rounding = {row.op for row in alone if row.activation == "float" and row.kernel in ROUNDING}
     for op_type, rule in rules.items():
         rows = {(row.behind, row.zero_point, row.output): row
                 for row in fitting if row.op == op_type and not row.dynamic}  # fmt: skip
@@ -193,7 +202,8 @@ def derived(
             kernels = " or ".join(sorted({row.kernel for row in rows.values() if not row.behind} or {op_type}))
             absent[op_type] = f"for {types.activation} the runtime has {kernels} in float"
         else:
-            found[op_type] = replace(_as_seen(rule, rows), dynamic=op_type in dynamic)
+            seen = _as_seen(rule, rows)
+            found[op_type] = replace(seen, dynamic=op_type in dynamic, rounds=op_type in rounding)
     return found, absent
 
 
