@@ -114,7 +114,7 @@ def test_weights_that_spoil_the_outputs_take_their_operator_out_of_integers(netw
     assert found["two"].reason == "codes of its weights would leave 3.0 dB at the outputs"
     # What is spared for its codes keeps integer weights, unless these spoil as much.
     found = asked.spoiling(Choice({}, {"e": 0.5, "x": 1e-5, "r": 1e-5}, {}, 0.5), {}, {"three": 0.3})
-    assert found["three"].precision is Precision.FLOAT and "; codes of its weights" in found["three"].reason
+    assert found["three"].precision is Precision.FLOAT and "codes of its weights" in found["three"].reason
 
 
 def test_float_weights_are_worth_their_bytes(network: ir.Model) -> None:
