@@ -207,7 +207,7 @@ class Pricer:
             return {}
         # What drives an output to infinity is as bad as can be, and still to be reckoned with.
         alone = {(name, False): min(error, WORST) for name, error in choice.alone.items()}
-        alone |= {(name, True): min(weights.get(name, 0.0), WORST) for name in names}
+        alone |= {(name, True): min(weights[name], WORST) for name in names if name in weights}
         rounding = {op_type for op_type, rule in self.target.ops.items() if rule.rounds}
         worst, total = sorted(alone, key=lambda source: -alone[source]), sum(alone.values())
         best, least = dict[str, Wish](), self.worth(spared, choice, noise)
