@@ -42,7 +42,7 @@ def largest_block(width: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _factors(order: int) -> tuple[int, ...] | None:
-    """Return orders that `_prime` builds and whose product this one is, the fewest first found; None if there are none."""
+    """Return orders that `_prime` builds and whose product this one is, or None."""
     if order == 1:
         return ()
     if order == 2 or _is_paley_1(order) or _is_paley_2(order):

@@ -105,14 +105,16 @@ class Orthogonal:
         random = np.random.default_rng(self.seed)
         if self.kind is OrthogonalKind.RANDOM:
             q, r = np.linalg.qr(random.standard_normal((self.width, self.width)))
-            return q * np.sign(np.diag(r))
+            drawn: Matrix = q * np.sign(np.diag(r))
+            return drawn
         signs = hadamard(self.block)
         if signs is None or self.width % self.block:
             raise ValueError(f"no Hadamard matrix of order {self.block} divides {self.width} channels")
         before, behind = random.choice([-1.0, 1.0], (2, self.width))
-        whole: Matrix = np.kron(np.eye(self.width // self.block), signs / np.sqrt(self.block))
+        whole = np.kron(np.eye(self.width // self.block), signs / np.sqrt(self.block))
         # The signs behind do nothing but keep R·1 from one channel, so that `keeping_ones` changes little.
-        return before[:, None] * whole * behind
+        matrix: Matrix = before[:, None] * whole * behind
+        return matrix
 
     def to_json(self) -> dict[str, Any]:
         """Return the description as JSON's types."""
