@@ -18,8 +18,8 @@ from qcompile.core.hadamard import hadamard, largest_block
 
 Matrix = npt.NDArray[np.float64]
 
-#: The smallest Hadamard matrix that spreads a channel; where none as large divides the width, numbers are drawn.
-SMALLEST_BLOCK = 4
+#: Smaller blocks spread a channel over too few: where none as large divides the width, the matrix is drawn instead.
+SMALLEST_BLOCK = 16
 
 
 class OrthogonalKind(StrEnum):
