@@ -196,8 +196,6 @@ def _stream(graph: ir.Graph, stream: Stream, segment: Segment) -> StreamSite:
     for node in _linear(segment):
         _require_plain(node)
     norms = tuple(_norm_readers(graph, norm) for norm in segment.norms)
-    if not segment.readers:
-        raise _HinderedError(segment.sums[0], "nothing that could take the rotation back reads it")
     constants = tuple(place for value in segment.writers if is_fixed(value) for place in _written(segment, value))
     keeps_ones = any(norm.kind is NormKind.LAYER for norm in segment.norms)
     place = Place(Site.STREAM, node_name(segment.sums[0]), segment.width, keeps_ones=keeps_ones)
