@@ -1,0 +1,214 @@
+"""Which rotation: the one that leaves quantized readers the least noise, of some that are drawn or learned.
+
+Candidates are randomized Hadamard matrices, and the same behind the eigenvectors of the second moments, which gives
+every channel the same one (K·H; MambaQuant, Xu et al. 2025). The best of these is improved without gradients, by turns:
+the codes of what is rotated, and the rotation nearest to these codes (ITQ, Gong and Lazebnik 2011, with the codes of
+the quantizer that will be used). For frozen codes Z the R that minimises ‖A R - Z‖ is U Vᵀ of the singular vectors of
+AᵀZ (Procrustes; Schönemann 1966).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.core import numerics
+from qcompile.core.orthogonal import Matrix, Orthogonal, keeping_ones
+
+#: Steps of alternation; each costs as much as judging one candidate.
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a quantized operator reads before it is rotated.
+
+    Parameters
+    ----------
+    rows : ndarray `[t, n]`
+        Its input, a token or a place a row; behind a norm without γ.
+    weights : ndarray `[n, m]`
+        Its weights (some of their columns), with that γ.
+    """
+
+    rows: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How readers are quantized: activations asymmetric per tensor, weights symmetric per output channel.
+
+    Parameters
+    ----------
+    activation_bits, weight_bits : int
+        At most 8.
+    """
+
+    activation_bits: int = 8
+    weight_bits: int = 8
+
+    def activation(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return an input as its codes hold it."""
+        low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
+        scale = max((high - low) / (2**self.activation_bits - 1), numerics.SMALLEST_SCALE)
+        zero = np.rint(-low / scale)
+        codes = np.clip(np.rint(rows / scale) + zero, 0, 2**self.activation_bits - 1)
+        held: npt.NDArray[np.float64] = (codes - zero) * scale
+        return held
+
+    def weight(self, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return weights `[n, m]` as their codes hold them."""
+        scale = np.abs(weights).max(axis=0) / (2 ** (self.weight_bits - 1) - 1)
+        scale = np.where(scale > 0, scale, 1.0)
+        held: npt.NDArray[np.float64] = np.rint(weights / scale) * scale
+        return held
+
+
+def noise(readings: Iterable[Reading], r: Matrix, scheme: Scheme) -> float:
+    """Return the noise power over the signal power of what the readers make with a rotation, their mean.
+
+    Parameters
+    ----------
+    readings : iterable of Reading
+    r : ndarray `[n, n]`
+    scheme : Scheme
+    """
+    ratios = []
+    for reading in readings:
+        exact = reading.rows @ reading.weights
+        found = scheme.activation(reading.rows @ r) @ scheme.weight(r.T @ reading.weights)
+        signal = float(np.sum(exact * exact))
+        if signal > 0:
+            ratios.append(float(np.sum((found - exact) ** 2)) / signal)
+    return float(np.mean(ratios)) if ratios else 0.0
+
+
+def second_moments(readings: Sequence[Reading]) -> Matrix:
+    """Return XᵀX `[n, n]`, each reader's rows scaled to count the same."""
+    width = readings[0].rows.shape[1]
+    total = np.zeros((width, width))
+    for reading in readings:
+        power = float(np.sum(reading.rows**2))
+        if power > 0:
+            total += reading.rows.T @ reading.rows / power
+    return total
+
+
+def spread_moments(moments: Matrix, hadamard: Orthogonal) -> Orthogonal:
+    """Return K·H: with eigenvectors K of the second moments, all channels behind it have the same one.
+
+    Where R must keep ones it is only nearly so.
+
+    Parameters
+    ----------
+    moments : ndarray `[n, n]`
+    hadamard : Orthogonal
+        H, whose entries are ±1/√n where there is such a matrix.
+    """
+    _, vectors = np.linalg.eigh(moments)
+    # They come in the order of their moments: where H is in blocks, each block gets some of all sizes.
+    dealt = vectors[:, np.arange(hadamard.width).reshape(hadamard.block, -1).T.reshape(-1)]
+    r = dealt @ hadamard.matrix()
+    return Orthogonal.of(keeping_ones(r) if hadamard.keeps_ones else r, keeps_ones=hadamard.keeps_ones)
+
+
+def learn(readings: Sequence[Reading], start: Orthogonal, scheme: Scheme, steps: int = STEPS) -> Orthogonal:
+    """Alternate between the codes of what is rotated and the rotation nearest to them; return the best that was met.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+    start : Orthogonal
+        Returned itself if nothing is better.
+    scheme : Scheme
+    steps : int
+    """
+    best, least, r = start, noise(readings, start.matrix(), scheme), start.matrix()
+    for _ in range(steps):
+        r = _nearest(sum((_pull(reading, r, scheme) for reading in readings), np.zeros_like(r)), start.keeps_ones)
+        found = noise(readings, r, scheme)
+        if found < least:
+            best, least = Orthogonal.of(r, keeps_ones=start.keeps_ones), found
+    return best
+
+
+def _pull(reading: Reading, r: Matrix, scheme: Scheme) -> Matrix:
+    """Return AᵀZ of a reader: its rows and its weights, each of power one, against what their codes hold."""
+    total = np.zeros_like(r)
+    rotated = reading.rows @ r, r.T @ reading.weights
+    powers = [max(float(np.sum(part**2)), numerics.SMALLEST_SCALE) for part in rotated]
+    total += reading.rows.T @ scheme.activation(rotated[0]) / powers[0]
+    total += reading.weights @ scheme.weight(rotated[1]).T / powers[1]
+    return total
+
+
+def _nearest(pull: Matrix, keeps_ones: bool) -> Matrix:
+    """Return the orthogonal R that maximises tr(Rᵀ pull), with R·1 = 1 where that is asked."""
+    if not keeps_ones:
+        u, _, vt = np.linalg.svd(pull)
+        nearest: Matrix = u @ vt
+        return nearest
+    width = len(pull)
+    basis = np.linalg.qr(np.column_stack([np.ones(width), np.eye(width)[:, 1:]]))[0][:, 1:]
+    u, _, vt = np.linalg.svd(basis.T @ pull @ basis)
+    kept: Matrix = np.full((width, width), 1 / width) + basis @ (u @ vt) @ basis.T
+    return kept
+
+
+def choose(
+    readings: Sequence[Reading],
+    scheme: Scheme,
+    *,
+    keeps_ones: bool = False,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    steps: int = STEPS,
+) -> tuple[Orthogonal, dict[str, float]]:
+    """Return the rotation with the least noise in its readers, and the noise of the best of each kind.
+
+    The last quarter of each reader's rows judges between the kinds: what was learned fits the others.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+    scheme : Scheme
+    keeps_ones : bool
+        R·1 must be 1.
+    seeds : sequence of int
+        Of the Hadamard matrices that are tried.
+    steps : int
+        Of learning; with 0 nothing is learned.
+
+    Returns
+    -------
+    Orthogonal
+        Some that a seed describes unless a stored one is better.
+    dict of str to float
+        Noise over signal by "none", "hadamard", "klt hadamard" and "learned".
+    """
+    seen, unseen = _split(readings)
+    width = readings[0].rows.shape[1]
+    drawn = [Orthogonal.spreading(width, seed, keeps_ones=keeps_ones) for seed in seeds]
+    candidates = {"hadamard": min(drawn, key=lambda one: noise(seen, one.matrix(), scheme))}
+    moments = second_moments(seen)
+    spread = [spread_moments(moments, one) for one in drawn]
+    candidates["klt hadamard"] = min(spread, key=lambda one: noise(seen, one.matrix(), scheme))
+    if steps:
+        candidates["learned"] = learn(seen, candidates["klt hadamard"], scheme, steps)
+    table = {kind: noise(unseen, one.matrix(), scheme) for kind, one in candidates.items()}
+    best = min(candidates, key=lambda kind: table[kind])
+    return candidates[best], {"none": noise(unseen, np.eye(width), scheme)} | table
+
+
+def _split(readings: Sequence[Reading]) -> tuple[list[Reading], list[Reading]]:
+    """Return three quarters of each reader's rows, and the rest."""
+    cuts = [max(1, len(reading.rows) * 3 // 4) for reading in readings]
+    seen = [Reading(reading.rows[:cut], reading.weights) for reading, cut in zip(readings, cuts, strict=True)]
+    unseen = [
+        Reading(reading.rows[cut:] if cut < len(reading.rows) else reading.rows, reading.weights)
+        for reading, cut in zip(readings, cuts, strict=True)
+    ]
+    return seen, unseen

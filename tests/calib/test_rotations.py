@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qcompile.calib.rotations import Reading, Scheme, choose, learn, noise, second_moments, spread_moments
+from qcompile.core import numerics
+from qcompile.core.orthogonal import Orthogonal, OrthogonalKind
+
+
+def reading(seed: int = 0, rows: int = 512, width: int = 32, outputs: int = 48, outliers: bool = True) -> Reading:
+    """Return correlated channels, three of which stand out, and weights of unequal rows."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(rows, width)) * np.exp(0.7 * random.normal(size=width))
+    if outliers:
+        x[:, [3, 10, 20]] *= 25
+    x = x @ (random.normal(size=(width, width)) * 0.15 + np.eye(width))
+    return Reading(x, random.normal(size=(width, outputs)) * np.exp(0.4 * random.normal(size=(width, 1))))
+
+
+def test_the_scheme_is_that_of_the_numerics() -> None:
+    rows, weights = reading().rows.astype(np.float32), reading().weights.astype(np.float32)
+    scale, zero = numerics.affine_scale(rows.min(), rows.max(), "uint8")
+    codes = numerics.quantize(rows, scale, zero, "uint8")
+    np.testing.assert_allclose(
+        Scheme().activation(rows.astype(np.float64)), numerics.dequantize(codes, scale, zero), atol=float(scale) / 2
+    )
+    scale = numerics.symmetric_scale(np.abs(weights).max(axis=0), "int8")
+    zeros = np.zeros(48, np.int64)
+    codes = numerics.quantize(weights, scale, zeros, "int8", axis=1, symmetric=True)
+    held = numerics.dequantize(codes, scale, zeros, axis=1)
+    np.testing.assert_allclose(Scheme().weight(weights.astype(np.float64)), held, atol=float(scale.max()) / 2)
+
+
+def test_noise_is_what_rounding_adds() -> None:
+    one = reading()
+    exact, r = one.rows @ one.weights, np.eye(32)
+    rounded = Scheme(4, 4).activation(one.rows) @ Scheme(4, 4).weight(one.weights)
+    expected = ((rounded - exact) ** 2).sum() / (exact**2).sum()
+    assert noise([one], r, Scheme(4, 4)) == pytest.approx(expected)
+    assert noise([one, one], r, Scheme(4, 4)) == pytest.approx(expected)
+    assert noise([Reading(np.zeros((3, 32)), one.weights)], r, Scheme()) == 0.0
+
+
+@pytest.mark.parametrize("width", [32, 52])
+def test_equal_moments_behind_klt_and_hadamard(width: int) -> None:
+    one = reading(width=width)
+    moments = second_moments([one])
+    hadamard = Orthogonal.spreading(32, 1) if width == 32 else Orthogonal.spreading(52, 1, block=4)
+    r = spread_moments(moments, hadamard).matrix()
+    found = np.diag(r.T @ moments @ r)
+    if width == 32:
+        np.testing.assert_allclose(found, found[0], rtol=1e-9)
+    h = hadamard.matrix()
+    plain = np.diag(h.T @ moments @ h)
+    assert found.max() / found.min() < plain.max() / plain.min()
+
+
+@pytest.mark.parametrize("keeps_ones", [False, True])
+def test_each_step_of_sophistication_pays_where_channels_stand_out(keeps_ones: bool) -> None:
+    """As notes on the probe say: none > Hadamard > KLT·Hadamard >= learned."""
+    readings = [reading(seed) for seed in range(3)]
+    best, table = choose(readings, Scheme(4, 4), keeps_ones=keeps_ones)
+    assert table["none"] > 1.5 * table["hadamard"] > 1.5 * table["klt hadamard"] > 0
+    assert min(table, key=lambda kind: table[kind]) in ("klt hadamard", "learned")
+    assert best.kind is OrthogonalKind.STORED and best.keeps_ones is keeps_ones
+    r = best.matrix()
+    np.testing.assert_allclose(r @ r.T, np.eye(32), atol=1e-12)
+    if keeps_ones:
+        np.testing.assert_allclose(r.sum(axis=1), 1.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("keeps_ones", [False, True])
+def test_learning_never_ends_worse_than_it_began(keeps_ones: bool) -> None:
+    readings = [reading(7)]
+    start = Orthogonal.spreading(32, 5, keeps_ones=keeps_ones)
+    learned = learn(readings, start, Scheme(4, 4))
+    assert noise(readings, learned.matrix(), Scheme(4, 4)) < noise(readings, start.matrix(), Scheme(4, 4))
+    assert learn(readings, start, Scheme(4, 4), steps=0) is start
+
+
+def test_the_same_choice_every_time() -> None:
+    first, second = (choose([reading(1)], Scheme(4, 4))[0] for _ in range(2))
+    assert first == second
