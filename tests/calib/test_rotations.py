@@ -48,9 +48,8 @@ def test_equal_moments_behind_klt_and_hadamard(width: int, block: int) -> None:
     r = spread_moments(moments, Orthogonal.spreading(width, 1, block=block)).matrix()
     found = np.diag(r.T @ moments @ r).reshape(-1, block)
     np.testing.assert_allclose(found, found[:, :1].repeat(block, axis=1), rtol=1e-9)
-    # Each block got the rows of K with some large and some small moments.
-    eigenvalues = np.linalg.eigvalsh(moments)
-    assert found.mean(axis=1).min() > 2 * eigenvalues[:block].mean()
+    # No block got the smallest moments alone.
+    assert block == width or found.mean(axis=1).min() > 2 * np.linalg.eigvalsh(moments)[:block].mean()
 
 
 @pytest.mark.parametrize("keeps_ones", [False, True])
