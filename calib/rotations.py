@@ -20,6 +20,8 @@ from qcompile.core.orthogonal import Matrix, Orthogonal, keeping_ones
 
 #: Steps of alternation; each costs as much as judging one candidate.
 STEPS = 12
+#: Noise that a matrix of stored numbers must leave, of what one from a seed does.
+WORTH_STORING = 0.9
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class Reading:
 
     Parameters
     ----------
-    rows : ndarray `[t, n]`
-        Its input, a token or a place a row; behind a norm without γ.
-    weights : ndarray `[n, m]`
+    rows : ndarray `[t, k n]`
+        Its input, a token or a place a row; behind a norm without γ. Where k heads are rotated by one matrix of n
+        channels, they stand side by side and share a scale.
+    weights : ndarray `[k n, m]`
         Its weights (some of their columns), with that γ.
     """
 
@@ -75,26 +78,32 @@ def noise(readings: Iterable[Reading], r: Matrix, scheme: Scheme) -> float:
     ----------
     readings : iterable of Reading
     r : ndarray `[n, n]`
+        Rotates every n neighbouring channels.
     scheme : Scheme
     """
     ratios = []
     for reading in readings:
         exact = reading.rows @ reading.weights
-        found = scheme.activation(reading.rows @ r) @ scheme.weight(r.T @ reading.weights)
+        found = scheme.activation(_rotated(reading.rows, r)) @ scheme.weight(_rotated(reading.weights.T, r).T)
         signal = float(np.sum(exact * exact))
         if signal > 0:
             ratios.append(float(np.sum((found - exact) ** 2)) / signal)
     return float(np.mean(ratios)) if ratios else 0.0
 
 
-def second_moments(readings: Sequence[Reading]) -> Matrix:
-    """Return XᵀX `[n, n]`, each reader's rows scaled to count the same."""
-    width = readings[0].rows.shape[1]
+def _rotated(rows: npt.NDArray[np.float64], r: Matrix) -> npt.NDArray[np.float64]:
+    """Return rows `[t, k n]` with every n neighbouring channels rotated."""
+    product: npt.NDArray[np.float64] = (rows.reshape(-1, len(r)) @ r).reshape(rows.shape)
+    return product
+
+
+def second_moments(readings: Sequence[Reading], width: int) -> Matrix:
+    """Return XᵀX `[n, n]` of every n neighbouring channels, each reader's rows scaled to count the same."""
     total = np.zeros((width, width))
     for reading in readings:
-        power = float(np.sum(reading.rows**2))
+        rows, power = reading.rows.reshape(-1, width), float(np.sum(reading.rows**2))
         if power > 0:
-            total += reading.rows.T @ reading.rows / power
+            total += rows.T @ rows / power
     return total
 
 
@@ -139,10 +148,11 @@ def learn(readings: Sequence[Reading], start: Orthogonal, scheme: Scheme, steps:
 def _pull(reading: Reading, r: Matrix, scheme: Scheme) -> Matrix:
     """Return AᵀZ of a reader: its rows and its weights, each of power one, against what their codes hold."""
     total = np.zeros_like(r)
-    rotated = reading.rows @ r, r.T @ reading.weights
-    powers = [max(float(np.sum(part**2)), numerics.SMALLEST_SCALE) for part in rotated]
-    total += reading.rows.T @ scheme.activation(rotated[0]) / powers[0]
-    total += reading.weights @ scheme.weight(rotated[1]).T / powers[1]
+    columns = reading.weights.T
+    held = scheme.activation(_rotated(reading.rows, r)), scheme.weight(_rotated(columns, r).T).T
+    for part, codes in zip((reading.rows, columns), held, strict=True):
+        power = max(float(np.sum(part**2)), numerics.SMALLEST_SCALE)
+        total += part.reshape(-1, len(r)).T @ codes.reshape(-1, len(r)) / power
     return total
 
 
@@ -161,6 +171,7 @@ def _nearest(pull: Matrix, keeps_ones: bool) -> Matrix:
 
 def choose(
     readings: Sequence[Reading],
+    width: int,
     scheme: Scheme,
     *,
     keeps_ones: bool = False,
@@ -174,6 +185,8 @@ def choose(
     Parameters
     ----------
     readings : sequence of Reading
+    width : int
+        n, the channels of the matrix.
     scheme : Scheme
     keeps_ones : bool
         R·1 must be 1.
@@ -185,21 +198,21 @@ def choose(
     Returns
     -------
     Orthogonal
-        Some that a seed describes unless a stored one is better.
+        One that a seed describes unless a stored one leaves less than `WORTH_STORING` of its noise.
     dict of str to float
         Noise over signal by "none", "hadamard", "klt hadamard" and "learned".
     """
     seen, unseen = _split(readings)
-    width = readings[0].rows.shape[1]
     drawn = [Orthogonal.spreading(width, seed, keeps_ones=keeps_ones) for seed in seeds]
     candidates = {"hadamard": min(drawn, key=lambda one: noise(seen, one.matrix(), scheme))}
-    moments = second_moments(seen)
+    moments = second_moments(seen, width)
     spread = [spread_moments(moments, one) for one in drawn]
     candidates["klt hadamard"] = min(spread, key=lambda one: noise(seen, one.matrix(), scheme))
     if steps:
         candidates["learned"] = learn(seen, candidates["klt hadamard"], scheme, steps)
     table = {kind: noise(unseen, one.matrix(), scheme) for kind, one in candidates.items()}
-    best = min(candidates, key=lambda kind: table[kind])
+    # A seed takes no room: numbers are stored where they are worth it.
+    best = min(candidates, key=lambda kind: table[kind] / (1.0 if kind == "hadamard" else WORTH_STORING))
     return candidates[best], {"none": noise(unseen, np.eye(width), scheme)} | table
 
 

@@ -44,7 +44,7 @@ def test_noise_is_what_rounding_adds() -> None:
 
 @pytest.mark.parametrize(("width", "block"), [(32, 32), (52, 4)])
 def test_equal_moments_behind_klt_and_hadamard(width: int, block: int) -> None:
-    moments = second_moments([reading(width=width)])
+    moments = second_moments([reading(width=width)], width)
     r = spread_moments(moments, Orthogonal.spreading(width, 1, block=block)).matrix()
     found = np.diag(r.T @ moments @ r).reshape(-1, block)
     np.testing.assert_allclose(found, found[:, :1].repeat(block, axis=1), rtol=1e-9)
@@ -56,7 +56,7 @@ def test_equal_moments_behind_klt_and_hadamard(width: int, block: int) -> None:
 def test_each_step_of_sophistication_pays_where_channels_stand_out(keeps_ones: bool) -> None:
     """As notes on the probe say: none > Hadamard > KLT·Hadamard >= learned."""
     readings = [reading(seed) for seed in range(3)]
-    best, table = choose(readings, Scheme(4, 4), keeps_ones=keeps_ones)
+    best, table = choose(readings, 32, Scheme(4, 4), keeps_ones=keeps_ones)
     assert table["none"] > 1.5 * table["hadamard"] > 1.5 * table["klt hadamard"] > 0
     assert min(table, key=lambda kind: table[kind]) in ("klt hadamard", "learned")
     assert best.kind is OrthogonalKind.STORED and best.keeps_ones is keeps_ones
@@ -76,5 +76,23 @@ def test_learning_never_ends_worse_than_it_began(keeps_ones: bool) -> None:
 
 
 def test_the_same_choice_every_time() -> None:
-    first, second = (choose([reading(1)], Scheme(4, 4))[0] for _ in range(2))
+    first, second = (choose([reading(1)], 32, Scheme(4, 4))[0] for _ in range(2))
     assert first == second
+
+
+def test_heads_that_share_a_matrix_share_a_scale() -> None:
+    """Two heads side by side, one ten times the other, are one tensor: R ⊕ R."""
+    one, r = reading(), Orthogonal.spreading(16, 3).matrix()
+    wide = np.kron(np.eye(2), r)
+    assert noise([one], r, Scheme(4, 4)) == pytest.approx(noise([one], wide, Scheme(4, 4)))
+    pulled = learn([one], Orthogonal.spreading(16, 3), Scheme(4, 4)).matrix()
+    assert noise([one], pulled, Scheme(4, 4)) < noise([one], r, Scheme(4, 4))
+
+
+def test_what_a_seed_describes_is_preferred() -> None:
+    """Where all channels are alike, K·H is one more random rotation, and not worth its numbers."""
+    random = np.random.default_rng(0)
+    white = Reading(random.normal(size=(512, 32)), random.normal(size=(32, 48)))
+    best, table = choose([white], 32, Scheme(), steps=0)
+    assert best.kind is OrthogonalKind.HADAMARD
+    assert table["klt hadamard"] == pytest.approx(table["hadamard"], rel=0.2)
