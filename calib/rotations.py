@@ -9,17 +9,22 @@ AᵀZ (Procrustes; Schönemann 1966).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
-from qcompile.core import numerics
+from qcompile.calib.data import Dataset, Sample
+from qcompile.core import numerics, runtime
+from qcompile.core.contract import Track
 from qcompile.core.orthogonal import Matrix, Orthogonal, keeping_ones
 
 #: Steps of alternation; each costs as much as judging one candidate.
 STEPS = 12
+#: Rows of each tensor that candidates are judged on.
+ROWS = 384
 #: Noise that a matrix of stored numbers must leave, of what one from a seed does.
 WORTH_STORING = 0.9
 
@@ -69,6 +74,45 @@ class Scheme:
         scale = np.where(scale > 0, scale, 1.0)
         held: npt.NDArray[np.float64] = np.rint(weights / scale) * scale
         return held
+
+
+def measure_rows(
+    model: ir.Model, axes: Mapping[str, int], data: Dataset, track: Track[Sample]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Stream the data through the float model and keep some rows of the named tensors.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    axes : mapping of str to int
+        The channel axis of each tensor, by value name.
+    data : Dataset
+    track : callable
+        Shows progress.
+
+    Returns
+    -------
+    dict of str to ndarray `[t, n]`
+        About `ROWS` of each, the same number of each sample: evenly spaced ones, and the one that reaches farthest.
+    """
+    session = runtime.Session(runtime.with_outputs(model, list(axes)), optimize=True)
+    each, kept = -(-ROWS // len(data)), {name: list[npt.NDArray[np.float32]]() for name in axes}
+    for feeds in track(data, len(data), "measuring rows"):
+        values = {**feeds, **session.run(feeds)}
+        for name, axis in axes.items():
+            rows = np.moveaxis(values[name], axis, -1)
+            rows = rows.reshape(-1, rows.shape[-1])
+            if len(rows):
+                some = np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(np.int64)
+                kept[name].append(rows[np.append(some, np.abs(rows).max(axis=1).argmax())].astype(np.float32))
+    return {name: np.concatenate(parts) for name, parts in kept.items() if parts}
+
+
+def normalized(rows: npt.NDArray[np.float64], centre: bool, epsilon: float) -> npt.NDArray[np.float64]:
+    """Return rows as LayerNorm (centre) or RMSNorm makes them, without γ and β."""
+    rows = rows - rows.mean(axis=1, keepdims=True) if centre else rows
+    made: npt.NDArray[np.float64] = rows / np.sqrt((rows**2).mean(axis=1, keepdims=True) + epsilon)
+    return made
 
 
 def noise(readings: Iterable[Reading], r: Matrix, scheme: Scheme) -> float:
