@@ -204,6 +204,12 @@ def test_a_norm_in_another_layout(model_of: Callable[..., ir.Model], random: np.
     assert len(result.graph) < len(model.graph), "γ is gone"
 
 
+def test_a_layer_scale_that_folded_is_no_obstacle(stream_of: Callable[..., ir.Model]) -> None:
+    model = stream_of("d = Add (b, bias) c = Mul (d, bias2)")
+    result, told = rotated(model, Site.STREAM)
+    assert told.modified and error(model, result) < 1e-5 and len(result.graph) == len(model.graph)
+
+
 TIED = """(int64[B,T] x) => (float[B,T,64] y) {
     e = Gather (table, x)
     n = LayerNormalization (e, gamma) b = MatMul (n, wb) o = Add (b, e)
