@@ -135,7 +135,7 @@ def steps(model: ir.Model, data: Dataset) -> Iterator[tuple[str, ir.Model, list[
         Rotate(planned.rotations)(copy)
         yield name, copy, []
     online = tuple(
-        InputRotation(name, (Orthogonal.spreading(BLOCK, seed, block=BLOCK),))
+        InputRotation(name, Orthogonal.spreading(BLOCK, seed, block=BLOCK))
         for seed, name in enumerate(behind_gates(both))
     )
     RotateInputs(online)(both)
