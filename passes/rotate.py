@@ -8,7 +8,7 @@ measured in `calib/rotations.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -81,9 +81,12 @@ class Rotate(ir.passes.InPlacePass):
     Parameters
     ----------
     rotations : tuple of Rotation
+    refused : tuple of Refusal
+        Places that were not chosen, to be reported with the rest.
     """
 
-    rotations: tuple[Rotation, ...] = field(default=())
+    rotations: tuple[Rotation, ...] = ()
+    refused: tuple[Refusal, ...] = ()
     effect: ClassVar[Effect] = Effect.CLOSE
 
     def requires(self, model: ir.Model) -> None:
@@ -95,7 +98,7 @@ class Rotate(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> Rewritten:
         """Rewrite in place; places that are not what they were are refusals."""
         if not self.rotations:
-            return Rewritten(model, False)
+            return Rewritten(model, False, self.refused)
         found, before, refusals = rotatable(model.graph), _stored(model.graph), list[Refusal]()
         sites: dict[Place, StreamSite | ValueSite] = {site.place: site for site in found.streams}
         sites |= {site.place: site for site in found.values}
@@ -109,7 +112,7 @@ class Rotate(ir.passes.InPlacePass):
                 refusals.append(_missing(rotation.place, found))
         remove_unused(model)
         notes = _untied(before, _stored(model.graph))
-        return Rewritten(model, len(refusals) < len(self.rotations), tuple(refusals), notes)
+        return Rewritten(model, len(refusals) < len(self.rotations), (*self.refused, *refusals), notes)
 
 
 def _missing(place: Place, found: Rotatable) -> Refusal:

@@ -60,7 +60,7 @@ def test_a_loud_channel_is_worth_a_rotation(name: str) -> None:
     [rotation] = [rotation for rotation in plan.rotations if rotation.place.site is Site.STREAM]
     noise = plan.noise[rotation.place]
     assert min(noise["hadamard"], noise["learned"]) < 0.8 * noise["none"]
-    result = Rotate(plan.rotations)(model.clone()).model
+    result = Rotate(plan.rotations, plan.refusals)(model.clone()).model
     feeds = runtime.synthetic_feeds(model, 9, open_axis=2)
     before, after = (next(iter(runtime.Session(m, optimize=False).run(feeds).values())) for m in (model, result))
     assert numerics.relative_error(before, after) < 1e-5

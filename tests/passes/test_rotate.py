@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qcompile.core import model as models
 from qcompile.core import numerics, runtime, validate
-from qcompile.core.contract import Rewritten
+from qcompile.core.contract import Refusal, Rewritten
 from qcompile.core.orthogonal import Orthogonal
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.rotate import Rotate, Rotation, spread_evenly
@@ -253,7 +253,9 @@ def test_a_place_that_is_gone_is_a_refusal(stream_of: Callable[..., ir.Model]) -
 
 def test_nothing_is_done_where_nothing_is_asked(stream_of: Callable[..., ir.Model]) -> None:
     model = stream_of()
-    assert not Rotate()(model).modified
+    refused = (Refusal("n", "why"),)
+    result = Rotate(refused=refused)(model)
+    assert isinstance(result, Rewritten) and not result.modified and result.refusals == refused
 
 
 def test_matrices_must_fit_their_place() -> None:
