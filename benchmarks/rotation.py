@@ -41,7 +41,7 @@ from qcompile.rotation import plan_rotations
 PAGE = ROOT / "docs/rotation-figures.md"
 LANGUAGE = "smollm2-135m"
 #: Neighbouring channels that a product at run time mixes.
-BLOCK = 64
+BLOCK = 32
 HEAD = """# What rotation does
 
 Written by `python benchmarks/rotation.py`; do not edit. [rotation.md](rotation.md) says what is done.
@@ -60,7 +60,7 @@ STEPS_HEAD = """
 {count} sequences of {length} tokens of the evaluation half, {integers} products in integers (W8A8, one static range per
 tensor, minmax over the calibration half); everything else in float.
 
-| step | nodes added | perplexity | of float's |
+| step | nodes | perplexity | of float's |
 |---|---|---|---|
 """
 
@@ -110,8 +110,9 @@ def quantized(model: ir.Model, data: Dataset, keep: Sequence[str] = ()) -> tuple
 
 
 def behind_gates(model: ir.Model) -> list[str]:
-    """Return the operators that read a product of two activations, and nobody else does: FFN-down."""
-    linear = [node for node in model.graph if is_linear(node) and not obstacle(node)]
+    """Return the operators that alone read a product of two activations, but for those behind norms: FFN-down."""
+    behind = {node for site in rotatable(model.graph).streams for norm in site.norms for node in norm.readers}
+    linear = [node for node in model.graph if is_linear(node) and not obstacle(node) and node not in behind]
     return [node_name(node) for node in linear if produced_by(node.inputs[0], "Mul") is not None]
 
 
@@ -153,8 +154,8 @@ def language(paths: Sequence[Path], show: Callable[[str], None]) -> str:
     for step, rotated, keep in steps(model, data):
         integer, count = quantized(rotated, data, keep)
         value = perplexity(losses(runtime.Session(integer), name, tokens))
-        added = max(0, len(rotated.graph) - len(model.graph))
-        rows.append(f"| {step} | {added} | {value:.2f} | {value / base:.3f}x |")
+        change = len(rotated.graph) - len(model.graph)
+        rows.append(f"| {step} | {change:+d} | {value:.2f} | {value / base:.3f}x |")
         show(rows[-1])
     head = STEPS_HEAD.format(name=LANGUAGE, count=tokens.shape[0], length=tokens.shape[1], integers=count)
     return head + "\n".join(rows) + "\n"
