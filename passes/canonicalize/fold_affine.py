@@ -34,7 +34,7 @@ class FoldAffine(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             if structure.is_standard(node, *LINEAR) and _weights(node) is not None:
-                while _fold_behind(node) or _fold_in_front(node):
+                while _fold_behind(node) or _fold_past_bias(node) or _fold_in_front(node):
                     modified = True
         modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
@@ -132,6 +132,34 @@ def _fold_behind(node: ir.Node) -> bool:
     return _apply(node, new, _bias(node, channels) * (1.0 if factor is None else factor), shift, weights) and bypass(
         behind, node.outputs[0]
     )
+
+
+def _fold_past_bias(matmul: ir.Node) -> bool:
+    """Take a factor per channel behind the bias of a MatMul, such as a LayerScale, into both."""
+    add, weights = only_reader(matmul.outputs[0]), _weights(matmul)
+    behind = only_reader(add.outputs[0]) if add is not None else None
+    if matmul.op_type != "MatMul" or add is None or behind is None or weights is None:
+        return False
+    bias, scale, rank = _affine(add), _affine(behind), _rank(matmul, weights)
+    if bias is None or bias.factor is not None or scale is None or scale.factor is None or scale.shift is not None:
+        return False
+    channels = _outputs(matmul, weights)
+    shift, factor = (_per_channel(n, channels, (rank or 0) - 1, rank or 0) for n in (bias.shift, scale.factor))
+    index = next(i for i, value in enumerate(add.inputs) if value is not bias.source)
+    constant = structure.constant(add.inputs[index])
+    if shift is None or factor is None or constant is None or not structure.is_standard(add, "Add"):
+        return False
+    new, total = (
+        rounded(weights * _spread(matmul, weights, factor), weights.dtype),
+        rounded(shift * factor, constant.dtype),
+    )
+    if new is None or total is None:
+        return False
+    graph = matmul.graph
+    assert isinstance(graph, ir.Graph)
+    matmul.replace_input_with(1, add_constant(graph, f"{matmul.inputs[1].name}_folded", new))  # type: ignore[union-attr]
+    add.replace_input_with(index, add_constant(graph, f"{add.outputs[0].name}_bias", total))
+    return bypass(behind, add.outputs[0])
 
 
 def _spread(node: ir.Node, weights: Array, factor: Array) -> Array:

@@ -188,3 +188,49 @@ def test_what_a_branch_reads_stays(
         z = If (f) <then_branch = t () => (float[1,4,4,4] p) { p = Neg (c) },
                     else_branch = e () => (float[1,4,4,4] q) { q = Abs (c) }> }"""
     assert "Mul" in types(rewritten(FoldAffine(), model_of(text, w=w, k=k))[0])
+
+
+SCALED = "(float[B,3,4] x) => (float[B,3,N] y%s) { p = MatMul (x, m) b = %s y = Mul (b, s) %s }"
+
+
+@pytest.fixture
+def parts(random: np.random.Generator) -> dict[str, np.ndarray]:
+    shapes = {"m": (4, 5), "b0": 5, "s": 5, "m1": (3, 4), "tokens": (3, 1)}
+    return {name: (1 + random.random(shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("bias", ["Add (p, b0)", "Add (b0, p)"])
+def test_a_factor_behind_the_bias_of_a_matmul(
+    bias: str, parts: dict[str, np.ndarray], model_of: Build, rewritten: Build, types: Build
+) -> None:
+    """LayerScale, as vision transformers have it."""
+    used = {name: parts[name] for name in ("m", "b0", "s")}
+    model, _ = rewritten(FoldAffine(), model_of(SCALED % ("", bias, ""), **used))
+    assert types(model) == ["MatMul", "Add"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "bias", "more", "names"),
+    [
+        (", float[B,3,N] z", "Add (p, b0)", "z = Exp (b)", ("m", "b0", "s")),
+        (", float[B,3,N] p", "Add (p, b0)", "", ("m", "b0", "s")),
+        (", float[B,3,N] b", "Add (p, b0)", "", ("m", "b0", "s")),
+        ("", "Sub (b0, p)", "", ("m", "b0", "s")),
+        ("", "Add (p, tokens)", "", ("m", "tokens", "s")),
+        (", float[B,3,N] z", "Add (p, b0)", "z = MatMul (x, m)", ("m", "b0", "s")),
+    ],
+)
+def test_a_factor_behind_a_bias_stays_where_others_read(
+    outputs: str,
+    bias: str,
+    more: str,
+    names: tuple[str, ...],
+    parts: dict[str, np.ndarray],
+    model_of: Build,
+    rewritten: Build,
+    types: Build,
+) -> None:
+    model, _ = rewritten(
+        FoldAffine(), model_of(SCALED % (outputs, bias, more), **{name: parts[name] for name in names})
+    )
+    assert "Mul" in types(model)

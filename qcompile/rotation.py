@@ -1,0 +1,131 @@
+"""Choose what is rotated, and by which matrices: from what the readers in integers would lose with each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.rotations import STEPS, Reading, Scheme, choose, measure_rows, normalized
+from qcompile.core import numerics
+from qcompile.core.contract import Refusal, Track
+from qcompile.passes.patterns import NormKind
+from qcompile.passes.rotate import Rotation
+from qcompile.passes.rotated_inputs import RotatedInput, rotated_inputs
+from qcompile.passes.rotations import Place, Site, StreamSite, ValueSite, rotatable
+from qcompile.passes.structure import name_of
+
+#: Noise that must be left of what there is without a rotation: 1 dB less.
+WORTH = 0.8
+#: The most columns of weights that a reader is judged by.
+COLUMNS = 512
+#: How many Hadamard matrices are tried.
+SEEDS = 4
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """What is to be rotated, and why the rest is not.
+
+    Parameters
+    ----------
+    rotations : tuple of Rotation
+    refusals : tuple of Refusal
+        Places that cannot be rotated, and those that would gain nothing.
+    noise : mapping of Place to mapping of str to float
+        Noise over signal of the readers of each place, without a rotation and with the best of each kind.
+    """
+
+    rotations: tuple[Rotation, ...]
+    refusals: tuple[Refusal, ...]
+    noise: Mapping[Place, Mapping[str, float]]
+
+
+def plan_rotations(
+    model: ir.Model,
+    integers: Collection[str],
+    data: Dataset,
+    track: Track[Sample],
+    *,
+    scheme: Scheme | None = None,
+    sites: Collection[Site] = (Site.STREAM, Site.VALUES),
+    seed: int = 0,
+    steps: int = STEPS,
+) -> RotationPlan:
+    """Choose a matrix for each place where one lowers the noise of what reads it in integers by 1 dB or more.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Canonical; it stays as it is.
+    integers : collection of str
+        Names of the nodes that will run in integers.
+    data : Dataset
+        What is measured on.
+    track : callable
+        Shows progress.
+    scheme : Scheme, optional
+        How they are quantized.
+    sites : collection of Site
+        What may be rotated.
+    seed : int
+        Of the first matrix.
+    steps : int
+        Of learning; with 0 nothing is learned.
+    """
+    found = rotatable(model.graph)
+    every: list[StreamSite | ValueSite] = [*found.streams, *found.values]
+    wanted = [site for site in every if site.place.site in sites]
+    inputs = {site.place: rotated_inputs(site, integers) for site in wanted}
+    axes = {name_of(part.value): part.axis for parts in inputs.values() for part in parts}
+    rows = measure_rows(model, axes, data, track) if axes else {}
+    chosen, refusals, noise = list[Rotation](), list(found.refusals), dict[Place, Mapping[str, float]]()
+    for site in wanted:
+        result = _choose(site, inputs[site.place], rows, scheme or Scheme(), seed, steps)
+        if isinstance(result, Refusal):
+            refusals.append(result)
+            continue
+        rotation, noise[site.place] = result
+        if min(list(noise[site.place].values())[1:]) < WORTH * noise[site.place]["none"]:
+            chosen.append(rotation)
+        else:
+            refusals.append(_useless(site.place, noise[site.place]))
+    return RotationPlan(tuple(chosen), tuple(refusals), noise)
+
+
+def _choose(
+    site: StreamSite | ValueSite,
+    inputs: tuple[RotatedInput, ...],
+    rows: Mapping[str, npt.NDArray[np.float32]],
+    scheme: Scheme,
+    seed: int,
+    steps: int,
+) -> tuple[Rotation, dict[str, float]] | Refusal:
+    place = site.place
+    readings = [_reading(part, rows[name_of(part.value)]) for part in inputs if name_of(part.value) in rows]
+    if not readings:
+        return Refusal(place.node, "it is not rotated: nothing reads it in integers")
+    seeds = range(seed, seed + SEEDS)
+    matrix, noise = choose(readings, place.width, scheme, keeps_ones=place.keeps_ones, seeds=seeds, steps=steps)
+    return Rotation(place, (matrix,)), noise
+
+
+def _reading(part: RotatedInput, rows: npt.NDArray[np.float32]) -> Reading:
+    """Return what the readers of a tensor see, and some columns of their weights."""
+    wide, norm = rows.astype(np.float64), part.norm
+    if norm is not None:
+        wide = normalized(wide, norm.kind is NormKind.LAYER, norm.epsilon)
+        wide = wide if part.shift is None else wide + part.shift
+    weights = part.weights()
+    some = np.linspace(0, weights.shape[1] - 1, min(COLUMNS, weights.shape[1])).astype(np.int64)
+    return Reading(wide[:, part.channels], weights[:, some])
+
+
+def _useless(place: Place, noise: Mapping[str, float]) -> Refusal:
+    without, best = (numerics.decibel(1.0, value) for value in (noise["none"], min(list(noise.values())[1:])))
+    fact = f"what reads it in integers is at {without:.1f} dB, and at {best:.1f} dB with the best that was tried"
+    return Refusal(place.node, f"it is not rotated: {fact}")
