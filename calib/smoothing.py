@@ -27,7 +27,7 @@ STEPS = 8
 #: Whole powers of 2 change no digit of a float, so they are preferred at this much more noise.
 WHOLE = 1.02
 #: Channels that may be set aside, in parts of all, and what each part more costs in parts of the noise.
-MOST_ASIDE, ASIDE_PRICE = 1 / 16, 8.0
+MOST_ASIDE, ASIDE_PRICE = 1 / 32, 8.0
 #: Their largest and least logarithm: about 1e-4 to 1e4.
 LARGEST_LOG2 = 13.0
 
@@ -187,7 +187,7 @@ def farthest(readers: Sequence[Reader], scheme: Scheme) -> tuple[int, ...]:
     """Return the channels that are best set aside, read in float beside the integers.
 
     Those that reach farthest, as many powers of two of them as make noise · (1 + 8 · share of the channels) least, up
-    to a sixteenth; none where that is no less than with all.
+    to a thirty-second; none where that is no less than with all.
 
     Parameters
     ----------
