@@ -46,6 +46,9 @@ GLOBAL = (0.65, 0.8)
 MUL_GAIN = 2.0
 #: Time and noise are weighed as time · noise^0.1: a decibel is worth 2 % of time, next to nothing beyond 30 dB.
 NOISE, NEGLIGIBLE = 0.1, 1e-3
+#: Noise over signal with which a model of integers alone is of no use: parts of it will go back to float, and which of
+#: them decides more than smoothing does.
+UNUSABLE = 0.1
 #: Ranges by which a trial quantizes, if these are to be chosen from: the one that loses less counts.
 OBSERVERS = (Observer.MINMAX, Observer.MSE)
 
@@ -171,7 +174,7 @@ class _Search:
         chosen, tuned = self._try(groups, data)
         spread = self._spread(groups, data)
         tuned = [replace(one, readers=self._readers(one.group, spread)) for one in tuned]
-        return self._factors(tuned, chosen, "smoothing did not help on samples held out from it")
+        return self._factors(tuned, chosen, "smoothing did not help enough on samples held out from it")
 
     def _try(self, groups: Sequence[ScaleGroup], data: Dataset) -> tuple[_Candidate, list[_Tuned]]:
         """Return the candidate that loses least on samples held out from it."""
@@ -199,7 +202,7 @@ class _Search:
                 found = outcome(step)
                 if found.cost < least.cost and _surely_less(found.error, least.error):
                     best, least = step, found
-        return best, tuned
+        return (best if least.error.total <= UNUSABLE else steps[0]), tuned
 
     def _spread(self, groups: Sequence[ScaleGroup], data: Dataset) -> Mapping[str, ChannelSpread]:
         axes = {structure.name_of(reading.value): reading.axis for group in groups for reading in group.readings}
