@@ -8,7 +8,7 @@ section 4, whose α is searched here for each group; Lin et al. 2024, "AWQ", sea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,8 @@ ALPHAS = tuple(step / 20 for step in range(6, 21))
 STEPS = 8
 #: Whole powers of 2 change no digit of a float, so they are preferred at this much more noise.
 WHOLE = 1.02
+#: Channels that may be set aside, in parts of all, and what each part more costs in parts of the noise.
+MOST_ASIDE, ASIDE_PRICE = 1 / 32, 8.0
 #: Their largest and least logarithm: about 1e-4 to 1e4.
 LARGEST_LOG2 = 13.0
 
@@ -179,6 +181,44 @@ def preferably_whole(readers: Sequence[Reader], log2: Numbers, scheme: Scheme) -
     """Return the nearest whole powers of 2 where they lose next to nothing, else the factors as they are."""
     whole = _rounded(log2, 1)
     return whole if scheme.loss(readers, whole) <= WHOLE * scheme.loss(readers, log2) else log2
+
+
+def farthest(readers: Sequence[Reader], scheme: Scheme) -> tuple[int, ...]:
+    """Return the channels that are best set aside, read in float beside the integers.
+
+    Those that reach farthest, as many powers of two of them as make noise · (1 + 8 · share of the channels) least, up
+    to a thirty-second; none where that is no less than with all.
+
+    Parameters
+    ----------
+    readers : sequence of Reader
+        That read the same tensor.
+    scheme : Scheme
+    """
+    spread = readers[0].spread
+    count = spread.absmax.size
+    order = np.argsort(-spread.absmax, kind="stable")
+    fewer = [2**step for step in range(count.bit_length()) if 2**step <= count * MOST_ASIDE]
+
+    def cost(aside: int) -> float:
+        rest = [without(reader, order[:aside]) for reader in readers]
+        noise = sum(
+            one.noise(np.ones(int(one.classes.max()) + 1), scheme.dtype, scheme.weight_dtype, scheme.per_channel)
+            / reader.signal
+            for one, reader in zip(rest, readers, strict=True)
+            if reader.signal > 0.0
+        )
+        return noise * (1.0 + ASIDE_PRICE * aside / count)
+
+    best = min((0, *fewer), key=cost)
+    return tuple(sorted(map(int, order[:best])))
+
+
+def without(reader: Reader, channels: Sequence[int] | npt.NDArray[np.int64]) -> Reader:
+    """Return what an operator in integers still reads when some channels are set aside."""
+    kept = np.isin(np.arange(reader.classes.size), channels, invert=True)
+    spread = ChannelSpread(reader.spread.low * kept, reader.spread.high * kept, reader.spread.power * kept)
+    return replace(reader, spread=spread, weight=reader.weight * kept[reader.channels])
 
 
 def _rounded(log2: Numbers, steps: int) -> Numbers:

@@ -20,6 +20,7 @@ from qcompile.passes import structure
 from qcompile.passes.canonicalize.editing import add_constant, free_name
 from qcompile.passes.patterns import Patterns, recognise
 from qcompile.passes.scale_groups import Fold, ScaleGroup, linear_readings, scale_group
+from qcompile.passes.set_aside import set_aside
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ class Smooth(ir.passes.InPlacePass):
             if isinstance(group, Refusal):
                 refusals.append(group)
             else:
-                groups.append((group, group.per_class(chosen.factors)))
+                groups.append((group, group.per_class(chosen.factors) if chosen.log2 else chosen.factors))
         for group, factors in groups:
-            for fold in group.folds:
+            for fold in group.folds if factors.size else ():
                 _fold(fold, factors)
         for group, factors in groups:
-            if group.how in (How.RESTORE, How.BRANCH):
+            if self.smoothing[structure.name_of(group.root)].how is How.ASIDE:
+                obstacle = set_aside(graph, group, self.smoothing[structure.name_of(group.root)])
+                refusals += [] if obstacle is None else [obstacle]
+            elif group.how in (How.RESTORE, How.BRANCH):
                 _multiply(graph, group, factors[group.classes])
         graph.sort()
         return Rewritten(model, bool(groups), tuple(refusals))
@@ -64,8 +68,9 @@ class Smooth(ir.passes.InPlacePass):
             return Refusal(name, chosen.reason)
         if name not in axes:
             return Refusal(name, "no linear operator with constant weights reads it")
-        group = scale_group(*axes[name], patterns, chosen.how)
-        if isinstance(group, Refusal):
+        aside = chosen.how is How.ASIDE
+        group = scale_group(*axes[name], patterns, How.BRANCH if aside else chosen.how)
+        if isinstance(group, Refusal) or aside:
             return group
         factors = chosen.factors
         if factors.shape != group.classes.shape:
@@ -75,9 +80,9 @@ class Smooth(ir.passes.InPlacePass):
         return group
 
 
-def added_nodes(smoothing: Mapping[str, ChannelFactors]) -> int:
-    """Return how many nodes factors add to a model."""
-    return sum(chosen.how in (How.RESTORE, How.BRANCH) for chosen in smoothing.values())
+def adds_nodes(smoothing: Mapping[str, ChannelFactors]) -> bool:
+    """Tell whether a model has more nodes then."""
+    return any(chosen.how not in (How.FOLD, How.NONE) for chosen in smoothing.values())
 
 
 def _fold(fold: Fold, factors: npt.NDArray[np.float64]) -> None:

@@ -18,7 +18,7 @@ from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import OutputError, gain
 from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.smoothing import Reader, Scheme, best_alpha, preferably_whole, smoothing_log2
+from qcompile.calib.smoothing import Reader, Scheme, best_alpha, farthest, preferably_whole, smoothing_log2, without
 from qcompile.calib.trials import Trials, quantizations
 from qcompile.calib.work import Cost
 from qcompile.core.contract import Refusal
@@ -32,7 +32,8 @@ from qcompile.passes.place import Wish, code_readers
 from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.scale_classes import weight_channels
 from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
-from qcompile.passes.smooth import Smooth, added_nodes
+from qcompile.passes.set_aside import aside_obstacle
+from qcompile.passes.smooth import Smooth, adds_nodes
 from qcompile.pipeline import SMOOTHING, WISHES
 from qcompile.pricing import Pricer
 
@@ -46,6 +47,9 @@ GLOBAL = (0.65, 0.8)
 MUL_GAIN = 2.0
 #: Time and noise are weighed as time · noise^0.1: a decibel is worth 2 % of time, next to nothing beyond 30 dB.
 NOISE, NEGLIGIBLE = 0.1, 1e-3
+#: Noise over signal with which a model of integers alone is of no use: parts of it will go back to float, and which of
+#: them decides more than smoothing does.
+UNUSABLE = 0.1
 #: Ranges by which a trial quantizes, if these are to be chosen from: the one that loses less counts.
 OBSERVERS = (Observer.MINMAX, Observer.MSE)
 
@@ -89,12 +93,13 @@ class _Candidate:
 
 @dataclass(frozen=True, eq=False)
 class _Tuned:
-    """A group with the operators in integers that read it, and its own α; without one, why."""
+    """A group with the operators in integers that read it, its own α (without one, why), and what may be set aside."""
 
     group: ScaleGroup
     readers: Sequence[Reader]
     alpha: float | None
     reason: str = ""
+    aside: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,14 +175,16 @@ class _Search:
         chosen, tuned = self._try(groups, data)
         spread = self._spread(groups, data)
         tuned = [replace(one, readers=self._readers(one.group, spread)) for one in tuned]
-        return self._factors(tuned, chosen, "smoothing did not help on samples held out from it")
+        return self._factors(tuned, chosen, "smoothing did not help enough on samples held out from it")
 
     def _try(self, groups: Sequence[ScaleGroup], data: Dataset) -> tuple[_Candidate, list[_Tuned]]:
         """Return the candidate that loses least on samples held out from it."""
         first = next(iter(data))
         trials = _Trials(self.job, self.dear, self.pricer)
-        kinds = [kind for kind in (How.FOLD, How.RESTORE, How.BRANCH) if any(group.how is kind for group in groups)]
+        kinds = [kind for kind in (How.FOLD, How.RESTORE) if any(group.how is kind for group in groups)]
         steps = [_Candidate(tuple(kinds[:count])) for count in range(len(kinds) + 1)]
+        if any(group.how is How.BRANCH for group in groups):
+            steps += [_Candidate((*kinds, How.BRANCH)), _Candidate((*kinds, How.BRANCH, How.ASIDE))]
         runs = WORK / Cost.of(self.model, first).total / 3.0
         few = runs / 2.0 / (len(steps) + len(GLOBAL)) < ENOUGH
         count = len(steps) + (0 if few else len(GLOBAL))
@@ -187,7 +194,7 @@ class _Search:
 
         def outcome(candidate: _Candidate) -> _Outcome:
             factors = self._factors(tuned, candidate, "")
-            return trials.outcome(Smooth(factors)(self.model.clone()).model, fit, judge, added_nodes(factors))
+            return trials.outcome(Smooth(factors)(self.model.clone()).model, fit, judge, adds_nodes(factors))
 
         best, least = steps[0], outcome(steps[0])
         for step in (*steps[1:], *(_Candidate((), alpha) for alpha in (() if few else GLOBAL))):
@@ -196,7 +203,7 @@ class _Search:
                 found = outcome(step)
                 if found.cost < least.cost and _surely_less(found.error, least.error):
                     best, least = step, found
-        return best, tuned
+        return (best if least.error.total <= UNUSABLE else steps[0]), tuned
 
     def _spread(self, groups: Sequence[ScaleGroup], data: Dataset) -> Mapping[str, ChannelSpread]:
         axes = {structure.name_of(reading.value): reading.axis for group in groups for reading in group.readings}
@@ -206,6 +213,10 @@ class _Search:
         """Choose a group's own α, and whether it is worth a node where it takes one."""
         readers = self._readers(group, spread)
         alpha = best_alpha(readers, self.scheme)
+        aside = farthest(readers, self.scheme) if group.how is How.BRANCH and not aside_obstacle(group) else ()
+        return replace(self._worth_a_node(group, readers, alpha), aside=aside)
+
+    def _worth_a_node(self, group: ScaleGroup, readers: Sequence[Reader], alpha: float | None) -> _Tuned:
         if alpha is None:
             return _Tuned(group, readers, None, "its channels are even enough: no factors lower the noise")
         log2 = smoothing_log2(readers, alpha)
@@ -220,6 +231,9 @@ class _Search:
         found = {}
         for one in tuned:
             name = structure.name_of(one.group.root)
+            if one.aside and How.ASIDE in candidate.kinds:
+                found[name] = _aside(one)
+                continue
             if one.alpha is None or one.group.how not in candidate.kinds:
                 found[name] = ChannelFactors(How.NONE, reason=one.reason or why)
                 continue
@@ -249,7 +263,7 @@ class _Trials:
     dear: Mapping[str, Wish]
     pricer: Pricer | None
 
-    def outcome(self, model: ir.Model, fit: Dataset, judge: Sequence[Sample], added: int) -> _Outcome:
+    def outcome(self, model: ir.Model, fit: Dataset, judge: Sequence[Sample], added: bool) -> _Outcome:
         """Quantize a model by the ranges of some samples and run it on others.
 
         Parameters
@@ -257,8 +271,8 @@ class _Trials:
         model : onnx_ir.Model
         fit : Dataset
         judge : sequence of Sample
-        added : int
-            How many nodes it has more than the canonical one; with none, it takes the same time.
+        added : bool
+            Whether it has more nodes than the canonical one; otherwise it takes the same time.
         """
         target, options, track = self.job.target, self.job.options, self.job.track
         placement = choose_operators(model, target, options, True, self.dear)
@@ -278,12 +292,19 @@ class _Trials:
         error = min(errors.values(), key=lambda one: one.value)
         return _Outcome(error, self._slower(model, added) * (error.total + NEGLIGIBLE) ** NOISE)
 
-    def _slower(self, model: ir.Model, added: int) -> float:
+    def _slower(self, model: ir.Model, added: bool) -> float:
         """Return how much longer a run takes with added nodes, over the time without."""
         other = pricer_for(self.job, model) if added else None
         if self.pricer is None or other is None:
             return 1.0
         return other.latency(other.placed(self.dear)) / self.pricer.latency(self.pricer.placed(self.dear))
+
+
+def _aside(one: _Tuned) -> ChannelFactors:
+    """Set the channels aside that were chosen; the bounds are those of the others."""
+    rest = without(one.readers[0], one.aside).spread
+    low, high = (float(np.float32(bound)) for bound in (rest.low.min(), rest.high.max()))
+    return ChannelFactors(How.ASIDE, channels=one.aside, low=low, high=high)
 
 
 def _halves(data: Dataset, most: int) -> tuple[Dataset, list[Sample]]:

@@ -127,13 +127,15 @@ class How(StrEnum):
     """Into what makes the tensor; what cannot take them in reads it through a Mul that takes them back."""
     BRANCH = "branch"
     """The linear operators read the tensor through a Mul that divides it."""
+    ASIDE = "aside"
+    """Nothing is divided: the channels that reach farthest are read in float, beside the integers."""
     NONE = "none"
     """The tensor stays as it is."""
 
 
 @dataclass(frozen=True)
 class ChannelFactors:
-    """What the channels of one tensor are divided by: 2 to the power of `log2`.
+    """What is done to the channels of one tensor: divided by 2 to the power of `log2`, or set aside.
 
     Parameters
     ----------
@@ -142,11 +144,18 @@ class ChannelFactors:
         One number per channel, multiples of 1/8: what is folded with whole ones is exact. Empty where nothing is done.
     reason : str
         Why nothing is done; empty otherwise.
+    channels : tuple of int
+        Those that are set aside.
+    low, high : float
+        The bounds of the others then.
     """
 
     how: How
     log2: tuple[float, ...] = ()
     reason: str = ""
+    channels: tuple[int, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
 
     @property
     def factors(self) -> npt.NDArray[np.float64]:
@@ -169,7 +178,10 @@ class ChannelFactors:
         log2 = tuple(float(number) for number in entry["log2"])
         if not all(abs(number) <= LARGEST_LOG2 and (8.0 * number).is_integer() for number in log2):
             raise ValueError("factors are powers of 2 by eighths")
-        return cls(How(entry["how"]), log2, str(entry["reason"]))
+        bounds = float(np.float32(entry["low"])), float(np.float32(entry["high"]))
+        if not bounds[0] <= 0.0 <= bounds[1] < np.inf or bounds[0] == -np.inf:
+            raise ValueError(f"bounds {bounds}")
+        return cls(How(entry["how"]), log2, str(entry["reason"]), tuple(map(int, entry["channels"])), *bounds)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.backends.ort.legalize import RULES, legalize
+from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
 from qcompile.backends.ort.legalize.join_activations import JoinActivations
@@ -161,6 +162,62 @@ def test_a_factor_goes_into_the_scale_of_weights(random: np.random.Generator) ->
     legal = model.clone()
     assert SinkFactors()(legal).modified and types(legal) == ["DequantizeLinear", "Conv"]
     same(model, legal, random.normal(size=(1, 2, 3, 3)).astype(np.float32), 1e-4)
+
+
+BESIDE = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,2,4] x)
+    => (float[1,2,4] y, float[1,2,4] p, float[1,2,2] r)
+    <float two = {2}, float s = {0.05}, uint8 z = {9}, float[4] v = {1, 2, 3, 4}, int64[2] i = {0, 3},
+     float[1,2,2] w = {1, 2, 3, 4}> {
+    m = Mul (x, two) q = QuantizeLinear (m, s, z) y = DequantizeLinear (q, s, z) p = Mul (m, v)
+    g = Gather <axis = -1> (m, i) r = MatMul (g, w) }"""
+
+
+def test_a_factor_goes_into_constants_beside_the_quantizer(random: np.random.Generator) -> None:
+    model = parsed(BESIDE)
+    legal = model.clone()
+    assert SinkFactors()(legal).modified
+    assert types(legal) == ["QuantizeLinear", "DequantizeLinear", "Mul", "Gather", "MatMul"]
+    same(model, legal, random.normal(size=(1, 2, 4)).astype(np.float32), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "other", [("i = {0, 3}", "i = {0, 3}, float k = {2}", "p = Mul (m, v)", "p = Mul (m, m)"),
+              ("float[1,2,2] r)", "float[1,2,2] r, float[1,2,2] g)")],
+)  # fmt: skip
+def test_a_factor_stays_where_one_reader_has_no_constant_for_it(other: tuple[str, ...]) -> None:
+    text = BESIDE
+    for old, new in zip(other[::2], other[1::2], strict=True):
+        text = text.replace(old, new)
+    assert not SinkFactors()(parsed(text)).modified
+
+
+BOUNDS = """<ir_version: 10, opset_import: ["" : 21]> f (float[2,4] x) => (float[2,4] y{outputs})
+    <float[4] top = {{3.4e38, {high}, 3.4e38, 3.4e38}}, float[4] low = {{-3.4e38, {low}, -3.4e38, -3.4e38}},
+     float s = {{0.05}}, uint8 z = {{9}}> {{
+    a = Min (x, top) b = Max (a, low) q = QuantizeLinear (b, s, z) y = DequantizeLinear (q, s, z) }}"""
+
+
+def test_bounds_that_a_quantizer_has_anyway_are_dropped(random: np.random.Generator) -> None:
+    model = parsed(BOUNDS.format(high="12.3", low="-0.45", outputs=""))
+    legal = model.clone()
+    assert DropBounds()(legal).modified and types(legal) == ["QuantizeLinear", "DequantizeLinear"]
+    same(model, legal, (20 * random.normal(size=(2, 4))).astype(np.float32))
+    assert not DropBounds()(legal).modified
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        ({"high": "12.2", "low": "-0.45"}, ["Min", "QuantizeLinear", "DequantizeLinear"]),
+        ({"high": "12.3", "low": "-0.40"}, ["Min", "Max", "QuantizeLinear", "DequantizeLinear"]),
+        ({"outputs": ", float[2,4] b"}, ["Min", "Max", "QuantizeLinear", "DequantizeLinear"]),
+        ({"outputs": ", float[2,4] a"}, ["Min", "QuantizeLinear", "DequantizeLinear"]),
+    ],
+)
+def test_bounds_that_matter_stay(fields: dict[str, str], left: list[str]) -> None:
+    model = parsed(BOUNDS.format(**({"high": "12.3", "low": "-0.45", "outputs": ""} | fields)))
+    DropBounds()(model)
+    assert sorted(set(types(model))) == sorted(set(left))
 
 
 def test_a_residual_add_in_front_of_a_norm_is_not_fused_with_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.calib.collect import ChannelSpread
-from qcompile.calib.smoothing import Reader, Scheme, best_alpha, preferably_whole, smoothing_log2
+from qcompile.calib.smoothing import Reader, Scheme, best_alpha, farthest, preferably_whole, smoothing_log2, without
 from qcompile.core import numerics
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -153,3 +153,20 @@ def test_whole_powers_are_preferred_where_they_lose_nothing(random: np.random.Ge
 
 def test_dead_weights_have_no_loss() -> None:
     assert CPU.loss([dense(np.ones((4, 3)), np.zeros((3, 2)))], np.zeros(4)) == 0.0
+
+
+def test_the_farthest_channels_are_set_aside(random: np.random.Generator) -> None:
+    """Two of 64 channels set the step of all; behind them more would gain less than they cost."""
+    x, weight = random.uniform(-1, 1, (256, 64)), random.normal(size=(64, 16))
+    x[:, [5, 40]] *= 30.0
+    assert farthest([dense(x, weight)], CPU) == (5, 40)
+    assert farthest([dense(random.uniform(-1, 1, (256, 64)), weight)], CPU) == ()
+
+
+def test_what_is_set_aside_adds_no_noise(random: np.random.Generator) -> None:
+    x, weight = outliers(random, channels=32), random.normal(size=(32, 8))
+    others = [c for c in range(32) if c not in (3, 7)]
+    rest = without(dense(x, weight), [3, 7])
+    alone = dense(x[:, others], weight[others])
+    np.testing.assert_allclose(rest.noise(np.ones(33), "uint8", "int8", True),
+                               alone.noise(np.ones(31), "uint8", "int8", True), rtol=1e-6)  # fmt: skip

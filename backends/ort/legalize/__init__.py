@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
 from qcompile.backends.ort.legalize.join_activations import JoinActivations
@@ -20,6 +21,7 @@ __all__ = ["RULES", "legalize"]
 #: In their order: a factor that a joined activation leaves sinks into scales before the operators that hold those are
 #: rewritten, and what can be left out is known last.
 RULES: tuple[ir.passes.PassBase, ...] = (
+    DropBounds(),
     JoinActivations(),
     SinkFactors(),
     JoinMatMulBias(),

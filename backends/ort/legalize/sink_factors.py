@@ -19,10 +19,11 @@ Use = tuple[ir.Node, int]
 
 @dataclass(frozen=True)
 class SinkFactors(ir.passes.InPlacePass):
-    """Remove a Mul by one positive number where all that reads its result has a scale for it.
+    """Remove a Mul by one positive number where all that reads its result has a scale or constant for it.
 
     A QuantizeLinear with scale s reads c·x as it reads x with scale s/c, and an operator that is linear in x with
-    dequantized weights takes c into the scale of those.
+    dequantized weights takes c into the scale of those. A Mul by a constant takes c into that, and so do the float
+    weights of the MatMul that alone reads some channels of x, through Gather.
     """
 
     effect: ClassVar[Effect] = Effect.CLOSE
@@ -69,7 +70,25 @@ def _scale_of(use: Use) -> tuple[ir.Node, bool] | None:
     return (dequantize, False) if structure.readers(dequantize.outputs[0]) == [node] else None
 
 
+def _constant_of(use: Use) -> Use | None:
+    """Return the use of a float constant that takes the factor of a use, None if there is none."""
+    node, index = use
+    if structure.is_standard(node, "Gather") and index == 0 and not node.outputs[0].is_graph_output():
+        behind = list(node.outputs[0].uses())
+        if len(behind) != 1 or behind[0][1] != 0 or not structure.is_standard(behind[0][0], "MatMul"):
+            return None
+        node, index = behind[0]
+    elif not structure.is_standard(node, "Mul"):
+        return None
+    constant = structure.constant(node.inputs[1 - index])
+    return None if constant is None or constant.dtype != np.float32 or constant.size == 1 else (node, 1 - index)
+
+
 def _takes(use: Use, factor: float) -> bool:
+    if (taker := _constant_of(use)) is not None:
+        constant = structure.constant(taker[0].inputs[taker[1]])
+        assert constant is not None
+        return bool(np.isfinite(constant * np.float64(factor)).all())
     found = _scale_of(use)
     scale = None if found is None else structure.constant(found[0].inputs[1])
     if found is None or scale is None or scale.dtype != np.float32:
@@ -85,14 +104,14 @@ def _new_scale(scale: numerics.FloatArray, factor: float, divides: bool) -> nume
 
 
 def _scale(graph: ir.Graph, use: Use, factor: float, source: ir.Value) -> None:
-    found = _scale_of(use)
-    assert found is not None
-    node, divides = found
-    scale = structure.constant(node.inputs[1])
-    assert scale is not None
+    taker, found = _constant_of(use), _scale_of(use)
+    node, at, divides = (*taker, False) if taker is not None else (found[0], 1, found[1]) if found else (None, 0, False)
+    assert node is not None
+    old = structure.constant(node.inputs[at])
+    assert old is not None
     name = f"{structure.node_name(node)}_scale_{factor:g}"
-    value = ir.Value(name=name, const_value=ir.tensor(_new_scale(scale, factor, divides), name=name))
+    value = ir.Value(name=name, const_value=ir.tensor(_new_scale(old, factor, divides), name=name))
     graph.register_initializer(value)
-    node.replace_input_with(1, value)
+    node.replace_input_with(at, value)
     reader, index = use
     reader.replace_input_with(index, source)
