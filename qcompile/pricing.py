@@ -50,8 +50,9 @@ IMAGE_RANK = 4
 #: What noise power over signal power at the outputs is worth, in parts of float's latency: next to nothing at 30 dB, a
 #: twentieth of float's time at 20 dB, half of it at 10 dB.
 WORTH = 5.0
-#: Part of its bytes that a float saves as a code of eight bits.
-SAVED = 0.75
+#: What bytes of constants, in parts of float's, are worth in parts of float's latency; and which part of its bytes a
+#: float saves as a code of eight bits.
+SIZE, SAVED = 0.1, 0.75
 #: Noise beyond this is all the same.
 WORST = 1e3
 #: Less than this, in parts of float's time, is not worth a change.
@@ -173,14 +174,14 @@ class Pricer:
         return {name: Wish(Precision.WEIGHT_ONLY, _dear(group, prices)) for name, group in groups.items()}
 
     def worth(self, wishes: Mapping[str, Wish], choice: Choice, noise: float | None = None) -> float:
-        """Return what a placement costs: latency and size, in parts of float's, and `WORTH` times its noise.
+        """Return what a placement costs: latency and `SIZE` times bytes, in parts of float's, and `WORTH` times noise.
 
         The noise is that of the choice, or another.
         """
         placement = self.placed(wishes)
         quantized = self._quantized(placement, choice.dynamic)
         latency = self.table.mean(self.backend.executed(quantized, self.samples)) / self._float_latency
-        return latency + self._size(quantized) + WORTH * (choice.noise if noise is None else noise)
+        return latency + SIZE * self._size(quantized) + WORTH * (choice.noise if noise is None else noise)
 
     def _size(self, quantized: ir.Model) -> float:
         """Return the bytes of constants, in parts of those in float."""
@@ -253,7 +254,7 @@ class Pricer:
         sizes, whole, found = self.model.graph.initializers, max(1, models.initializer_bytes(self.model)), {}
         for name, wish in wishes.items():
             error, tensors = noise.get(name, 0.0), [sizes[value].const_value for value in self.weights.get(name, ())]
-            saved = SAVED * sum(tensor.nbytes for tensor in tensors if tensor is not None) / whole
+            saved = SIZE * SAVED * sum(tensor.nbytes for tensor in tensors if tensor is not None) / whole
             if wish.precision is Precision.WEIGHT_ONLY and WORTH * min(error, WORST) > max(saved, GAIN / 10):
                 found[name] = Wish(Precision.FLOAT, f"{wish.reason}; {_spoils(error, 'codes of its weights')}")
         return found
