@@ -103,3 +103,13 @@ def gain(error: OutputError, over: OutputError) -> tuple[float, float]:
     differences = error.decibels - over.decibels
     count = differences.size
     return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else float("inf")
+
+
+def surely_less(error: OutputError, other: OutputError, times: float = 1.0) -> bool:
+    """Tell whether an error is less than another by more than so many standard errors of the paired difference."""
+    if not error.value < other.value:
+        return False
+    if error.value == 0.0 or not np.isfinite(other.value):
+        return True
+    better, uncertain = gain(error, over=other)
+    return better > times * uncertain

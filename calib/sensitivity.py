@@ -19,7 +19,7 @@ from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.descent import Tried, descend
 from qcompile.calib.observers import Observer
-from qcompile.calib.output_error import OutputError, gain
+from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.trials import Parameters, Part, Quantizations, Trials, quantizations
 from qcompile.calib.work import Cost
@@ -292,16 +292,7 @@ def _decide(errors: Mapping[str, OutputError]) -> str:
     """
     *_, last = errors
     best = min(errors, key=lambda name: errors[name].value)
-    return best if _surely_less(errors[best], errors[last]) else last
-
-
-def _surely_less(error: OutputError, other: OutputError) -> bool:
-    if not error.value < other.value:
-        return False
-    if error.value == 0.0 or not np.isfinite(other.value):
-        return True
-    better, uncertain = gain(error, over=other)
-    return better > SURE * uncertain
+    return best if surely_less(errors[best], errors[last], SURE) else last
 
 
 def _own(tried: Tried, start: Observer, dynamic: Mapping[str, float]) -> dict[str, dict[str, Observer]]:

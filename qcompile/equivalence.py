@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qcompile.calib.collect import ChannelSpread, collect, collect_spread
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
-from qcompile.calib.output_error import OutputError, gain
+from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.smoothing import Reader, Scheme, best_alpha, farthest, preferably_whole, smoothing_log2, without
 from qcompile.calib.trials import Trials, quantizations
@@ -201,7 +201,7 @@ class _Search:
             step = step if step.alpha is None else replace(step, kinds=best.kinds)
             if step.alpha is None or step.kinds:
                 found = outcome(step)
-                if found.cost < least.cost and _surely_less(found.error, least.error):
+                if found.cost < least.cost and surely_less(found.error, least.error):
                     best, least = step, found
         return (best if least.error.total <= UNUSABLE else steps[0]), tuned
 
@@ -313,13 +313,3 @@ def _halves(data: Dataset, most: int) -> tuple[Dataset, list[Sample]]:
         return data, list(data)
     fit = Dataset(data.place, lambda: islice(iter(data), 0, 2 * most, 2), data.specs)
     return fit, list(islice(iter(data), 1, 2 * most, 2))
-
-
-def _surely_less(error: OutputError, other: OutputError) -> bool:
-    """Tell whether an error is less than another by more than the standard error of the difference."""
-    if not error.value < other.value:
-        return False
-    if error.value == 0.0 or not np.isfinite(other.value):
-        return True
-    better, uncertain = gain(error, over=other)
-    return better > uncertain
