@@ -176,6 +176,8 @@ def weights_alone(
 ) -> dict[str, float]:
     """Return the noise over signal at the outputs with single operators' weights rounded, everything else in float.
 
+    Where not even one sample can be run with each within `ALONE`, nothing is returned.
+
     Parameters
     ----------
     model : onnx_ir.Model
@@ -184,7 +186,7 @@ def weights_alone(
     weights : mapping of str to collection of str
         By operator, the names of the initializers that are its weights.
     data : Dataset
-        As many samples are run as `ALONE` allows, one at least.
+        As many samples are run as `ALONE` allows.
     track : callable
         Shows progress.
     """
@@ -193,6 +195,8 @@ def weights_alone(
     first = next(iter(data))
     scores, codes = typed(at_scores(model), first), rounded.graph.initializers
     cost = Cost.of(scores, first)
+    if cost.total * len(weights) > ALONE:
+        return {}
     samples = spread(data, cost.peak_bytes, min(SAMPLES, ALONE / max(1, cost.total) / len(weights)))
     session = runtime.Session(scores)
     expected = [session.run(feeds) for feeds in samples]

@@ -375,7 +375,9 @@ def normal_samples() -> list[dict[str, np.ndarray]]:
     return [{"x": np.random.default_rng(seed).normal(size=(1, 2000)).astype(np.float32)} for seed in range(4)]
 
 
-def test_weights_are_weighed_one_operator_at_a_time(model_of: Callable[..., ir.Model]) -> None:
+def test_weights_are_weighed_one_operator_at_a_time(
+    model_of: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(0)
     arrays = {name: generator.normal(size=(8, 8)).astype(np.float32) for name in "wv"}
     text = "(float[4,8] x) => (float[4,8] y, float[4,8] z) { [one] y = MatMul (x, w) [two] z = MatMul (x, v) }"
@@ -385,3 +387,5 @@ def test_weights_are_weighed_one_operator_at_a_time(model_of: Callable[..., ir.M
     found = weights_alone(model, rounded, {"one": ["w"], "two": ["v"]}, data, track)
     assert found == {"one": 0.0, "two": pytest.approx(0.25)}
     assert weights_alone(model, rounded, {}, data, track) == {}
+    monkeypatch.setattr(sensitivity, "ALONE", 1.0)
+    assert weights_alone(model, rounded, {"one": ["w"]}, data, track) == {}
