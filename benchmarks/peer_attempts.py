@@ -65,13 +65,10 @@ class Setting:
     name : str
     arguments : mapping
         What its script is told.
-    open : bool
-        Whether verdicts wait for something that qcompile does not have yet.
     """
 
     name: str
     arguments: Mapping[str, Any]
-    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,11 +100,8 @@ def read_peers(path: Path = HERE / "peers.toml") -> dict[str, Peer]:
     """Read the peers and their settings."""
     peers = {}
     for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
-        settings = []
-        for label, arguments in table["settings"].items():
-            told = {key: value for key, value in arguments.items() if key != "open"}
-            settings.append(Setting(label, told, arguments.get("open", False)))
-        peers[name] = Peer(name, tuple(table["requirements"]), table["script"], tuple(settings))
+        settings = tuple(Setting(label, arguments) for label, arguments in table["settings"].items())
+        peers[name] = Peer(name, tuple(table["requirements"]), table["script"], settings)
     return peers
 
 

@@ -17,8 +17,7 @@ one sample, the second run counts, and the order changes; of the ratios to float
 Size is the file's over float's; seconds are those of the whole process, Python's start included.
 
 **Faster** means by more than {1 - FASTER:.0%}, **more faithful** by more than {MORE_FAITHFUL:g} dB. qcompile's default
-holds on a model if no setting is both faster and more faithful, and if float is not faster than it. *Open* settings use
-SmoothQuant, which qcompile has not got yet: they are listed, but decide nothing.
+holds on a model if no setting is both faster and more faithful, and if float is not faster than it.
 
 What users do where a tool asks for it was done: models below opset 13, which has scales per channel, are raised to it
 with onnx's converter; onnxruntime's quantizers run behind its `quant_pre_process`, without symbolic shapes where that
@@ -37,8 +36,8 @@ def page(results: Sequence[Result]) -> str:
         "",
         "## Verdicts",
         "",
-        "| model | qcompile | holds | faster and more faithful | open |",
-        "|---|---|---|---|---|",
+        "| model | qcompile | holds | faster and more faithful |",
+        "|---|---|---|---|",
     ]
     lines += [verdict_row(result, judge(result)) for result in results]
     return HEAD + "\n".join(lines) + "\n" + "".join(section(result) for result in results)
@@ -48,11 +47,11 @@ def verdict_row(result: Result, verdict: Verdict) -> str:
     """Return one line of the table of verdicts."""
     ours = result.ours
     if ours.latency is None:
-        return f"| {result.model} | {cell(ours.failure or '')} | no | | |"
+        return f"| {result.model} | {cell(ours.failure or '')} | no | |"
     holds = "no: slower than float" if verdict.slower else "yes" if verdict.holds else "no"
     figures = f"{decibel(ours)}, {ours.ratio:.2f}x"
-    better, still_open = ("; ".join(row.name for row in rows) for rows in (verdict.better, verdict.open))
-    return f"| [{result.model}](#{result.model}) | {figures} | {holds} | {better} | {still_open} |"
+    better = "; ".join(row.name for row in verdict.better)
+    return f"| [{result.model}](#{result.model}) | {figures} | {holds} | {better} |"
 
 
 def sentence(result: Result, verdict: Verdict) -> str:
@@ -63,8 +62,7 @@ def sentence(result: Result, verdict: Verdict) -> str:
     found = f"{decibel(ours)} dB at {ours.ratio:.2f}x of float: {'holds' if verdict.holds else 'does not hold'}"
     found += ", slower than float" if verdict.slower else ""
     better = ", ".join(f"{row.name} ({decibel(row)} dB, {row.ratio:.2f}x)" for row in verdict.better)
-    still_open = ", ".join(row.name for row in verdict.open)
-    return found + (f"; better: {better}" if better else "") + (f"; open: {still_open}" if still_open else "")
+    return found + (f"; better: {better}" if better else "")
 
 
 def section(result: Result) -> str:
@@ -89,7 +87,7 @@ def numbers(result: Result) -> dict[str, str]:
 
 def table_row(result: Result, row: Row, number: str) -> str:
     """Return one line of a model's table."""
-    name = f"**{row.name}**" if row is result.ours else f"{row.name} (open)" if row.open else row.name
+    name = f"**{row.name}**" if row is result.ours else row.name
     if row.latency is None:
         return f"| {number} | {name} | fails: {cell(row.failure or '')} | | | | {row.seconds:.0f} |"
     agreement = "" if row.agreement is None else f"{row.agreement:.0%}"

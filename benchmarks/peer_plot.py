@@ -69,21 +69,16 @@ def draw(axes: Any, result: Result, rows: list[Row]) -> None:
     """Draw the marks, and shade where a setting would be both faster and more faithful than qcompile."""
     for peer in dict.fromkeys(row.peer for row in rows):
         mark, colour = MARKS.get(peer, ("o", "#555555"))
-        for still_open in (False, True):
-            of_peer = [row for row in rows if row.peer == peer and row.open == still_open]
-            if not of_peer:
-                continue
-            xs, ys = [place(row) for row in of_peer], [height(row, rows) for row in of_peer]
-            axes.scatter(
-                xs,
-                ys,
-                s=220 if peer == OURS else 36,
-                marker=mark,
-                facecolors="none" if still_open else colour,
-                edgecolors=colour,
-                label=f"{peer}, open" if still_open else peer,
-                zorder=4 if peer == OURS else 3,
-            )
+        of_peer = [row for row in rows if row.peer == peer]
+        axes.scatter(
+            [place(row) for row in of_peer],
+            [height(row, rows) for row in of_peer],
+            s=220 if peer == OURS else 36,
+            marker=mark,
+            color=colour,
+            label=peer,
+            zorder=4 if peer == OURS else 3,
+        )
     ours = result.ours
     if ours.latency is not None:
         left, low = FASTER * ours.ratio, height(ours, rows) + MORE_FAITHFUL

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ class Row:
     ----------
     peer, setting : str
         `OURS` for qcompile itself.
-    open : bool
-        Whether verdicts wait for something that qcompile does not have yet.
     failure : str, optional
         Why there is nothing to measure; the fields below are None then.
     sqnr : float, optional
@@ -39,7 +36,6 @@ class Row:
 
     peer: str
     setting: str
-    open: bool = False
     failure: str | None = None
     sqnr: float | None = None
     agreement: float | None = None
@@ -127,18 +123,17 @@ class Verdict:
         Why there is no default to judge.
     slower : bool
         Whether float is faster than it.
-    better, open : tuple of Row
-        What is both faster and more faithful: settings that count, and those that wait.
+    better : tuple of Row
+        What is both faster and more faithful.
     """
 
     failure: str | None
     slower: bool
     better: tuple[Row, ...]
-    open: tuple[Row, ...]
 
     @property
     def holds(self) -> bool:
-        """No setting that counts is both faster and more faithful, and float is not faster."""
+        """No setting is both faster and more faithful, and float is not faster."""
         return not (self.failure or self.slower or self.better)
 
 
@@ -153,11 +148,6 @@ def judge(result: Result) -> Verdict:
     """Hold qcompile's default to all that was measured beside it."""
     ours = result.ours
     if ours.latency is None:
-        return Verdict(ours.failure or "was not measured", False, (), ())
-    better: Sequence[Row] = [row for row in result.rows[1:] if is_better(row, ours)]
-    return Verdict(
-        None,
-        ours.latency * FASTER > 1.0,
-        tuple(row for row in better if not row.open),
-        tuple(row for row in better if row.open),
-    )
+        return Verdict(ours.failure or "was not measured", False, ())
+    better = tuple(row for row in result.rows[1:] if is_better(row, ours))
+    return Verdict(None, ours.latency * FASTER > 1.0, better)

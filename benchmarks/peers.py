@@ -85,7 +85,7 @@ def attempted(peers: Sequence[Peer], workshop: Workshop, material: Material) -> 
     for peer in peers:
         for setting in peer.settings:
             attempt = workshop.attempt(peer, setting, material)
-            row = Row(peer.name, setting.name, setting.open, attempt.failure, seconds=attempt.seconds)
+            row = Row(peer.name, setting.name, attempt.failure, seconds=attempt.seconds)
             say(f"{row.name}: {row.failure or f'{row.seconds:.0f} s'}")
             yield Candidate(row, attempt.model)
 

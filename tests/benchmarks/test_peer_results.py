@@ -34,11 +34,6 @@ def test_both_must_be_more_than_noise(sqnr, latency, better):
     assert judge(result_of(ours(), row(sqnr=sqnr, latency=latency))).holds != better
 
 
-def test_an_open_setting_is_listed_and_decides_nothing():
-    verdict = judge(result_of(ours(), row(open=True)))
-    assert verdict.holds and verdict.better == () and len(verdict.open) == 1
-
-
 def test_nothing_is_more_faithful_than_exact():
     assert judge(result_of(ours(sqnr=None), row(sqnr=None), row(sqnr=200.0))).holds
 
@@ -60,7 +55,7 @@ def test_a_default_that_failed_does_not_hold():
 
 
 def test_figures_survive_the_disk(tmp_path):
-    result = result_of(ours(sqnr=None), row(agreement=0.5, open=True), Row("tool", "b", failure="crashed", seconds=1.0))
+    result = result_of(ours(sqnr=None), row(agreement=0.5), Row("tool", "b", failure="crashed", seconds=1.0))
     result.save(tmp_path / "net.json")
     assert Result.load(tmp_path / "net.json") == result
 
@@ -79,21 +74,21 @@ def test_the_table_goes_from_fast_to_slow_and_then_to_what_failed():
     assert rows[3] == ["1", "tool: c", "fails: ValueError: a / b at c", "", "", "", "7"]
 
 
-def test_open_and_exact_rows_say_so():
-    [_, line] = table_of(result_of(ours(latency=0.1), row(sqnr=None, open=True)))
-    assert line[1:3] == ["tool: a (open)", "exact"]
+def test_exact_rows_say_so():
+    [_, line] = table_of(result_of(ours(latency=0.1), row(sqnr=None)))
+    assert line[1:3] == ["tool: a", "exact"]
 
 
-def test_the_page_names_what_is_better_and_what_is_open():
-    page = peer_page.page([result_of(ours(), row("a"), row("b", open=True))])
-    assert "| [net](#net) | 30.0, 0.50x | no | tool: a | tool: b |" in page
+def test_the_page_names_what_is_better():
+    page = peer_page.page([result_of(ours(), row("a"), row("b"))])
+    assert "| [net](#net) | 30.0, 0.50x | no | tool: a; tool: b |" in page
     slow = result_of(ours(latency=2.0))
     assert "no: slower than float" in peer_page.verdict_row(slow, judge(slow))
 
 
 def test_the_terminal_gets_the_same_verdict():
-    result = result_of(ours(), row("a"), row("b", open=True))
-    expected = "30.0 dB at 0.50x of float: does not hold; better: tool: a (31.0 dB, 0.40x); open: tool: b"
+    result = result_of(ours(), row("a"), row("b", sqnr=29.0))
+    expected = "30.0 dB at 0.50x of float: does not hold; better: tool: a (31.0 dB, 0.40x)"
     assert peer_page.sentence(result, judge(result)) == expected
 
 
