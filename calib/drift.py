@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.output_error import OutputError
-from qcompile.calib.sections import Section, live_values, section, typed
+from qcompile.calib.sections import Section, at_scores, live_values, section, typed
 from qcompile.calib.sensitivity import SAMPLES, spread
 from qcompile.calib.work import Cost
 from qcompile.core import runtime
@@ -82,22 +82,24 @@ def measure_drift(
     return drift
 
 
-def helps(reference: ir.Model, before: ir.Model, after: ir.Model, data: Dataset, track: Track[Sample]) -> bool:
-    """Tell whether `after` comes nearer to the float model's outputs than `before` does.
+def losses(
+    reference: ir.Model, candidates: Sequence[ir.Model], data: Dataset, track: Track[Sample]
+) -> list[OutputError]:
+    """Return how far each candidate's outputs are from the float model's, in front of a last Softmax or Sigmoid.
 
-    A correction fits the samples that it was measured on; whether it also helps elsewhere only others can tell, so
-    `data` should be held out from `measure_drift`. All three models run as they are defined, without a runtime's
-    fusions, so that the answer does not hang on a processor's integer kernels.
+    What makes up for quantization fits the samples that it was measured on; whether it also helps elsewhere only others
+    can tell, so `data` should be held out from that. All models run as they are defined, without a runtime's fusions,
+    so that the answer does not hang on a processor's integer kernels.
     """
-    expected, *sessions = (runtime.Session(model, optimize=False) for model in (reference, before, after))
+    expected, *sessions = (runtime.Session(at_scores(model), optimize=False) for model in (reference, *candidates))
     errors = [OutputError() for _ in sessions]
-    cost = Cost.of(after, next(iter(data)))
-    samples = spread(data, cost.peak_bytes, min(SAMPLES, WORK / (3 * cost.total)))
-    for feeds in track(samples, len(samples), "checking the correction"):
+    cost = Cost.of(candidates[0], next(iter(data)))
+    samples = spread(data, cost.peak_bytes, min(SAMPLES, WORK / ((1 + len(candidates)) * cost.total)))
+    for feeds in track(samples, len(samples), "checking what was made up for"):
         outputs = expected.run(feeds)
         for error, session in zip(errors, sessions, strict=True):
             error.add(outputs, session.run(feeds))
-    return errors[1].value < errors[0].value
+    return errors
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ def _expected_means(
     weights: list[dict[str, npt.NDArray[np.float64]]] = []
     for feeds in samples:
         outputs = session.run(feeds)
-        weights.append({stage.operator: _weights(outputs[names[stage.operator]], stage.axis) for stage in stages})
+        weights.append(
+            {stage.operator: position_weights(outputs[names[stage.operator]], stage.axis) for stage in stages}
+        )
         for operator, mean in means.items():
             mean.add(outputs[names[operator]], weights[-1][operator])
     return {operator: mean.value for operator, mean in means.items()}, weights
@@ -168,7 +172,7 @@ def _by_channel(array: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
     return array.reshape(int(np.prod(array.shape[:axis])), array.shape[axis], -1)
 
 
-def _weights(array: npt.NDArray[Any], axis: int) -> npt.NDArray[np.float64]:
+def position_weights(array: npt.NDArray[Any], axis: int) -> npt.NDArray[np.float64]:
     """Return 1 / variance over channels for each position, none more than 1 / `FLOOR` of an average position's."""
     variance = _by_channel(array, axis).var(axis=1, dtype=np.float64)
     floor = FLOOR * variance.mean() + float(np.finfo(np.float32).tiny)

@@ -59,7 +59,9 @@ def allocate_bits(
             continue
         for value, axis in structure.stored_weights(node, rule.kind):
             weight = structure.name_of(value)
-            quant = _weight_quant(node, value, axis, target, tensors)
+            wide = all(structure.node_name(reader) in placement.wide for reader in structure.readers(value))
+            dtype = target.wide_weight_dtype if wide else target.weight_dtype
+            quant = _weight_quant(node, value, axis, dtype, target.per_channel, tensors)
             if weight in tensors:
                 # Two operators share these weights, and either may need room for its bias.
                 both = zip(quant.scale, tensors[weight].scale, strict=True)
@@ -81,15 +83,15 @@ def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
 
 
 def _weight_quant(
-    node: ir.Node, value: ir.Value, axis: int, target: Target, tensors: Mapping[str, TensorQuant]
+    node: ir.Node, value: ir.Value, axis: int, dtype: str, per_channel: bool, tensors: Mapping[str, TensorQuant]
 ) -> TensorQuant:
     """Give weights a symmetric scale per channel of an axis; a linear operator's have one for all on some targets."""
     weight = structure.constant(value)
     assert weight is not None
     others = tuple(a for a in range(weight.ndim) if a != axis)
-    by_channel = target.per_channel or not structure.is_linear(node)
+    by_channel = per_channel or not structure.is_linear(node)
     absmax = np.max(np.abs(weight), axis=others if by_channel else None).reshape(-1)
-    scale = numerics.symmetric_scale(absmax, target.weight_dtype)
+    scale = numerics.symmetric_scale(absmax, dtype)
     biased = node.op_type in structure.BIASED_OPS and len(node.inputs) > structure.BIAS_INPUT
     activation = tensors.get(structure.name_of(node.inputs[0])) if biased and node.inputs[0] is not None else None
     bias = structure.constant(node.inputs[structure.BIAS_INPUT]) if biased else None
@@ -98,7 +100,7 @@ def _weight_quant(
         alive = np.where(np.float64(absmax) >= scale, scale, np.float32(0.0))
         scale = _room_for_bias(alive, activation.scale[0], bias)
     return TensorQuant(
-        Role.WEIGHT, target.weight_dtype, tuple(map(float, scale)), (0,) * scale.size, axis if scale.size > 1 else None
+        Role.WEIGHT, dtype, tuple(map(float, scale)), (0,) * scale.size, axis if scale.size > 1 else None
     )
 
 

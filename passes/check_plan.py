@@ -12,7 +12,7 @@ from qcompile.core.errors import UsageError
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
-from qcompile.passes.obstacles import linear_obstacle, lookup_obstacle, recurrent_obstacle
+from qcompile.passes.obstacles import integer_obstacle, linear_obstacle, lookup_obstacle, stored_obstacle
 from qcompile.passes.read_plan import is_quantized, read_ops
 
 REMEDY = "correct the plan, or make it anew with 'qcompile plan'"
@@ -161,26 +161,32 @@ class _Checker:
         rule = self.target.ops[node.op_type]
         if op.precision is Precision.WEIGHT_ONLY:
             return self.weights_obstacle(node, rule)
-        if rule.kind in (OpKind.LOOKUP, OpKind.RECURRENT):
+        if rule.kind in (OpKind.LOOKUP, OpKind.STORED):
             return "it looks rows up" if rule.kind is OpKind.LOOKUP else "it runs in float"
-        return linear_obstacle(node) if rule.kind is OpKind.LINEAR else ""
+        return (linear_obstacle(node) or integer_obstacle(node)) if rule.kind is OpKind.LINEAR else ""
 
     def weights_obstacle(self, node: ir.Node, rule: OpRule) -> str:
         """Return why an operator in float cannot have integer weights, or nothing."""
         if not self.weights(node):
             return "it has no constant weights"
-        if rule.kind is OpKind.RECURRENT:
-            return recurrent_obstacle(node)
+        if rule.kind is OpKind.STORED:
+            return stored_obstacle(node, fewest=0)
         if rule.kind is OpKind.LINEAR and not rule.weight_only:
             return f"{self.target.name} takes no integer weights for a {node.op_type} in float"
         return linear_obstacle(node) if rule.kind is OpKind.LINEAR else lookup_obstacle(node, fewest_rows=0)
+
+    def unpacked(self, value: ir.Value) -> bool:
+        """Tell whether weights are read by operators in float alone."""
+        ops = (self.plan.ops[structure.node_name(node)] for node in structure.readers(value))
+        return all(op.precision is Precision.WEIGHT_ONLY for op in ops)
 
     def check_tensor(self, value: ir.Value, quant: TensorQuant) -> None:
         """Hold a tensor's scales to its shape and to the target's element types."""
         name = structure.name_of(value)
         weight = quant.role is Role.WEIGHT
         dtype = self.target.weight_dtype if weight else self.target.activation_dtype
-        if quant.dtype != dtype:
+        wide = weight and quant.dtype == self.target.wide_weight_dtype and self.unpacked(value)
+        if quant.dtype != dtype and not wide:
             raise self.error(f"tensor '{name}' is {quant.dtype}, {self.target.name} takes {dtype}")
         if quant.axis is None:
             return

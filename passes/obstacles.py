@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qcompile.core.target import OpKind
 from qcompile.passes import structure
-
-#: Directions, gates, inputs: the axes of a recurrent operator's weights.
-RECURRENT_RANK = 3
 
 
 def linear_obstacle(node: ir.Node) -> str:
@@ -17,19 +15,28 @@ def linear_obstacle(node: ir.Node) -> str:
         return _activation_obstacle(node)
     if weight.dtype is not ir.DataType.FLOAT or not structure.is_float32(node.inputs[0]):
         return f"its weights are {weight.dtype.name.lower()}, not float32"
-    if node.op_type == "MatMul" and len(weight.shape) != 2:
-        return f"its weights have {len(weight.shape)} axes"
+    if node.op_type == "MatMul" and len(weight.shape) < 2:
+        return "its weights are a vector"
     if weight.size == 0 or structure.constant_tensor(node.inputs[0]) is not None:
         return "it computes on constants only"
     return _gemm_obstacle(node) or _bias_obstacle(node, weight)
 
 
-def recurrent_obstacle(node: ir.Node) -> str:
-    """Return why a recurrent operator's weights cannot be stored as integers, or nothing."""
-    for value in node.inputs[1:3]:
-        weight = structure.constant_tensor(value)
-        if weight is None or weight.dtype is not ir.DataType.FLOAT or len(weight.shape) != RECURRENT_RANK:
-            return "its weights are no float32 constants"
+def integer_obstacle(node: ir.Node) -> str:
+    """Return why a linear operator cannot compute in integers, though its weights can be stored so; or nothing."""
+    weight = structure.constant_tensor(node.inputs[structure.WEIGHT_INPUT]) if node.op_type == "MatMul" else None
+    return "" if weight is None or len(weight.shape) == 2 else f"its weights have {len(weight.shape)} axes"
+
+
+def stored_obstacle(node: ir.Node, fewest: int) -> str:
+    """Return why the constants that a node reads cannot be stored as integers, or nothing."""
+    stored = structure.stored_weights(node, OpKind.STORED)
+    if not stored:
+        return "its weights are no float32 constants"
+    if any(value.const_value is not None and value.const_value.size < fewest for value, _ in stored):
+        return "its constants are too small to be worth scales"
+    if any(reader is not node for value, _ in stored for reader in structure.readers(value)):
+        return "its constants are read by another operator too"
     return ""
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import onnx_ir as ir
 
 from qcompile.core.plan import OpPlan, Precision
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
-from qcompile.passes.obstacles import linear_obstacle, lookup_obstacle, recurrent_obstacle
+from qcompile.passes.obstacles import integer_obstacle, linear_obstacle, lookup_obstacle, stored_obstacle
 from qcompile.passes.read_plan import is_quantized, read_ops
 
 #: A table with fewer rows costs more in scales and nodes than its codes save.
@@ -34,12 +35,15 @@ class Placement:
         Values that take the scale of one of `activations`.
     dynamic : frozenset of str
         Those of `activations` whose range may be taken when the model runs.
+    wide : frozenset of str
+        Nodes in float whose weights are stored in the target's wider type.
     """
 
     ops: Mapping[str, OpPlan]
     activations: tuple[str, ...]
     same_scale: Mapping[str, str]
     dynamic: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,18 @@ class Wish:
         target cannot run as integers stays in float all the same, for the reason that it has.
     reason : str
         Why, as the plan is to say it.
+    wide : bool
+        With WEIGHT_ONLY: weights in the target's wider type. Where it has none they stay float.
     """
 
     precision: Precision
     reason: str
+    wide: bool = False
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` made of one, after a way through JSON."""
+        return cls(Precision(entry["precision"]), str(entry["reason"]), bool(entry["wide"]))
 
 
 def place(
@@ -107,7 +119,7 @@ def code_readers(model: ir.Model, placement: Placement) -> dict[str, frozenset[s
 
 
 def sparing(
-    model: ir.Model, placement: Placement, names: Mapping[str, str], float_weights: Collection[str] = ()
+    model: ir.Model, placement: Placement, names: Mapping[str, str], rounding: Collection[str] = ()
 ) -> dict[str, Wish]:
     """Return what to wish for so that these values keep their float values; weights stay stored as integers.
 
@@ -118,8 +130,8 @@ def sparing(
         In which they are measured.
     names : mapping of str to str
         By value name, the reason, as the plan is to say it of the operators that read or write the value's codes.
-    float_weights : collection of str
-        Operator types that get float weights back.
+    rounding : collection of str
+        Operator types whose kernel for integer weights rounds activations to codes as well: they get wide weights.
     """
     values = ir.convenience.create_value_mapping(model.graph)
     same: dict[str, list[str]] = {}
@@ -133,8 +145,8 @@ def sparing(
             nodes += [node for node, op in placement.ops.items() if op.output == value.name]
             for node in nodes:
                 if placement.ops[node].precision is Precision.INTEGER:
-                    kept = placement.ops[node].op_type not in float_weights
-                    found.setdefault(node, Wish(Precision.WEIGHT_ONLY if kept else Precision.FLOAT, reason))
+                    wide = placement.ops[node].op_type in rounding
+                    found.setdefault(node, Wish(Precision.WEIGHT_ONLY, reason, wide))
     return found
 
 
@@ -165,10 +177,12 @@ class _Placer:
             self.ops[name] = OpPlan(node.op_type, Precision.FLOAT, obstacle)
         elif self.target.ops[node.op_type].kind is OpKind.LOOKUP:
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, "a table lookup: rows are dequantized")
-        elif self.target.ops[node.op_type].kind is OpKind.RECURRENT:
-            self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, f"{self.target.name} runs it in float")
         elif self.kept_in_float(node):
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, self.wishes[name].reason)
+        elif self.target.ops[node.op_type].kind is OpKind.STORED:
+            self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, f"{self.target.name} runs it in float")
+        elif reason := integer_obstacle(node):
+            self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, reason)
         elif self.activations:
             self._take(node, self.target.ops[node.op_type])
         else:
@@ -177,7 +191,8 @@ class _Placer:
     def obstacle(self, node: ir.Node, inside: bool) -> str | None:
         """Return why a node is not taken for the sake of its weights, or None."""
         rule, wish = self.rule(node), self.wishes.get(structure.node_name(node))
-        if wish is not None and wish.precision is Precision.FLOAT:
+        narrow = wish is not None and wish.wide and not self.target.wide_weight_dtype
+        if wish is not None and (narrow or wish.precision is Precision.FLOAT):
             return wish.reason
         if inside:
             reason = "it stands inside a subgraph"
@@ -196,13 +211,13 @@ class _Placer:
         """Return why constant weights are not stored as integers, or None."""
         if rule.kind is OpKind.LOOKUP:
             reason = lookup_obstacle(node, fewest_rows=0 if wish else FEWEST_ROWS)
-        elif rule.kind is OpKind.RECURRENT:
-            reason = recurrent_obstacle(node)
+        elif rule.kind is OpKind.STORED:
+            reason = stored_obstacle(node, 0 if wish else rule.fewest_weights)
         else:
             reason = self._linear_obstacle(node, 0 if wish else rule.fewest_weights)
         if not reason and not self.weights and wish is None:
             reason = "weights stay in float as asked"
-        stays_float = not self.activations or self.kept_in_float(node)
+        stays_float = not self.activations or self.kept_in_float(node) or bool(integer_obstacle(node))
         if not reason and rule.kind is OpKind.LINEAR and stays_float and not rule.weight_only:
             fact = f"{self.target.name} takes no integer weights for a {node.op_type} in float"
             reason = "activations stay in float" if wish is None else fact
@@ -332,7 +347,15 @@ class _Placer:
             elif output:
                 own[output] = False
         found = {value: dynamic for value, dynamic in own.items() if value not in same}
-        return Placement(ops, tuple(found), same, frozenset(value for value, dynamic in found.items() if dynamic))
+        dynamic = frozenset(value for value, dynamic in found.items() if dynamic)
+        return Placement(ops, tuple(found), same, dynamic, self.wide(ops))
+
+    def wide(self, ops: Mapping[str, OpPlan]) -> frozenset[str]:
+        """Return the operators with wide weights."""
+        if not self.target.wide_weight_dtype:
+            return frozenset()
+        return frozenset(name for name, op in ops.items() if op.precision is Precision.WEIGHT_ONLY
+                         and name in self.wishes and self.wishes[name].wide)  # fmt: skip
 
     def takes_any_range(self, node: ir.Node) -> bool:
         """Tell whether an integer operator can do with a range that is taken when the model runs."""

@@ -18,6 +18,8 @@ WEIGHT_INPUT = 1
 BIAS_INPUT = 2
 #: Operators whose third input is a bias that is added to the accumulator.
 BIASED_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+#: Operators whose weights are [directions, gates · hidden, inputs].
+RECURRENT_OPS = frozenset({"LSTM", "GRU", "RNN"})
 
 
 def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
@@ -120,29 +122,38 @@ def activation_inputs(node: ir.Node) -> Iterator[ir.Value]:
 def weight_axis(node: ir.Node) -> int:
     """Return the axis of a linear operator's weights that counts its output channels.
 
-    Conv has [M, C/group, ...], ConvTranspose [C, M/group, ...], Gemm [K, N] or transposed [N, K], MatMul [K, N].
+    Conv has [M, C/group, ...], ConvTranspose [C, M/group, ...], Gemm [K, N] or transposed [N, K], MatMul [..., K, N].
     """
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", 0) else 1
-    return {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}[node.op_type]
+    if node.op_type == "MatMul":
+        weight = node.inputs[WEIGHT_INPUT]
+        return 1 if weight is None or weight.shape is None else max(0, len(weight.shape) - 1)
+    return {"Conv": 0, "ConvTranspose": 1}[node.op_type]
 
 
 def stored_weights(node: ir.Node, kind: OpKind) -> list[tuple[ir.Value, int]]:
     """Return the constant operands of a node that can be stored as integers, each with the axis of its scales.
 
-    Of a lookup that is its table, by column; of a recurrent operator ([directions, gates · hidden, inputs]) what it
-    multiplies inputs and state by, by gate and unit; of a linear one its weights, by output channel.
+    Of a linear operator that is its weights, by output channel; of a recurrent one what it multiplies inputs and state
+    by, by gate and unit; of a lookup its table, and of others what has several axes, by the last of these.
     """
-    places = {OpKind.LINEAR: (WEIGHT_INPUT,), OpKind.LOOKUP: (0,), OpKind.RECURRENT: (1, 2)}.get(kind, ())
+    recurrent = node.op_type in RECURRENT_OPS
+    everything = (1, 2) if recurrent else range(len(node.inputs))
+    places = {OpKind.LINEAR: (WEIGHT_INPUT,), OpKind.LOOKUP: (0,), OpKind.STORED: everything}.get(kind, ())
     found = []
-    for index in places:
-        value = node.inputs[index]
-        if value is not None and (tensor := constant_tensor(value)) is not None:
-            axis = (
-                weight_axis(node) if kind is OpKind.LINEAR else 1 if kind is OpKind.RECURRENT else len(tensor.shape) - 1
-            )
-            found.append((value, axis))
+    for value in (node.inputs[index] for index in places):
+        tensor = constant_tensor(value)
+        if value is None or tensor is None or (kind is OpKind.STORED and not _is_matrix(tensor)):
+            continue
+        last = len(tensor.shape) - 1
+        found.append((value, weight_axis(node) if kind is OpKind.LINEAR else 1 if recurrent else last))
     return found
+
+
+def _is_matrix(tensor: ir.TensorProtocol) -> bool:
+    """Tell whether a constant has several axes of float32."""
+    return tensor.dtype is ir.DataType.FLOAT and len(tensor.shape) > 1
 
 
 def absorbed_activation(node: ir.Node, kinds: Collection[str]) -> ir.Node | None:

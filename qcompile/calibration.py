@@ -18,7 +18,7 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError, first_line
-from qcompile.core.plan import ChannelFactors, Precision
+from qcompile.core.plan import ChannelFactors
 from qcompile.passes.place import Wish
 
 #: Raised when the file's meaning changes; docs/schemas/calibration.schema.json describes this version.
@@ -114,10 +114,7 @@ class Calibration:
             return cls(
                 statistics,
                 choice,
-                {
-                    node: Wish(Precision(found["precision"]), str(found["reason"]))
-                    for node, found in header["spared"].items()
-                },
+                {node: Wish.from_json(found) for node, found in header["spared"].items()},
                 *digests,
                 bool(header["calibrated"]),
                 dict(header["options"]),

@@ -7,7 +7,7 @@ chosen target runs fastest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile import artifact, report, timing, verify
-from qcompile.calib.drift import helps, measure_drift
-from qcompile.core.contract import Refusal, Track
+from qcompile.compensation import compensate
+from qcompile.core.contract import Track
 from qcompile.core.plan import QuantPlan
 from qcompile.core.target import Target
 from qcompile.decision import calibrate, decide
@@ -24,10 +24,9 @@ from qcompile.equivalence import smooth
 from qcompile.job import Job, Source
 from qcompile.options import Options
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.lower_opset import LowerOpset
-from qcompile.pipeline import DRIFT, VERDICT, untracked
+from qcompile.pipeline import untracked
 from qcompile.pricing import predict
 
 
@@ -91,17 +90,8 @@ def canonical_form(target: Target, options: Options, calibrated: bool) -> Canoni
 
 
 def quantize(job: Job, canonical: ir.Model, plan: QuantPlan) -> ir.Model:
-    """Apply the plan."""
-    quantized = job.pipeline.apply(InsertQdq(plan), canonical)
-    # Behind Q/DQ: what is corrected is the mean of the codes as they really come out.
-    operators, refused = correctable(quantized, plan, job.target)
-    if operators and not job.evidence.calibrated:
-        refused = (Refusal("model", "no biases are corrected: without data nothing tells what they lack"), *refused)
-    elif operators:
-        return _correct_bias(job, canonical, quantized, operators, refused)
-    if refused:
-        job.pipeline.decline(CorrectBias, quantized, refused)
-    return quantized
+    """Apply the plan, and make up for what that takes where something can."""
+    return compensate(job, canonical, job.pipeline.apply(InsertQdq(plan), canonical), plan)
 
 
 def deliver(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, output: Path) -> CompileResult:
@@ -126,22 +116,3 @@ def deploy(job: Job, quantized: ir.Model) -> ir.Model:
     if job.target.deployed_opset is None:
         return quantized
     return job.pipeline.apply(LowerOpset.for_target(job.target.deployed_opset, job.target.name), quantized)
-
-
-def _correct_bias(
-    job: Job, reference: ir.Model, quantized: ir.Model, operators: Sequence[str], refused: Sequence[Refusal]
-) -> ir.Model:
-    """Take the drift of the operators' means back, if that helps on samples that it was not measured on.
-
-    A trial on three quarters of the samples decides; what is kept is measured on all of them.
-    """
-    data, pipeline, track = job.evidence.calibration, job.pipeline, job.track
-    fit, others = data.split(held_out=0.25)
-    trial = pipeline.measure("trial", DRIFT, lambda: measure_drift(reference, quantized, operators, fit, track))
-    improved = CorrectBias(trial)(quantized.clone()).model
-    if not pipeline.measure("helps", VERDICT, lambda: helps(reference, quantized, improved, others, track)):
-        reason = Refusal("model", "correcting biases did not help on samples held out from it")
-        pipeline.decline(CorrectBias, quantized, (reason, *refused))
-        return quantized
-    drift = pipeline.measure("drift", DRIFT, lambda: measure_drift(reference, quantized, operators, data, track))
-    return pipeline.apply(CorrectBias(drift, tuple(refused)), quantized)

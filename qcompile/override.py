@@ -45,13 +45,13 @@ class Override:
     match: tuple[str, ...] = ()
     op_type: str = ""
     keep_float: bool = False
-    weights: Literal["int8", "float"] | None = None
+    weights: Literal["int8", "int16", "float"] | None = None
 
     def __post_init__(self) -> None:
         if not self.match and not self.op_type:
             raise UsageError("override", "chooses no operators", 'give match = "pattern" or op_type = "Conv"')
-        if self.weights not in (None, "int8", "float"):
-            raise UsageError("override", f"weights cannot be '{self.weights}'", "use one of int8, float")
+        if self.weights not in (None, "int8", "int16", "float"):
+            raise UsageError("override", f"weights cannot be '{self.weights}'", "use one of int8, int16, float")
         if not self.keep_float and self.weights is None:
             raise UsageError("override", f"{self} asks for nothing", "give keep_float = true or weights")
 
@@ -68,6 +68,8 @@ class Override:
     @property
     def wish(self) -> Wish:
         """What it asks of each operator that it chooses."""
+        if self.weights == "int16":
+            return Wish(Precision.WEIGHT_ONLY, REASON, wide=True)
         if self.weights == "int8":
             return Wish(Precision.WEIGHT_ONLY if self.keep_float else Precision.INTEGER, REASON)
         return Wish(Precision.FLOAT, REASON)

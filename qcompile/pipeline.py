@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -22,7 +24,8 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Effect, Pass, Refusal, Rewritten
 from qcompile.core.errors import VerificationError, first_line
-from qcompile.core.plan import ChannelFactors, Precision
+from qcompile.core.numerics import IntArray
+from qcompile.core.plan import ChannelFactors
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import Options
@@ -51,8 +54,8 @@ CHOICE: Codec[Choice] = Codec(
     lambda content: Choice.from_json(json.loads(content)),
 )
 WISHES: Codec[dict[str, Wish]] = Codec(
-    lambda wishes: json.dumps({node: [wish.precision.value, wish.reason] for node, wish in wishes.items()}).encode(),
-    lambda content: {node: Wish(Precision(name), reason) for node, (name, reason) in json.loads(content).items()},
+    lambda wishes: json.dumps({node: asdict(wish) for node, wish in wishes.items()}).encode(),
+    lambda content: {node: Wish.from_json(entry) for node, entry in json.loads(content).items()},
 )
 DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
     lambda drift: json.dumps(drift).encode(),
@@ -65,7 +68,10 @@ SMOOTHING: Codec[dict[str, ChannelFactors]] = Codec(
     lambda smoothing: json.dumps({name: factors.as_json() for name, factors in smoothing.items()}).encode(),
     lambda content: {name: ChannelFactors.from_json(entry) for name, entry in json.loads(content).items()},
 )
-VERDICT: Codec[bool] = Codec(lambda verdict: json.dumps(verdict).encode(), lambda content: bool(json.loads(content)))
+CODES: Codec[dict[str, IntArray]] = Codec(lambda codes: _archive(codes), lambda content: _arrays(content))
+NAMES: Codec[list[str]] = Codec(
+    lambda names: json.dumps(names).encode(), lambda content: [str(name) for name in json.loads(content)]
+)
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,17 @@ class Pipeline:
         # A model beyond protobuf's 2 GiB is made again rather than stored: its stages cost less than its bytes.
         if self.cache and models.initializer_bytes(model) <= models.INLINE_LIMIT:
             self.cache.put(self.key, _line(asdict(step)) + models.serialize(model))
+
+
+def _archive(arrays: dict[str, IntArray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, *arrays.values(), names=np.array(list(arrays), np.str_))
+    return buffer.getvalue()
+
+
+def _arrays(content: bytes) -> dict[str, IntArray]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        return {str(name): archive[f"arr_{index}"] for index, name in enumerate(archive["names"])}
 
 
 def _line(content: dict[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.base import Backend
@@ -50,9 +51,8 @@ IMAGE_RANK = 4
 #: What noise power over signal power at the outputs is worth, in parts of float's latency: next to nothing at 30 dB, a
 #: twentieth of float's time at 20 dB, half of it at 10 dB.
 WORTH = 5.0
-#: What bytes of constants, in parts of float's, are worth in parts of float's latency; and which part of its bytes a
-#: float saves as a code of eight bits.
-SIZE, SAVED = 0.1, 0.75
+#: What bytes of constants, in parts of float's, are worth in parts of float's latency.
+SIZE = 0.1
 #: Noise beyond this is all the same.
 WORST = 1e3
 #: Less than this, in parts of float's time, is not worth a change.
@@ -221,7 +221,7 @@ class Pricer:
                 continue
             tensors = {name: _spoils(choice.alone[name]) for name, of_weights in worst[:count] if not of_weights}
             wishes = sparing(self.model, placement, tensors, rounding) | {
-                name: Wish(Precision.FLOAT, _spoils(weights[name], "codes of its weights"))
+                name: Wish(Precision.WEIGHT_ONLY, _spoils(weights[name], "codes of its weights"), wide=True)
                 for name, of_weights in worst[:count] if of_weights
             }  # fmt: skip
             wishes |= self.spoilt(wishes, weights)
@@ -254,10 +254,18 @@ class Pricer:
         sizes, whole, found = self.model.graph.initializers, max(1, models.initializer_bytes(self.model)), {}
         for name, wish in wishes.items():
             error, tensors = noise.get(name, 0.0), [sizes[value].const_value for value in self.weights.get(name, ())]
-            saved = SIZE * SAVED * sum(tensor.nbytes for tensor in tensors if tensor is not None) / whole
-            if wish.precision is Precision.WEIGHT_ONLY and WORTH * min(error, WORST) > max(saved, GAIN / 10):
-                found[name] = Wish(Precision.FLOAT, f"{wish.reason}; {_spoils(error, 'codes of its weights')}")
+            saved = SIZE * self._narrower * sum(tensor.nbytes for tensor in tensors if tensor is not None) / whole
+            narrow = wish.precision is Precision.WEIGHT_ONLY and not wish.wide
+            if narrow and WORTH * min(error, WORST) > max(saved, GAIN / 10):
+                reason = f"{wish.reason}; {_spoils(error, 'codes of its weights')}"
+                found[name] = Wish(Precision.WEIGHT_ONLY, reason, wide=True)
         return found
+
+    @property
+    def _narrower(self) -> float:
+        """Which part of a float's bytes its code saves, against what is stored where codes spoil the outputs."""
+        wide = np.dtype(self.target.wide_weight_dtype or np.float32).itemsize
+        return (wide - np.dtype(self.target.weight_dtype).itemsize) / np.dtype(np.float32).itemsize
 
     @cached_property
     def _float_latency(self) -> float:

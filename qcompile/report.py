@@ -185,8 +185,8 @@ def _bytes_by_cause(model: ir.Model) -> dict[str, int]:
             cause = "scales and zero points"
         elif tensor.dtype.is_floating_point():
             cause = "weights and constants in float"
-        elif tensor.dtype.bitwidth == 8:
-            cause = "weights in int8"
+        elif tensor.dtype in (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16):
+            cause = f"weights in int{tensor.dtype.bitwidth}"
         elif any(op == "DequantizeLinear" for op, _ in uses):
             cause = "biases in int32"
         else:

@@ -29,8 +29,8 @@ class OpKind(StrEnum):
     """Moves or selects codes: its output has its input's scale."""
     LOOKUP = "lookup"
     """Picks rows of a constant table: the table is stored as integers, the rows are dequantized."""
-    RECURRENT = "recurrent"
-    """Has no integer kernel: its weights are stored as integers."""
+    STORED = "stored"
+    """Has no integer kernel: large constants that it reads are stored as integers."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ class Target:
         The backend's own table.
     deployed_opset : int, optional
         The newest opset that the device's runtime reads, where that is older than `opset`, which the compiler works in.
+    wide_weight_dtype : str
+        Type that weights of float operators can be stored in where `weight_dtype` would spoil the outputs; none where
+        it is empty, and they stay float.
     declared : mapping of str to OpRule
         `ops` as the file has them, where a cost table's capabilities made others of them.
     absent : mapping of str to str
@@ -110,6 +113,7 @@ class Target:
     costs: CostTable | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     deployed_opset: int | None = None
+    wide_weight_dtype: str = ""
     declared: Mapping[str, OpRule] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
 

@@ -281,3 +281,27 @@ def test_what_the_runtime_infers_is_not_written(random: np.random.Generator) -> 
     assert [node.name for node in slim.graph] == ["", "", "", "n3", "n4"]
     assert not ir.to_proto(slim).graph.value_info and slim.graph.outputs[0].shape is not None
     same(model, slim, random.normal(size=(1, 5, 4)).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "kernel"),
+    [("int16", (4, 3), "MatMul"), ("int8", (2, 4, 3), "MatMul"), ("int8", (4, 3), "MatMulNBits")],
+)
+def test_weights_that_no_kernel_reads_are_unpacked_at_load(
+    dtype: str, shape: tuple[int, ...], kernel: str, random: np.random.Generator, tmp_path: Path
+) -> None:
+    most = np.iinfo(dtype).max
+    text = '<ir_version: 10, opset_import: ["" : 21]> f (float[2,5,4] x) => (float[2,5,3] y) { y = MatMul (x, w) }'
+    proto = onnx.parser.parse_model(
+        text.replace("{ y", f"{{ w = DequantizeLinear <axis = {len(shape) - 1}> (q, s, z) y")
+    )
+    arrays = {"q": random.integers(-most, most, shape).astype(dtype), "z": np.zeros(3, dtype),
+              "s": (random.uniform(1, 2, 3) / most).astype(np.float32)}  # fmt: skip
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    model = ir.from_proto(proto)
+    for index, node in enumerate(model.graph):
+        node.name = f"n{index}"
+    legal = legalize(model)
+    same(model, legal, random.normal(size=(2, 5, 4)).astype(np.float32), 0.02 if kernel == "MatMulNBits" else 1e-6)
+    models.save(legal, tmp_path / "m.onnx")
+    assert [node.op_type for node in runtime.optimized_nodes(tmp_path / "m.onnx")] == [kernel]

@@ -9,7 +9,7 @@ import pytest
 
 from qcompile.calib import drift, sensitivity
 from qcompile.calib.data import Dataset, input_specs
-from qcompile.calib.drift import helps, measure_drift
+from qcompile.calib.drift import losses, measure_drift
 
 GENERATOR_SEED = 7
 
@@ -101,7 +101,7 @@ def test_a_few_clipped_tokens_do_not_decide_for_all() -> None:
 
 
 def test_weights_of_one_channel_are_equal() -> None:
-    weights = drift._weights(np.arange(6, dtype=np.float32).reshape(1, 1, 6), 1)
+    weights = drift.position_weights(np.arange(6, dtype=np.float32).reshape(1, 1, 6), 1)
     assert np.unique(weights).size == 1 and np.isfinite(weights).all()
 
 
@@ -140,9 +140,8 @@ def test_fewer_samples_are_run_where_they_take_long(monkeypatch: pytest.MonkeyPa
     assert ran == [1]
 
 
-def test_helps_compares_with_the_float_outputs() -> None:
+def test_losses_are_against_the_float_outputs() -> None:
     float_model, off, further = (convs([value, 0, 0], [0, 0, 0]) for value in (0.0, 0.1, 0.5))
-    data = dataset(float_model, images())
-    assert helps(float_model, further, off, data, track)
-    assert not helps(float_model, off, further, data, track)
-    assert not helps(float_model, off, off, data, track)
+    exact, near, far = losses(float_model, [float_model, off, further], dataset(float_model, images()), track)
+    assert exact.value == 0.0 < near.value < far.value
+    assert near.samples == len(images())

@@ -99,7 +99,44 @@ def test_a_recurrent_operator_stores_both_its_weights_by_gate_and_unit(model_of:
     assert not kept.plan.tensors
     open_weights = text.replace("(float[3,2,4] x)", "(float[3,2,4] x, float[1,16,4] w)")
     given = quantized(model_of(open_weights, r=weights["r"]))
-    assert given.ops == {"lstm": ("float", "its weights are no float32 constants")}
+    assert given.ops == {"lstm": ("weight_only", "cpu runs it in float")} and set(given.plan.tensors) == {"r"}
+    both = quantized(model_of(open_weights.replace("[1,16,4] w)", "[1,16,4] w, float[1,16,4] r)")))
+    assert both.ops == {"lstm": ("float", "its weights are no float32 constants")}
+
+
+def test_a_table_that_is_sliced_is_stored_by_column(model_of: Build, quantized: Build, random: Any) -> None:
+    text = "(float[1,4,8] x) => (float[1,4,8] y) { [cut] p = Slice (t, zero, n, one) y = Add (x, p) }"
+    constants = {
+        "t": random.normal(size=(1, 16, 8)).astype(np.float32),
+        "zero": np.int64([0]),
+        "n": np.int64([4]),
+        "one": np.int64([1]),
+    }
+    result = quantized(model_of(text, 21, **constants))
+    assert result.ops["cut"] == ("weight_only", "cpu runs it in float")
+    assert {name: (q.axis, len(q.scale)) for name, q in result.plan.tensors.items()} == {"t": (2, 8)}
+    shared = text.replace("y = Add (x, p)", "s = Add (x, p) r = ReduceSum (t) y = Add (s, r)")
+    assert quantized(model_of(shared, 21, **constants)).ops["cut"] == (
+        "float", "its constants are read by another operator too",
+    )  # fmt: skip
+
+
+def test_wide_weights_only_where_all_that_read_them_are_wide(m: np.ndarray, model_of: Build, quantized: Build) -> None:
+    text, wide = rows("[a] t = MatMul (x, m) [b] y = MatMul (t, m)"), Wish(Precision.WEIGHT_ONLY, "asked", wide=True)
+    assert quantized(model_of(text, 21, m=m), wishes={"a": wide}).plan.tensors["m"].dtype == "int8"
+    both = quantized(model_of(text, 21, m=m), wishes={"a": wide, "b": wide})
+    assert both.plan.tensors["m"].dtype == "int16"
+    error = np.abs(both.plan.tensors["m"].dequantize(both.plan.tensors["m"].quantize(m)) - m)
+    assert error.max() <= np.abs(m).max() / 32767 / 2 * 1.01
+
+
+def test_without_a_wider_type_weights_stay_float(
+    m: np.ndarray, eager: Target, model_of: Build, quantized: Build
+) -> None:
+    wide = {"a": Wish(Precision.WEIGHT_ONLY, "asked", wide=True)}
+    narrow = replace(eager, wide_weight_dtype="")
+    result = quantized(model_of(rows("[a] y = MatMul (x, m)"), m=m), narrow, wishes=wide)
+    assert result.ops == {"a": ("float", "asked")} and not result.plan.tensors
 
 
 def test_weights_shared_by_two_operators_along_one_axis(m: np.ndarray, model_of: Build, quantized: Build) -> None:

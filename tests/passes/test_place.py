@@ -71,13 +71,18 @@ def test_gemm_and_matmul_leave_in_float(m: np.ndarray, model_of: Build, quantize
     assert result.placement.activations == ("x", "t")
 
 
+def test_weights_of_several_axes_are_stored_alone(m: np.ndarray, model_of: Build, decided: Build) -> None:
+    text = rows("[n] y = MatMul (x, m)", "float[2,1,8] x", "float[2,1,8] y")
+    assert decided(model_of(text, m=np.stack([m, m])))["n"] == ("weight_only", "its weights have 3 axes")
+
+
 @pytest.mark.parametrize(
     ("text", "weights", "reason"),
     [
         (rows("[n] y = MatMul (x, v)", "float[1,8] x, float[8,8] v"), "", "both operands are activations"),
         (rows("[n] y = Gemm (x, v)", "float[1,8] x, float[8,8] v"), "", "its weights are not constant"),
         (rows("[n] y = MatMul (x, m)", "double[1,8] x", "double[1,8] y"), "f8", "its weights are double, not float32"),
-        (rows("[n] y = MatMul (x, m)", "float[2,1,8] x", "float[2,1,8] y"), "3d", "its weights have 3 axes"),
+        (rows("[n] y = MatMul (x, m)", "float[2,1,8] x", "float[2,1] y"), "vector", "its weights are a vector"),
         (rows("[n] t = MatMul (k, m) y = Add (x, t)"), "k", "it computes on constants only"),
         (
             rows("[n] y = Gemm <transA = 1> (x, m)", "float[8,1] x"),
@@ -100,7 +105,7 @@ def test_why_an_operator_stays_in_float(
         "": {},
         "m": {"m": m},
         "f8": {"m": m.astype(np.float64)},
-        "3d": {"m": np.stack([m, m])},
+        "vector": {"m": m[0]},
         "k": {"m": m, "k": m[:1]},
         "b": {"m": m, "b": m[0]},
         "one": {"m": m, "one": np.ones(1, np.float32)},

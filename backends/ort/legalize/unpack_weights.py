@@ -13,8 +13,8 @@ from qcompile.core import numerics
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
 
-#: Operators for which the runtime has a kernel that reads integer weights itself, given a DequantizeLinear.
-READS_INTEGER_WEIGHTS = frozenset({"MatMul"})
+#: Types of weights; int32 is for biases.
+WEIGHTS = (ir.DataType.INT8, ir.DataType.INT16)
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,30 @@ def _feeds_float_operators(node: ir.Node) -> bool:
     """Tell whether a DequantizeLinear unpacks constant weights for operators whose other operands are float."""
     codes = structure.constant_tensor(node.inputs[0])
     zero_point = structure.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    # Only symmetric int8 weights: biases (int32) and shifted codes belong to integer operators.
-    if codes is None or codes.dtype is not ir.DataType.INT8 or zero_point is None or np.any(zero_point):
+    # Shifted codes belong to integer operators.
+    if codes is None or codes.dtype not in WEIGHTS or zero_point is None or np.any(zero_point):
         return False
     readers = structure.readers(node.outputs[0])
-    return bool(readers) and all(_is_float_operator(reader) for reader in readers)
+    return bool(readers) and all(_is_float_operator(reader, codes) for reader in readers)
 
 
-def _is_float_operator(node: ir.Node) -> bool:
-    if node.op_type in READS_INTEGER_WEIGHTS:
-        return False
-    return not any(_is_dequantized_activation(value) for value in node.inputs)
+def _is_float_operator(node: ir.Node, codes: ir.TensorProtocol) -> bool:
+    """Tell whether the runtime has no kernel for an operator that would read its weights as codes."""
+    if codes.dtype is not ir.DataType.INT8:
+        return True
+    if node.op_type == "MatMul" and len(codes.shape) == 2:
+        return False  # MatMulNBits, or an integer kernel
+    if not any(_is_dequantized_activation(value) for value in node.inputs):
+        return True
+    return node.op_type == "Conv" and not _leaves_as_codes(node.outputs[0])
+
+
+def _leaves_as_codes(value: ir.Value) -> bool:
+    """Tell whether a result is quantized, behind the activation that an integer kernel absorbs: it has no other."""
+    behind = structure.readers(value)
+    if len(behind) == 1 and structure.is_standard(behind[0], "Relu", "Clip"):
+        behind = structure.readers(behind[0].outputs[0])
+    return any(structure.is_standard(node, "QuantizeLinear") for node in behind)
 
 
 def _is_dequantized_activation(value: ir.Value | None) -> bool:

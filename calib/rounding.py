@@ -1,0 +1,259 @@
+"""Rounding: codes of weights that make up for one another's errors in what an operator computes.
+
+Rounding to nearest makes every weight's error as small as it can be; what counts is the error of X · W, in which the
+errors of a column add up as the rows of X let them. GPTQ (Frantar et al. 2023, "GPTQ: Accurate Post-Training
+Quantization for Generative Pre-trained Transformers", algorithm 1, after Hassibi and Stork 1993) rounds one row of W
+after another, those that are used most first, and lets the rows that are still free take over what was lost:
+
+    e = (w_i - q_i) / U_ii,    W_j ← W_j - U_ij · e  for j behind i,    H⁻¹ = Uᵀ U,    H = E[xᵀx] + damping
+
+The scales stay as they are. Codes of activations are not their values: what rounding adds to them, uniform and
+independent, is a diagonal of Δ²/12 in H, which damps besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import scipy.linalg
+
+from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.drift import position_weights
+from qcompile.calib.sensitivity import MEMORY, SAMPLES, spread
+from qcompile.calib.work import Cost
+from qcompile.core import numerics, runtime
+from qcompile.core.contract import Track
+from qcompile.core.plan import TensorQuant
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Rows of each operator's input that second moments are taken over, at most.
+ROWS = 4096
+#: Added to the diagonal of H, in parts of its mean: what few samples tell of small directions is chance.
+DAMPING = 0.1
+#: Rows of weights whose errors are passed on at once to those behind them.
+BLOCK = 128
+#: Multiply-accumulates that collecting the rows may take.
+WORK = 1e11
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A linear operator whose weights are codes.
+
+    Parameters
+    ----------
+    node : onnx_ir.Node
+        Conv, Gemm or MatMul of the float model, with constant weights.
+    quant : TensorQuant
+        How these are quantized.
+    step : float
+        Step of its input's codes; zero where it reads float values.
+    """
+
+    node: ir.Node
+    quant: TensorQuant
+    step: float = 0.0
+
+    @property
+    def reads(self) -> str:
+        """The name of its input."""
+        value = self.node.inputs[0]
+        assert value is not None and value.name is not None
+        return value.name
+
+    @property
+    def writes(self) -> str:
+        """The name of its result."""
+        name = self.node.outputs[0].name
+        assert name is not None
+        return name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weights' shape."""
+        value = self.node.inputs[1]
+        assert value is not None and value.const_value is not None
+        return tuple(value.const_value.shape.numpy())
+
+    @property
+    def groups(self) -> int:
+        """How many parts of the channels are multiplied apart from one another."""
+        return self.node.attributes.get_int("group", 1) if self.node.op_type == "Conv" else 1
+
+    @property
+    def depth(self) -> int:
+        """How many weights make one number."""
+        if self.node.op_type == "Conv":
+            return int(np.prod(self.shape[1:]))
+        return self.shape[1 if self._transposed else 0]
+
+    def matrix(self, weights: FloatArray) -> FloatArray:
+        """Return weights as rows are multiplied by them, `[groups, depth, channels / groups]`."""
+        if self.node.op_type == "Conv":
+            return np.asarray(weights.reshape(self.groups, weights.shape[0] // self.groups, -1).transpose(0, 2, 1))
+        return np.asarray((weights.T if self._transposed else weights)[None])
+
+    def weights(self, matrix: FloatArray) -> FloatArray:
+        """Turn what `matrix` returns into weights again."""
+        if self.node.op_type == "Conv":
+            return np.asarray(matrix.transpose(0, 2, 1).reshape(self.shape))
+        return np.asarray(matrix[0].T if self._transposed else matrix[0])
+
+    def rows(self, x: npt.NDArray[np.float32], written: Sequence[int], positions: npt.NDArray[np.int64]) -> FloatArray:
+        """Return what the weights are multiplied by at some positions of the result, `[groups, positions, depth]`.
+
+        Parameters
+        ----------
+        x : ndarray
+            Its input.
+        written : sequence of int
+            The shape of its result.
+        positions : ndarray of int
+            Of the result without channels, flat.
+        """
+        if self.node.op_type != "Conv":
+            return x.reshape(1, -1, x.shape[-1])[:, positions].astype(np.float64)
+        where = np.unravel_index(positions, (written[0], *written[2:]))
+        patches = _windows(self.node, x, self.shape[2:])[where]
+        return patches.reshape(len(positions), self.groups, -1).transpose(1, 0, 2).astype(np.float64)
+
+    @property
+    def _transposed(self) -> bool:
+        return self.node.op_type == "Gemm" and self.node.attributes.get_int("transB", 0) != 0
+
+
+def _windows(node: ir.Node, x: npt.NDArray[np.float32], kernel: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Return a view of what a Conv multiplies its weights by, `[batch, *positions, channels, *kernel]`."""
+    rank = len(kernel)
+    strides = node.attributes.get_ints("strides", (1,) * rank)
+    dilations = node.attributes.get_ints("dilations", (1,) * rank)
+    pads = node.attributes.get_ints("pads", (0,) * 2 * rank)
+    padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
+    reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
+    view = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
+    for axis, step in enumerate((*strides, *dilations), start=2):
+        view = np.moveaxis(np.moveaxis(view, axis, 0)[::step], 0, axis)
+    return np.moveaxis(view, 1, 1 + rank)
+
+
+def second_moments(
+    model: ir.Model, operators: Sequence[Operator], data: Dataset, track: Track[Sample]
+) -> Iterator[tuple[Operator, FloatArray]]:
+    """Yield for each operator the second moments of what its weights are multiplied by.
+
+    Positions count by 1 / variance of the result over its channels, as in `drift`: a normalization divides by that.
+    As many operators are measured in one run as `sensitivity.MEMORY` has room for.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        The float model.
+    operators : sequence of Operator
+    data : Dataset
+        At most `sensitivity.SAMPLES` of it are run, as many as `WORK` allows, spread evenly.
+    track : callable
+        Shows progress.
+
+    Yields
+    ------
+    Operator, ndarray of float64, shape (groups, depth, depth)
+    """
+    first = next(iter(data))
+    most = min(SAMPLES, WORK / Cost.of(model, first).total)
+    samples = spread(data, sum(array.nbytes for array in first.values()), most)
+    for batch in _batches(operators):
+        sums = [np.zeros((one.groups, one.depth, one.depth)) for one in batch]
+        asked = dict.fromkeys(name for one in batch for name in (one.reads, one.writes))
+        session = runtime.Session(runtime.with_outputs(model, list(asked)))
+        for feeds in track(samples, len(samples), "weighing inputs"):
+            values = {**feeds, **session.run(feeds)}
+            for one, total in zip(batch, sums, strict=True):
+                mean = _moments(one, values[one.reads], values[one.writes], -(-ROWS // len(samples)))
+                total += mean / len(samples)
+        yield from zip(batch, sums, strict=True)
+
+
+def _moments(
+    operator: Operator, read: npt.NDArray[np.float32], written: npt.NDArray[np.float32], most: int
+) -> FloatArray:
+    """Return the weighted mean of the rows' products in one sample, over at most so many of its positions."""
+    weights = position_weights(written, 1 if operator.node.op_type == "Conv" else -1).reshape(-1)
+    chosen = np.unique(np.linspace(0, weights.size - 1, min(most, weights.size)).round().astype(np.int64))
+    rows = operator.rows(read, written.shape, chosen) * np.sqrt(weights[chosen] / weights[chosen].sum())[:, None]
+    return np.asarray(rows.transpose(0, 2, 1) @ rows)
+
+
+def _batches(operators: Sequence[Operator]) -> Iterator[list[Operator]]:
+    """Yield operators whose moments are held at the same time."""
+    batch, size = list[Operator](), 0
+    for operator in operators:
+        needed = 8 * operator.groups * operator.depth**2
+        if batch and size + needed > MEMORY:
+            yield batch
+            batch, size = [], 0
+        batch.append(operator)
+        size += needed
+    if batch:
+        yield batch
+
+
+def round_weights(operator: Operator, moments: FloatArray) -> numerics.IntArray:
+    """Return the codes of an operator's weights by GPTQ, in the weights' shape.
+
+    Parameters
+    ----------
+    operator : Operator
+    moments : ndarray of float64, shape (groups, depth, depth)
+    """
+    quant, value = operator.quant, operator.node.inputs[1]
+    assert value is not None and value.const_value is not None
+    weights = value.const_value.numpy()
+    scales = np.broadcast_to(numerics.along_axis(quant.scales, quant.axis, weights.ndim), weights.shape)
+    matrix, steps = (operator.matrix(array.astype(np.float64)) for array in (weights, scales))
+    rounding = operator.step**2 / 12.0 * np.eye(operator.depth)
+    parts = zip(matrix, steps, moments, strict=True)
+    codes = [gptq(part, step[0], h + rounding, quant.dtype) for part, step, h in parts]
+    return np.ascontiguousarray(operator.weights(np.stack(codes)).astype(quant.dtype))
+
+
+def gptq(weights: FloatArray, step: FloatArray, moments: FloatArray, dtype: str) -> FloatArray:
+    """Round a matrix so that X · W changes little.
+
+    Parameters
+    ----------
+    weights : ndarray of float64, shape (n, m)
+    step : ndarray of float64, shape (m,)
+        What a code stands for, by column.
+    moments : ndarray of float64, shape (n, n)
+        E[xᵀx] of the rows that are multiplied by it.
+    dtype : str
+        Of the codes, which are symmetric.
+
+    Returns
+    -------
+    ndarray of float64, shape (n, m)
+        Integers.
+    """
+    low, high = numerics.code_range(dtype, symmetric=True)
+    diagonal = moments.diagonal()
+    order = np.argsort(-diagonal, kind="stable")
+    damping = DAMPING * diagonal.mean() + float(np.finfo(np.float32).tiny)
+    damped = moments[np.ix_(order, order)] + damping * np.eye(len(order))
+    upper = scipy.linalg.cholesky(scipy.linalg.inv(damped, check_finite=False), check_finite=False)
+    left, codes = weights[order] / step, np.empty_like(weights)
+    for start in range(0, len(left), BLOCK):
+        stop = min(start + BLOCK, len(left))
+        errors = np.empty((stop - start, left.shape[1]))
+        for row in range(start, stop):
+            codes[row] = np.clip(np.rint(left[row]), low, high)
+            errors[row - start] = (left[row] - codes[row]) / upper[row, row]
+            left[row + 1 : stop] -= np.outer(upper[row, row + 1 : stop], errors[row - start])
+        left[stop:] -= upper[start:stop, stop:].T @ errors
+    found = np.empty_like(codes)
+    found[order] = codes
+    return found

@@ -1,0 +1,105 @@
+"""Make up for what quantization took: weights rounded with regard to one another, biases that take the drift back.
+
+Both are tried on three quarters of the samples and judged on the others; what is kept is measured on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import onnx_ir as ir
+
+from qcompile.calib.data import Dataset
+from qcompile.calib.drift import losses, measure_drift
+from qcompile.calib.output_error import surely_less
+from qcompile.calib.rounding import Operator, round_weights, second_moments
+from qcompile.calib.sensitivity import SURE
+from qcompile.core.contract import Pass, Refusal
+from qcompile.core.numerics import IntArray
+from qcompile.core.plan import QuantPlan
+from qcompile.job import Job
+from qcompile.passes.correct_bias import CorrectBias, correctable
+from qcompile.passes.round_weights import RoundWeights, roundable
+from qcompile.pipeline import CODES, DRIFT, NAMES
+
+#: Part of the samples that trials are judged on.
+HELD_OUT = 0.25
+#: Why a pass is not applied though it could be.
+UNKNOWN = "no biases are corrected: without data nothing tells what they lack"
+USELESS = {
+    RoundWeights: "rounding weights with regard to one another did not surely help on samples held out from it",
+    CorrectBias: "correcting biases did not help on samples held out from it",
+}
+
+
+def compensate(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan) -> ir.Model:
+    """Round weights and correct biases, where that helps on samples held out from it.
+
+    Parameters
+    ----------
+    job : Job
+    canonical : onnx_ir.Model
+        The float model.
+    quantized : onnx_ir.Model
+        The QDQ model that `plan` made of it.
+    plan : QuantPlan
+    """
+    operators, weights_left = roundable(canonical, quantized, plan)
+    biases, biases_left = correctable(quantized, plan, job.target)
+    if not job.evidence.calibrated:
+        _decline(job, CorrectBias, quantized, ((Refusal("model", UNKNOWN),) if biases else ()) + biases_left)
+        return quantized
+    data, pipeline, track = job.evidence.calibration, job.pipeline, job.track
+    useful = pipeline.measure("compensation", NAMES, lambda: _useful(job, canonical, quantized, operators, biases))
+    if RoundWeights.__name__ in useful:
+        codes = pipeline.measure("codes", CODES, lambda: _codes(job, canonical, operators, data))
+        quantized = pipeline.apply(RoundWeights(codes, weights_left), quantized)
+    else:
+        _decline(job, RoundWeights, quantized, (_useless(RoundWeights) if operators else ()) + weights_left)
+    if CorrectBias.__name__ in useful:
+        drift = pipeline.measure("drift", DRIFT, lambda: measure_drift(canonical, quantized, biases, data, track))
+        return pipeline.apply(CorrectBias(drift, biases_left), quantized)
+    _decline(job, CorrectBias, quantized, (_useless(CorrectBias) if biases else ()) + biases_left)
+    return quantized
+
+
+def _useful(
+    job: Job, canonical: ir.Model, quantized: ir.Model, operators: Mapping[str, Operator], biases: Sequence[str]
+) -> list[str]:
+    """Return the names of the passes that help.
+
+    Biases are corrected where that leaves less noise. Rounding, with biases corrected behind it or not, must be surely
+    better than what there is without: it fits the samples more closely.
+    """
+    fit, others = job.evidence.calibration.split(HELD_OUT)
+    trials: list[tuple[Collection[type[Pass]], ir.Model]] = [((), quantized)]
+    if operators:
+        codes = _codes(job, canonical, operators, fit)
+        trials.append(((RoundWeights,), RoundWeights(codes)(quantized.clone()).model))
+    for passes, model in tuple(trials) if biases else ():
+        drift = measure_drift(canonical, model, biases, fit, job.track)
+        trials.append(((*passes, CorrectBias), CorrectBias(drift)(model.clone()).model))
+    if len(trials) == 1:
+        return []
+    found = zip(losses(canonical, [model for _, model in trials], others, job.track), trials, strict=True)
+    by_error = sorted(((error, passes) for error, (passes, _) in found), key=lambda one: one[0].value)
+    plain = next(one for one in by_error if RoundWeights not in one[1])
+    rounded = next((one for one in by_error if RoundWeights in one[1]), plain)
+    _, passes = rounded if surely_less(rounded[0], plain[0], SURE) else plain
+    return [pass_.__name__ for pass_ in passes]
+
+
+def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], data: Dataset) -> dict[str, IntArray]:
+    """Return the codes of each operator's weights, by the initializer that holds them."""
+    names = {operator: name for name, operator in operators.items()}
+    moments = second_moments(canonical, list(operators.values()), data, job.track)
+    return {names[operator]: round_weights(operator, found) for operator, found in moments}
+
+
+def _useless(pass_: type[Pass]) -> tuple[Refusal, ...]:
+    return (Refusal("model", USELESS[pass_]),)
+
+
+def _decline(job: Job, pass_: type[Pass], model: ir.Model, refusals: Sequence[Refusal]) -> None:
+    if refusals:
+        job.pipeline.decline(pass_, model, refusals)
