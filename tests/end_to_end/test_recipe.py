@@ -167,7 +167,7 @@ def test_paths_are_relative_to_the_recipe(qcompile, small, recipe, tmp_path_fact
         ("[[override]]\nmatch = 'a'\nkeep_float = 1", ["override 1: keep_float", "is not true or false"]),
         ("[[override]]\nmatch = 3\nkeep_float = true", ["override 1: match", "is not a pattern"]),
         ("[[override]]\nop_type = ['Conv']\nkeep_float = true", ["override 1: op_type", "is not a text"]),
-        ("[[override]]\nmatch = 'a'\nweights = 'int4'", ["override 1", "cannot be 'int4'", "int8, float"]),
+        ("[[override]]\nmatch = 'a'\nweights = 'int4'", ["override 1", "cannot be 'int4'", "int8, int16, float"]),
         ("[[override]]\nmatch = 'a'\nkeepfloat = true", ["override 1", "no key 'keepfloat'", "'keep_float'?"]),
         ("target = ", ["small.toml", "is not TOML"]),
     ],
