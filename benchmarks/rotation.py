@@ -27,13 +27,14 @@ from qcompile.core import model as models
 from qcompile.core import numerics, runtime
 from qcompile.core.orthogonal import Orthogonal
 from qcompile.core.plan import Precision
+from qcompile.core.rotation import InputRotation, Site
 from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Wish, place
 from qcompile.passes.rotate import Rotate, spread_evenly
-from qcompile.passes.rotate_inputs import InputRotation, RotateInputs, obstacle, rotated_products
-from qcompile.passes.rotations import Site, rotatable
+from qcompile.passes.rotate_inputs import RotateInputs, obstacle, rotated_products
+from qcompile.passes.rotations import rotatable
 from qcompile.passes.structure import is_linear, node_name, produced_by
 from qcompile.pipeline import untracked
 from qcompile.rotation import plan_rotations

@@ -22,7 +22,7 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Effect, Pass, Refusal, Rewritten
 from qcompile.core.errors import VerificationError, first_line
-from qcompile.core.plan import ChannelFactors, Precision
+from qcompile.core.plan import Precision
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import Options
@@ -60,10 +60,6 @@ DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
 )
 NOISE: Codec[dict[str, float]] = Codec(
     lambda noise: json.dumps(noise).encode(), lambda content: dict(json.loads(content))
-)
-SMOOTHING: Codec[dict[str, ChannelFactors]] = Codec(
-    lambda smoothing: json.dumps({name: factors.as_json() for name, factors in smoothing.items()}).encode(),
-    lambda content: {name: ChannelFactors.from_json(entry) for name, entry in json.loads(content).items()},
 )
 VERDICT: Codec[bool] = Codec(lambda verdict: json.dumps(verdict).encode(), lambda content: bool(json.loads(content)))
 
