@@ -72,7 +72,7 @@ def test_the_text_of_a_plan_is_fixed() -> None:
     assert plan.to_json() == (
         '{\n "schema_version": 1,\n "options": {},\n "guessed": false,\n'
         ' "rotation": {\n  "folded": [],\n  "inputs": [],\n  "refused": []\n },\n "smoothing": {},\n'
-            ' "tensors": {\n  "x": {\n'
+        ' "tensors": {\n  "x": {\n'
         '   "role": "activation",\n   "dtype": "uint8",\n'
         '   "scale": [\n    0.5\n   ],\n   "zero_point": [\n    3\n   ],\n   "axis": null\n  }\n },\n'
         ' "ops": {\n  "conv": {\n   "op_type": "Conv",\n   "precision": "integer",\n   "reason": "",\n'
