@@ -215,8 +215,9 @@ class _Search:
 
         def consider(candidate: _Candidate) -> None:
             nonlocal best, least
-            if candidate not in (start, best) and (found := self._outcome(candidate)).beats(least):
-                best, least = candidate, found
+            if not self._same(candidate, best) and not self._same(candidate, start):
+                found = self._outcome(candidate)
+                best, least = (candidate, found) if found.beats(least) else (best, least)
 
         for step in self.steps:
             kinds = step.kinds if step.alpha is None else best.smoothing.kinds
@@ -224,9 +225,15 @@ class _Search:
         for smoothing in (best.smoothing, NOTHING) if rotations else ():
             consider(_Candidate(rotations, smoothing))
         if self._operators(self.model):
-            model = self._built(best)[0]
-            consider(replace(best, inputs=plan_inputs(model, self._operators(model), self.judge.fit, self.job.track)))
+            before, model = best, self._built(best)[0]
+            for inputs in plan_inputs(model, self._operators(model), self.judge.fit, self.job.track):
+                consider(replace(before, inputs=inputs))
         return best if least.error.total <= UNUSABLE else start
+
+    def _same(self, one: _Candidate, other: _Candidate) -> bool:
+        """Tell whether two candidates make the same model."""
+        alike = (one.folded, one.inputs) == (other.folded, other.inputs)
+        return alike and self._factors(one) == self._factors(other)
 
     def _outcome(self, candidate: _Candidate) -> Outcome:
         model, chosen = self._built(candidate)
@@ -235,10 +242,12 @@ class _Search:
 
     def _built(self, candidate: _Candidate) -> tuple[ir.Model, Equivalences]:
         """Return the model that a candidate makes, and what that does."""
+        behind = Equivalences(Rotations(inputs=candidate.inputs), self._factors(candidate))
+        return behind.applied(self._base(candidate.folded).smoothable.model), behind
+
+    def _factors(self, candidate: _Candidate) -> dict[str, ChannelFactors]:
         base = self._base(candidate.folded)
-        factors = base.smoothable.factors(base.tuned, candidate.smoothing)
-        behind = Equivalences(Rotations(inputs=candidate.inputs), factors)
-        return behind.applied(base.smoothable.model), behind
+        return base.smoothable.factors(base.tuned, candidate.smoothing)
 
     def _base(self, folded: tuple[Rotation, ...]) -> _Base:
         if folded not in self.bases:

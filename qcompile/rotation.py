@@ -36,6 +36,8 @@ SEEDS = 4
 BLOCKS = (32, 16)
 #: A product more is considered where it makes the noise of the operator behind it this much less.
 INPUT_GAIN = 2.0
+#: Which part of the noise that all products would save is worth trying to save with fewer.
+SHARES = (0.9, 0.5)
 #: Why such a product is not in integers, whatever is asked of operators of its type.
 ROTATES = "it rotates what the operator behind it reads as codes"
 
@@ -163,8 +165,8 @@ def _block(node: ir.Node) -> int:
 
 def plan_inputs(
     model: ir.Model, operators: Collection[ir.Node], data: Dataset, track: Track[Sample]
-) -> tuple[InputRotation, ...]:
-    """Choose a product for each operator whose noise it makes half as much or less.
+) -> tuple[tuple[InputRotation, ...], ...]:
+    """Choose a product for each operator whose noise it makes half as much or less, those that save most first.
 
     Parameters
     ----------
@@ -175,9 +177,14 @@ def plan_inputs(
         What is measured on.
     track : callable
         Shows progress.
+
+    Returns
+    -------
+    tuple of tuple of InputRotation
+        As many of them as save each of `SHARES` of the noise that all save, without repeats.
     """
     rows = measure_rows(model, {name_of(input_of(node, 0)): -1 for node in operators}, data, track)
-    found = []
+    found = list[tuple[float, InputRotation]]()
     for seed, node in enumerate(operators):
         name = name_of(input_of(node, 0))
         if name in rows:
@@ -185,8 +192,11 @@ def plan_inputs(
             reading = [Reading(rows[name].astype(np.float64), _some_columns(weights_by_input(node)))]
             without, rotated = (noise_of(reading, r, Scheme()) for r in (np.eye(matrix.width), matrix.matrix()))
             if INPUT_GAIN * rotated <= without:
-                found.append(InputRotation(node_name(node), matrix))
-    return tuple(found)
+                found.append((without - rotated, InputRotation(node_name(node), matrix)))
+    found.sort(key=lambda one: -one[0])
+    saved = np.cumsum([saving for saving, _ in found])
+    counts = {int(np.searchsorted(saved, share * saved[-1])) + 1 for share in SHARES} if found else set()
+    return tuple(tuple(rotation for _, rotation in found[:count]) for count in sorted(counts, reverse=True))
 
 
 def kept_in_float(inputs: Collection[InputRotation], model: ir.Model) -> dict[str, Wish]:
