@@ -87,7 +87,7 @@ def errors_of(model: Path, calibration: Path, evaluation: Path) -> list[OutputEr
     options = Options("cpu", data=str(calibration), eval=str(evaluation), costs=NO_COSTS)
     job = Job.begin(model, options, untracked)
     canonical = driver.canonicalize(job)
-    measured = decision.calibrate(job, canonical)
+    measured = decision.calibrate(job, canonical, {})
     names = list(measured.choice.observers)
     choices = [measured.choice, *(Choice(dict.fromkeys(names, observer)) for observer in Observer)]
     samples = list(islice(open_data(str(evaluation), input_specs(job.model)), RUNS))

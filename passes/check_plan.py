@@ -10,10 +10,12 @@ import onnx_ir as ir
 
 from qcompile.core.errors import UsageError
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role, TensorQuant
+from qcompile.core.rotation import Rotations
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
 from qcompile.passes.obstacles import integer_obstacle, linear_obstacle, lookup_obstacle, stored_obstacle
 from qcompile.passes.read_plan import is_quantized, read_ops
+from qcompile.passes.rotations import rotatable
 
 REMEDY = "correct the plan, or make it anew with 'qcompile plan'"
 
@@ -59,6 +61,32 @@ def check_plan(model: ir.Model, plan: QuantPlan, target: Target, place: object =
     for name, quant in tensors.items():
         checker.check_tensor(values[name], quant)
     return replace(plan, tensors=tensors)
+
+
+def check_rotations(model: ir.Model, rotations: Rotations, place: object = "plan.json") -> None:
+    """Hold what a plan rotates to the model.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Canonical.
+    rotations : Rotations
+    place : object
+        What an error is to name: the file.
+
+    Raises
+    ------
+    UsageError
+        If it rotates what the model does not have, or what cannot be rotated so.
+    """
+    nodes = {structure.node_name(node): node for node in model.graph}
+    for name in (*(one.place.node for one in rotations.folded), *(one.node for one in rotations.inputs)):
+        if name not in nodes:
+            raise UsageError(place, f"rotates at operator '{name}', which the model does not have", _near(name, nodes))
+    known = rotatable(model.graph).places if rotations.folded else ()
+    if wrong := next((one.place for one in rotations.folded if one.place not in known), None):
+        fact = f"rotates the {wrong.site} at operator '{wrong.node}', with {wrong.width} channels, where none can be"
+        raise UsageError(place, fact, REMEDY)
 
 
 @dataclass(frozen=True)

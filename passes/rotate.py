@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,50 +17,12 @@ import onnx_ir as ir
 
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.orthogonal import Matrix, Orthogonal
+from qcompile.core.rotation import Place, Rotation
 from qcompile.passes.canonicalize.editing import add_constant, bypass, remove_unused
 from qcompile.passes.fold_matrix import add_shift, multiply_constant, multiply_inputs, multiply_outputs, response
 from qcompile.passes.patterns import Norm, projection_at
-from qcompile.passes.rotations import NormReaders, Place, Rotatable, Site, StreamSite, ValueSite, rotatable
+from qcompile.passes.rotations import NormReaders, Rotatable, StreamSite, ValueSite, rotatable
 from qcompile.passes.structure import constant, constant_tensor, name_of, other_input
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """One place and the matrices for it.
-
-    Parameters
-    ----------
-    place : Place
-    matrices : tuple of Orthogonal
-        One, or one for each of the place's copies.
-    """
-
-    place: Place
-    matrices: tuple[Orthogonal, ...]
-
-    def __post_init__(self) -> None:
-        """Refuse matrices that do not fit the place."""
-        if len(self.matrices) not in (1, self.place.copies):
-            raise ValueError(f"{self.place.node}: {len(self.matrices)} matrices for {self.place.copies} copies")
-        for matrix in self.matrices:
-            if matrix.width != self.place.width or (self.place.keeps_ones and not matrix.keeps_ones):
-                raise ValueError(f"{self.place.node}: a matrix of {matrix.width} does not fit {self.place}")
-
-    def of(self, copy: int) -> Matrix:
-        """Compute the matrix of one copy."""
-        return self.matrices[copy if len(self.matrices) > 1 else 0].matrix()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the rotation as JSON's types."""
-        place = {"site": self.place.site.value, "node": self.place.node, "width": self.place.width}
-        place |= {"copies": self.place.copies, "keeps_ones": self.place.keeps_ones}
-        return place | {"matrices": [matrix.to_json() for matrix in self.matrices]}
-
-    @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> Rotation:
-        """Read what `to_json` returned."""
-        place = Place(Site(entry["site"]), entry["node"], entry["width"], entry["copies"], entry["keeps_ones"])
-        return cls(place, tuple(Orthogonal.from_json(matrix) for matrix in entry["matrices"]))
 
 
 def spread_evenly(places: Iterable[Place], seed: int = 0) -> tuple[Rotation, ...]:

@@ -9,41 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.orthogonal import Orthogonal
+from qcompile.core.rotation import InputRotation
 from qcompile.passes.canonicalize.editing import add_constant, free_name
 from qcompile.passes.fold_matrix import multiply_inputs
 from qcompile.passes.patterns import projection_at
 from qcompile.passes.structure import input_of, is_float32, is_standard, node_name, only_reader
-
-
-@dataclass(frozen=True)
-class InputRotation:
-    """A linear operator, and the matrix that rotates what it reads.
-
-    Parameters
-    ----------
-    node : str
-    matrix : Orthogonal
-        Of b channels, all or as many as divide those that are read.
-    """
-
-    node: str
-    matrix: Orthogonal
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the rotation as JSON's types."""
-        return {"node": self.node, "matrix": self.matrix.to_json()}
-
-    @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> Self:
-        """Read what `to_json` returned."""
-        return cls(entry["node"], Orthogonal.from_json(entry["matrix"]))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class RotatedInput:
 
     def weights(self) -> npt.NDArray[np.float64]:
         """Return the readers' weights side by side `[k n, m]`, with γ."""
-        joined = np.concatenate([_matrix(node)[self.channels] for node in self.readers], axis=1)
+        joined = np.concatenate([weights_by_input(node)[self.channels] for node in self.readers], axis=1)
         gamma = constant(self.norm.gamma) if self.norm is not None else None
         return joined if gamma is None else joined * gamma.reshape(-1, 1)
 
@@ -90,7 +90,7 @@ def _shift(behind: NormReaders) -> npt.NDArray[np.float64] | None:
     return wide if gamma is None else np.divide(wide, gamma.reshape(-1), out=np.zeros_like(wide), where=wide != 0)
 
 
-def _matrix(node: ir.Node) -> npt.NDArray[np.float64]:
+def weights_by_input(node: ir.Node) -> npt.NDArray[np.float64]:
     """Return an operator's weights as `[inputs, outputs]`, each place of a kernel a column of its own."""
     array = constant(node.inputs[WEIGHT_INPUT])
     assert array is not None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.core.contract import Refusal
+from qcompile.core.rotation import Place, Site
 from qcompile.passes.channels import is_fixed, is_table, linked
 from qcompile.passes.fold_matrix import has_computed_bias, takes_shift
 from qcompile.passes.index_maps import MOVES
@@ -30,41 +30,6 @@ from qcompile.passes.structure import (
     name_of,
     node_name,
 )
-
-
-class Site(StrEnum):
-    """What is rotated."""
-
-    STREAM = "stream"
-    """All values of a residual stream (R1)."""
-    VALUES = "values"
-    """The values of each head of an attention (R2)."""
-    INPUT = "input"
-    """What one linear operator reads, by a product in front of it (R4)."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One place that can be rotated.
-
-    Parameters
-    ----------
-    site : Site
-    node : str
-        The first sum of a stream, the softmax of an attention, the linear operator that reads an input.
-    width : int
-        How many channels a matrix has.
-    copies : int
-        How many matrices there can be: one for each head of values.
-    keeps_ones : bool
-        A LayerNorm stands behind it, so R·1 must be 1.
-    """
-
-    site: Site
-    node: str
-    width: int
-    copies: int = 1
-    keeps_ones: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError, first_line
 from qcompile.core.plan import ChannelFactors
+from qcompile.core.rotation import Rotations
 from qcompile.passes.place import Wish
 
 #: Raised when the file's meaning changes; docs/schemas/calibration.schema.json describes this version.
@@ -46,6 +47,8 @@ class Calibration:
         What decides a plan, as a recipe has it.
     smoothing : mapping of str to ChannelFactors
         What was divided and multiplied before the measurements.
+    rotation : Rotations
+        What was rotated before them.
     """
 
     statistics: Statistics
@@ -56,6 +59,7 @@ class Calibration:
     calibrated: bool
     options: Mapping[str, Any]
     smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
+    rotation: Rotations = field(default_factory=Rotations)
 
     @property
     def guessed(self) -> bool:
@@ -79,6 +83,7 @@ class Calibration:
             "choice": asdict(self.choice),
             "spared": {node: asdict(wish) for node, wish in self.spared.items()},
             "smoothing": {name: factors.as_json() for name, factors in self.smoothing.items()},
+            "rotation": self.rotation.to_json(),
         }
         buffer = io.BytesIO()
         with np.load(io.BytesIO(self.statistics.to_bytes()), allow_pickle=False) as arrays:
@@ -119,6 +124,7 @@ class Calibration:
                 bool(header["calibrated"]),
                 dict(header["options"]),
                 {name: ChannelFactors.from_json(entry) for name, entry in header.get("smoothing", {}).items()},
+                Rotations.from_json(header["rotation"]) if "rotation" in header else Rotations(),
             )
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,
                 AttributeError, IndexError) as error:  # fmt: skip

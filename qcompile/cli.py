@@ -77,8 +77,14 @@ FLAGS = {
         show_default="auto",
         help="Even out the channels of activations against the weights behind them, where that loses less.",
     ),
+    "rotation": click.option(
+        "--rotation",
+        type=click.Choice(["auto", "none"]),
+        show_default="auto",
+        help="Rotate channels by matrices that weights take back, where that loses less.",
+    ),
     "no_added_nodes": click.option(
-        "--no-added-nodes", is_flag=True, default=None, help="Even out channels only where no node is added for it."
+        "--no-added-nodes", is_flag=True, default=None, help="Smooth and rotate only where no node is added for it."
     ),
     "costs": click.option(
         "--costs", type=click.Path(path_type=Path), help="Cost table of 'qcompile probe', or 'none'."
@@ -126,8 +132,8 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
 
 @cli.command("compile")
 @takes(
-    "target", "data", "eval", "output", "weights", "activations", "observer", "smoothing", "no_added_nodes",
-    "costs", "shape", "min_fidelity", "recipe", "cache", "seed", "threads",
+    "target", "data", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
+    "no_added_nodes", "costs", "shape", "min_fidelity", "recipe", "cache", "seed", "threads",
 )  # fmt: skip
 def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
@@ -138,8 +144,8 @@ def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flag
 
 @cli.command("calibrate")
 @takes(
-    "target", "data", "eval", "weights", "activations", "observer", "smoothing", "no_added_nodes", "costs", "shape",
-    "recipe", "cache", "threads",
+    "target", "data", "eval", "weights", "activations", "observer", "smoothing", "rotation", "no_added_nodes", "costs",
+    "shape", "recipe", "cache", "threads",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -32,6 +33,7 @@ from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.share_scales import unlike_ranges
 from qcompile.pipeline import CHOICE, NOISE, STATISTICS, WISHES
 from qcompile.pricing import Pricer
+from qcompile.rotation import ROTATES
 
 #: What remains may spoil the outputs as well; so often it is looked at again.
 ATTEMPTS = 3
@@ -39,18 +41,26 @@ ATTEMPTS = 3
 UNTOLD = "no data, and neither BatchNormalization nor a run's own values tell the ranges that it needs"
 
 
-def calibrate(job: Job, canonical: ir.Model) -> Calibration:
+def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibration:
     """Measure: a histogram of each activation that gets a scale, and which observer serves it.
 
     What alone would ruin the outputs is spared, and what is left is measured as it will be then. Without data, what
     BatchNormalization tells stands in for them.
+
+    Parameters
+    ----------
+    job : Job
+    canonical : onnx_ir.Model
+    kept : mapping of str to Wish
+        What stays in float whatever comes of it.
     """
     if not job.evidence.calibrated:
         return _guess(job, canonical)
-    pricer = pricer_for(job, canonical)
+    pricer = pricer_for(job, canonical, kept)
     dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
+    dear |= kept
     if pricer is not None:
-        weights = _weights_noise(job, canonical, pricer)
+        weights = _weights_noise(job, canonical, pricer, kept)
         dear |= pricer.spoilt(dear, weights)
     best = _measure(job, canonical, pricer, dear, "")
     if pricer is not None:
@@ -85,9 +95,9 @@ def _spare(job: Job, canonical: ir.Model, pricer: Pricer, weights: Mapping[str, 
     return best
 
 
-def _weights_noise(job: Job, canonical: ir.Model, pricer: Pricer) -> dict[str, float]:
+def _weights_noise(job: Job, canonical: ir.Model, pricer: Pricer, kept: Mapping[str, Wish]) -> dict[str, float]:
     """Measure what the weights of single operators lose at the outputs as codes."""
-    placement = choose_operators(canonical, job.target, job.options, False, {})
+    placement = choose_operators(canonical, job.target, job.options, False, kept)
     rounded = round_to_codes(canonical, allocate_bits(canonical, placement, Statistics(), job.target, {}))
     data, track = job.evidence.calibration, job.track
     return job.pipeline.measure(
@@ -99,7 +109,9 @@ def choose_operators(
     canonical: ir.Model, target: Target, options: Options, calibrated: bool, spared: Mapping[str, Wish]
 ) -> Placement:
     """Choose what runs as integers, and thereby what must be measured; activations take ranges."""
-    asked = {**spared, **wishes(options.overrides, canonical)}
+    # Products that rotate are none of the model's own operators, so no override is meant for them.
+    rotating = {node: wish for node, wish in spared.items() if wish.reason == ROTATES}
+    asked = {**spared, **wishes(options.overrides, canonical), **rotating}
     return place(canonical, target, *options.quantized(calibrated), asked)
 
 
@@ -115,17 +127,26 @@ def decide(canonical: ir.Model, calibration: Calibration, target: Target, option
     calibration.require(placement.activations)
     observers = calibration.choice.observers
     plan = allocate_bits(canonical, placement, calibration.statistics, target, observers)
-    return replace(plan, options=options.as_recipe(), guessed=calibration.guessed, smoothing=calibration.smoothing)
+    return replace(
+        plan,
+        options=options.as_recipe(),
+        guessed=calibration.guessed,
+        smoothing=calibration.smoothing,
+        rotation=calibration.rotation,
+    )
 
 
-def pricer_for(job: Job, canonical: ir.Model) -> Pricer | None:
-    """Return what prices placements, where the target has prices and there is something to place."""
+def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = MappingProxyType({})) -> Pricer | None:
+    """Return what prices placements, where the target has prices and there is something to place.
+
+    Some operators may have to stay as they are.
+    """
     options, target = job.options, job.target
     if target.costs is None or not all(options.quantized(True)) or is_quantized(canonical):
         return None
 
     def placed(wishes: Mapping[str, Wish]) -> Placement:
-        return choose_operators(canonical, target, options, True, wishes)
+        return choose_operators(canonical, target, options, True, {**wishes, **kept})
 
     return Pricer(canonical, target, job.backend, job.evidence.samples, placed)
 

@@ -8,7 +8,7 @@ chosen target runs fastest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qcompile.core.contract import Track
 from qcompile.core.plan import QuantPlan
 from qcompile.core.target import Target
 from qcompile.decision import calibrate, decide
-from qcompile.equivalence import smooth
+from qcompile.equivalence import rewrite
 from qcompile.job import Job, Source
 from qcompile.options import Options
 from qcompile.passes.canonicalize import Canonicalize
@@ -72,8 +72,8 @@ def compile(source: Source, options: Options, track: Track[Any] = untracked) -> 
     job = Job.begin(source, options, track)
     # Only float rewrites stand before the measurements: what is measured must be what is quantized.
     canonical = canonicalize(job)
-    canonical, smoothing = smooth(job, canonical)
-    calibration = replace(calibrate(job, canonical), smoothing=smoothing)
+    canonical, chosen = rewrite(job, canonical)
+    calibration = chosen.noted(calibrate(job, canonical, chosen.kept(canonical)))
     plan = decide(canonical, calibration, job.target, options)
     quantized = quantize(job, canonical, plan)
     return deliver(job, canonical, quantized, plan, output)

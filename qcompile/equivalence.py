@@ -1,315 +1,269 @@
 """Equivalences before quantization: the model becomes another one that computes the same, and loses less by integers.
 
-Measured and decided here, between `canonicalize` and `calibrate`; applied by `passes/smooth.py`.
+Measured and decided here, between `canonicalize` and `calibrate`; applied by `passes/rotate.py`, `passes/smooth.py` and
+`passes/rotate_inputs.py`, in this order: scales are those of what is rotated, and none is lost with γ, while factors in
+front of a product go into what makes its input.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calib.collect import ChannelSpread, collect, collect_spread
-from qcompile.calib.data import Dataset, Sample
-from qcompile.calib.observers import Observer
-from qcompile.calib.output_error import OutputError, surely_less
-from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.smoothing import Reader, Scheme, best_alpha, farthest, preferably_whole, smoothing_log2, without
-from qcompile.calib.trials import Trials, quantizations
+from qcompile.calib.sections import cuttable
 from qcompile.calib.work import Cost
-from qcompile.core.contract import Refusal
-from qcompile.core.plan import ChannelFactors, How, Precision
+from qcompile.calibration import Calibration
+from qcompile.core.contract import Pass, Refusal
+from qcompile.core.plan import ChannelFactors, Precision
+from qcompile.core.rotation import InputRotation, Rotation, Rotations
 from qcompile.decision import choose_operators, pricer_for
 from qcompile.job import Job
-from qcompile.passes import structure
-from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
-from qcompile.passes.patterns import recognise
-from qcompile.passes.place import Wish, code_readers
+from qcompile.outcome import Judge, Outcome, halves
+from qcompile.passes.place import Wish
 from qcompile.passes.read_plan import is_quantized
-from qcompile.passes.scale_classes import weight_channels
-from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
-from qcompile.passes.set_aside import aside_obstacle
+from qcompile.passes.rotate import Rotate
+from qcompile.passes.rotate_inputs import RotateInputs
 from qcompile.passes.smooth import Smooth, adds_nodes
-from qcompile.pipeline import SMOOTHING, WISHES
+from qcompile.pipeline import WISHES, Codec
 from qcompile.pricing import Pricer
+from qcompile.rotation import RotationPlan, input_operators, kept_in_float, plan_inputs, plan_rotations
+from qcompile.smoothing import Candidate, Smoothable, Tuned
 
-#: Multiply-accumulates that all trials together may take.
+#: Multiply-accumulates that all trials of smoothing together may take; rotation has at most three more.
 WORK = 1.5e12
 #: Samples that a trial runs at most, of each half, and the fewest with which several α for all groups are tried.
 SAMPLES, ENOUGH = 32, 6
 #: α for all groups at once (SmoothQuant+, Pan et al. 2023), beside each group its own.
 GLOBAL = (0.65, 0.8)
-#: A Mul more is considered where it makes the noise of the operators behind it this much less, by the estimate.
-MUL_GAIN = 2.0
-#: Time and noise are weighed as time · noise^0.1: a decibel is worth 2 % of time, next to nothing beyond 30 dB.
-NOISE, NEGLIGIBLE = 0.1, 1e-3
 #: Noise over signal with which a model of integers alone is of no use: parts of it will go back to float, and which of
-#: them decides more than smoothing does.
+#: them decides more than smoothing and rotation do.
 UNUSABLE = 0.1
-#: Ranges by which a trial quantizes, if these are to be chosen from: the one that loses less counts.
-OBSERVERS = (Observer.MINMAX, Observer.MSE)
+#: Nothing is smoothed.
+NOTHING = Candidate()
+#: Why what could be smoothed or rotated is not.
+USELESS = "that did not help enough on samples held out from it"
 
-Smoothing = Mapping[str, ChannelFactors]
+
+@dataclass(frozen=True)
+class Equivalences:
+    """What was chosen, and why nothing was elsewhere.
+
+    Parameters
+    ----------
+    rotation : Rotations
+    smoothing : mapping of str to ChannelFactors
+    """
+
+    rotation: Rotations = field(default_factory=Rotations)
+    smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> list[Pass]:
+        """The passes that apply it, in their order."""
+        rotation, found = self.rotation, list[Pass]()
+        if rotation.folded or rotation.refused:
+            found.append(Rotate(rotation.folded, rotation.refused))
+        if self.smoothing:
+            found.append(Smooth(self.smoothing))
+        return [*found, RotateInputs(rotation.inputs)] if rotation.inputs else found
+
+    def kept(self, model: ir.Model) -> dict[str, Wish]:
+        """Return what stays in float in the model that it makes: the products that rotate."""
+        return kept_in_float(self.rotation.inputs, model)
+
+    def applied(self, model: ir.Model) -> ir.Model:
+        """Apply it to a copy of a model, without verification."""
+        model = model.clone()
+        for pass_ in self.passes:
+            model = pass_(model).model
+        return model
+
+    def noted(self, calibration: Calibration) -> Calibration:
+        """Note it in what was measured behind it."""
+        return replace(calibration, rotation=self.rotation, smoothing=self.smoothing)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it JSON-ready."""
+        smoothing = {name: factors.as_json() for name, factors in self.smoothing.items()}
+        return {"rotation": self.rotation.to_json(), "smoothing": smoothing}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read what `to_json` returned."""
+        smoothing = {name: ChannelFactors.from_json(entry) for name, entry in content["smoothing"].items()}
+        return cls(Rotations.from_json(content["rotation"]), smoothing)
 
 
-def smooth(job: Job, canonical: ir.Model) -> tuple[ir.Model, Smoothing]:
-    """Divide channels of activations by factors that the weights behind them take back, where less is lost then.
+EQUIVALENCES: Codec[Equivalences] = Codec(
+    lambda found: json.dumps(found.to_json()).encode(), lambda content: Equivalences.from_json(json.loads(content))
+)
+
+
+def rewrite(job: Job, canonical: ir.Model) -> tuple[ir.Model, Equivalences]:
+    """Rotate and smooth channels of activations, by what the weights around them take back, where less is lost then.
 
     Returns
     -------
     model : onnx_ir.Model
-        The smoothed one.
-    smoothing : mapping of str to ChannelFactors
-        What was chosen, and why nothing was elsewhere.
+        The rewritten one.
+    chosen : Equivalences
     """
     options = job.options
-    if options.smoothing == "none" or not job.evidence.calibrated or not all(options.quantized(True)):
-        return canonical, {}
-    if is_quantized(canonical) or not cuttable(canonical):
-        return canonical, {}
+    wanted = "auto" in (options.smoothing, options.rotation) and job.evidence.calibrated
+    if not wanted or not all(options.quantized(True)) or is_quantized(canonical) or not cuttable(canonical):
+        return canonical, Equivalences()
     pricer = pricer_for(job, canonical)
-    dear = job.pipeline.measure("costs before smoothing", WISHES, pricer.dear) if pricer is not None else {}
+    dear = job.pipeline.measure("costs before equivalences", WISHES, pricer.dear) if pricer is not None else {}
     search = _Search(job, canonical, dear, pricer)
-    smoothing = job.pipeline.measure("smoothing", SMOOTHING, search.run)
-    return apply_smoothing(job, canonical, smoothing), smoothing
+    chosen = job.pipeline.measure("equivalences", EQUIVALENCES, search.run)
+    return apply(job, canonical, chosen), chosen
 
 
-def apply_smoothing(job: Job, canonical: ir.Model, smoothing: Smoothing) -> ir.Model:
-    """Apply what was chosen; verified like every pass."""
-    return job.pipeline.apply(Smooth(smoothing), canonical) if smoothing else canonical
+def apply(job: Job, canonical: ir.Model, chosen: Equivalences) -> ir.Model:
+    """Apply what was chosen; each pass is verified."""
+    for pass_ in chosen.passes:
+        canonical = job.pipeline.apply(pass_, canonical)
+    return canonical
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Some of the groups, each by its own α (None) or all by the same."""
+    """What is rotated, what of the rest is smoothed, and what is rotated behind that."""
 
-    kinds: tuple[How, ...]
-    alpha: float | None = None
+    folded: tuple[Rotation, ...] = ()
+    smoothing: Candidate = NOTHING
+    inputs: tuple[InputRotation, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class _Tuned:
-    """A group with the operators in integers that read it, its own α (without one, why), and what may be set aside."""
+class _Base:
+    """A model, rotated or not, with its groups of channels that can be smoothed, tuned on some samples."""
 
-    group: ScaleGroup
-    readers: Sequence[Reader]
-    alpha: float | None
-    reason: str = ""
-    aside: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a candidate comes to: noise at the outputs, and what that costs together with the time it takes."""
-
-    error: OutputError
-    cost: float
+    smoothable: Smoothable
+    tuned: Sequence[Tuned]
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What `smooth` chooses by."""
+    """What `rewrite` chooses by."""
 
     job: Job
     model: ir.Model
     dear: Mapping[str, Wish]
     pricer: Pricer | None
+    bases: dict[tuple[Rotation, ...], _Base] = field(default_factory=dict)
+
+    def run(self) -> Equivalences:
+        """Choose on samples that had no part in it; what is kept of smoothing is measured on all of them."""
+        planned = self._planned()
+        best = _Candidate()
+        if len(self.steps) > 1 or planned.rotations or self._operators(self.model):
+            best = self._best(planned.rotations)
+        return self._settled(best, planned)
 
     @cached_property
-    def integers(self) -> set[str]:
+    def integers(self) -> frozenset[str]:
         """The linear operators in integers."""
         placement = choose_operators(self.model, self.job.target, self.job.options, True, self.dear)
-        return {name for name, op in placement.ops.items() if op.precision is Precision.INTEGER}
-
-    @cached_property
-    def found(self) -> tuple[tuple[ScaleGroup, ...], dict[str, str]]:
-        """The groups around what those operators read, and by value name why there is none."""
-        patterns, groups, refused = recognise(self.model.graph), list[ScaleGroup](), dict[str, str]()
-        covered: set[ir.Value] = set()
-        mul = not self.job.options.no_added_nodes and (self.pricer is not None or self.job.target.costs is not None)
-        for value, axis in linear_readings(self.model.graph, self.integers):
-            if value in covered:
-                continue
-            kinds = (How.FOLD, How.RESTORE, How.BRANCH) if mul else (How.FOLD,)
-            tried = [scale_group(value, axis, patterns, kind) for kind in kinds[:1]]
-            for kind in kinds[1:]:
-                if isinstance(tried[-1], Refusal):
-                    tried.append(scale_group(value, axis, patterns, kind))
-            if isinstance(tried[-1], ScaleGroup):
-                groups.append(tried[-1])
-                covered |= {reading.value for reading in tried[-1].readings}
-            else:
-                refused[structure.name_of(value)] = self._why(tried)
-        return tuple(groups), refused
-
-    def _why(self, tried: Sequence[ScaleGroup | Refusal]) -> str:
-        first, last = tried[0], tried[-1]
-        assert isinstance(first, Refusal) and isinstance(last, Refusal)
-        if len(tried) > 1:
-            return f"its channels stay as they are: {last.reason} ('{last.node}')"
-        added = "no node may be added" if self.job.options.no_added_nodes else "what a Mul takes is not known"
-        return f"its channels stay as they are: {first.reason} ('{first.node}'), and {added}"
+        return frozenset(name for name, op in placement.ops.items() if op.precision is Precision.INTEGER)
 
     @property
-    def scheme(self) -> Scheme:
-        """How the target quantizes."""
-        target = self.job.target
-        return Scheme(target.activation_dtype, target.weight_dtype, target.per_channel)
+    def priced(self) -> bool:
+        """Whether nodes may be added, and somebody knows what they take."""
+        return not self.job.options.no_added_nodes and (self.pricer is not None or self.job.target.costs is not None)
 
-    def run(self) -> dict[str, ChannelFactors]:
-        """Return what every tensor that linear operators read as codes is divided by, or why by nothing."""
-        groups, refused = self.found
-        smoothing = {name: ChannelFactors(How.NONE, reason=reason) for name, reason in refused.items()}
-        if groups:
-            smoothing |= self._choose(groups)
-        order = [structure.name_of(value) for value, _ in linear_readings(self.model.graph, self.integers)]
-        return {name: smoothing[name] for name in order if name in smoothing}
+    @cached_property
+    def steps(self) -> list[Candidate]:
+        """What is tried of smoothing: each kind of group more, and where the work allows it all groups by one α."""
+        if self.job.options.smoothing == "none":
+            return [NOTHING]
+        steps = Smoothable(self.job, self.model, self.integers, self.priced).candidates()
+        few = self._runs / 2.0 / (len(steps) + len(GLOBAL)) < ENOUGH or len(steps) == 1
+        return steps if few else [*steps, *(Candidate(alpha=alpha) for alpha in GLOBAL)]
 
-    def _choose(self, groups: Sequence[ScaleGroup]) -> dict[str, ChannelFactors]:
-        """Choose on samples that had no part in it; what is kept is measured on all of them."""
-        data = self.job.evidence.calibration
-        chosen, tuned = self._try(groups, data)
-        spread = self._spread(groups, data)
-        tuned = [replace(one, readers=self._readers(one.group, spread)) for one in tuned]
-        return self._factors(tuned, chosen, "smoothing did not help enough on samples held out from it")
+    @cached_property
+    def judge(self) -> Judge:
+        """What candidates are judged by, on as many samples as the model's work leaves."""
+        most = int(np.clip(self._runs / max(2, len(self.steps)) / 2.0, 1, SAMPLES))
+        return Judge(self.job, self.dear, self.pricer, *halves(self.job.evidence.calibration, most))
 
-    def _try(self, groups: Sequence[ScaleGroup], data: Dataset) -> tuple[_Candidate, list[_Tuned]]:
-        """Return the candidate that loses least on samples held out from it."""
-        first = next(iter(data))
-        trials = _Trials(self.job, self.dear, self.pricer)
-        kinds = [kind for kind in (How.FOLD, How.RESTORE) if any(group.how is kind for group in groups)]
-        steps = [_Candidate(tuple(kinds[:count])) for count in range(len(kinds) + 1)]
-        if any(group.how is How.BRANCH for group in groups):
-            steps += [_Candidate((*kinds, How.BRANCH)), _Candidate((*kinds, How.BRANCH, How.ASIDE))]
-        runs = WORK / Cost.of(self.model, first).total / 3.0
-        few = runs / 2.0 / (len(steps) + len(GLOBAL)) < ENOUGH
-        count = len(steps) + (0 if few else len(GLOBAL))
-        fit, judge = _halves(data, int(np.clip(runs / count / 2.0, 1, SAMPLES)))
-        spread = self._spread(groups, fit)
-        tuned = [self._tune(group, spread) for group in groups]
+    @cached_property
+    def _runs(self) -> float:
+        return WORK / Cost.of(self.model, next(iter(self.job.evidence.calibration))).total / 3.0
 
-        def outcome(candidate: _Candidate) -> _Outcome:
-            factors = self._factors(tuned, candidate, "")
-            return trials.outcome(Smooth(factors)(self.model.clone()).model, fit, judge, adds_nodes(factors))
+    def _planned(self) -> RotationPlan:
+        """Return the rotations that leave the operators behind them less noise, by the estimate."""
+        if self.job.options.rotation == "none":
+            return RotationPlan((), (), {})
+        return plan_rotations(self.model, self.integers, self.judge.fit, self.job.track, steps=0)
 
-        best, least = steps[0], outcome(steps[0])
-        for step in (*steps[1:], *(_Candidate((), alpha) for alpha in (() if few else GLOBAL))):
-            step = step if step.alpha is None else replace(step, kinds=best.kinds)
-            if step.alpha is None or step.kinds:
-                found = outcome(step)
-                if found.cost < least.cost and surely_less(found.error, least.error):
-                    best, least = step, found
-        return (best if least.error.total <= UNUSABLE else steps[0]), tuned
+    def _operators(self, model: ir.Model) -> list[ir.Node]:
+        """Return the operators that a product may be put in front of."""
+        wanted = self.job.options.rotation == "auto" and self.priced
+        return input_operators(model, self.integers) if wanted else []
 
-    def _spread(self, groups: Sequence[ScaleGroup], data: Dataset) -> Mapping[str, ChannelSpread]:
-        axes = {structure.name_of(reading.value): reading.axis for group in groups for reading in group.readings}
-        return collect_spread(self.model, axes, data, self.job.track)
+    def _best(self, rotations: tuple[Rotation, ...]) -> _Candidate:
+        """Return the candidate that costs least on samples held out from it: one thing is added after the other."""
+        best = start = _Candidate()
+        least = self._outcome(best)
 
-    def _tune(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> _Tuned:
-        """Choose a group's own α, and whether it is worth a node where it takes one."""
-        readers = self._readers(group, spread)
-        alpha = best_alpha(readers, self.scheme)
-        aside = farthest(readers, self.scheme) if group.how is How.BRANCH and not aside_obstacle(group) else ()
-        return replace(self._worth_a_node(group, readers, alpha), aside=aside)
+        def consider(candidate: _Candidate) -> None:
+            nonlocal best, least
+            if not self._same(candidate, best) and not self._same(candidate, start):
+                found = self._outcome(candidate)
+                best, least = (candidate, found) if found.beats(least) else (best, least)
 
-    def _worth_a_node(self, group: ScaleGroup, readers: Sequence[Reader], alpha: float | None) -> _Tuned:
-        if alpha is None:
-            return _Tuned(group, readers, None, "its channels are even enough: no factors lower the noise")
-        log2 = smoothing_log2(readers, alpha)
-        before, after = (self.scheme.loss(readers, each) for each in (np.zeros(log2.size), log2))
-        if group.how is not How.FOLD and before < MUL_GAIN * after:
-            reason = f"it takes a Mul, which would leave {after / before:.0%} of the noise behind it: too little gain"
-            return _Tuned(group, readers, None, reason)
-        return _Tuned(group, readers, alpha)
+        for step in self.steps:
+            kinds = step.kinds if step.alpha is None else best.smoothing.kinds
+            consider(_Candidate(smoothing=replace(step, kinds=kinds) if kinds else NOTHING))
+        for smoothing in (best.smoothing, NOTHING) if rotations else ():
+            consider(_Candidate(rotations, smoothing))
+        if self._operators(self.model):
+            before, model = best, self._built(best)[0]
+            for inputs in plan_inputs(model, self._operators(model), self.judge.fit, self.job.track):
+                consider(replace(before, inputs=inputs))
+        return best if least.error.total <= UNUSABLE else start
 
-    def _factors(self, tuned: Sequence[_Tuned], candidate: _Candidate, why: str) -> dict[str, ChannelFactors]:
-        """Return each group's factors if it is one of a candidate's, else why it has none."""
-        found = {}
-        for one in tuned:
-            name = structure.name_of(one.group.root)
-            if one.aside and How.ASIDE in candidate.kinds:
-                found[name] = _aside(one)
-                continue
-            if one.alpha is None or one.group.how not in candidate.kinds:
-                found[name] = ChannelFactors(How.NONE, reason=one.reason or why)
-                continue
-            log2 = smoothing_log2(one.readers, one.alpha if candidate.alpha is None else candidate.alpha)
-            log2 = preferably_whole(one.readers, log2, self.scheme)
-            found[name] = ChannelFactors(one.group.how, tuple(map(float, log2[one.group.classes])))
-        return found
+    def _same(self, one: _Candidate, other: _Candidate) -> bool:
+        """Tell whether two candidates make the same model."""
+        alike = (one.folded, one.inputs) == (other.folded, other.inputs)
+        return alike and self._factors(one) == self._factors(other)
 
-    def _readers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Reader]:
-        """Return the group's operators in integers."""
-        found = []
-        for reading in group.readings:
-            name, channels = structure.name_of(reading.value), weight_channels(reading.node)
-            weight = structure.constant(reading.node.inputs[structure.WEIGHT_INPUT])
-            if structure.node_name(reading.node) in self.integers and name in spread:
-                assert weight is not None and channels is not None
-                axis = structure.weight_axis(reading.node)
-                found.append(Reader(spread[name], reading.classes, weight, axis, channels))
-        return found
+    def _outcome(self, candidate: _Candidate) -> Outcome:
+        model, chosen = self._built(candidate)
+        added = adds_nodes(chosen.smoothing) or bool(candidate.inputs)
+        return self.judge.outcome(model, chosen.kept(model), added)
 
+    def _built(self, candidate: _Candidate) -> tuple[ir.Model, Equivalences]:
+        """Return the model that a candidate makes, and what that does."""
+        behind = Equivalences(Rotations(inputs=candidate.inputs), self._factors(candidate))
+        return behind.applied(self._base(candidate.folded).smoothable.model), behind
 
-@dataclass(frozen=True)
-class _Trials:
-    """Runs of smoothed models with everything quantized."""
+    def _factors(self, candidate: _Candidate) -> dict[str, ChannelFactors]:
+        base = self._base(candidate.folded)
+        return base.smoothable.factors(base.tuned, candidate.smoothing)
 
-    job: Job
-    dear: Mapping[str, Wish]
-    pricer: Pricer | None
+    def _base(self, folded: tuple[Rotation, ...]) -> _Base:
+        if folded not in self.bases:
+            model = Equivalences(Rotations(folded)).applied(self.model)
+            smoothable = Smoothable(self.job, model, self.integers, self.priced)
+            tuned = smoothable.tuned(self.judge.fit) if self.job.options.smoothing == "auto" else []
+            self.bases[folded] = _Base(smoothable, tuned)
+        return self.bases[folded]
 
-    def outcome(self, model: ir.Model, fit: Dataset, judge: Sequence[Sample], added: bool) -> _Outcome:
-        """Quantize a model by the ranges of some samples and run it on others.
-
-        Parameters
-        ----------
-        model : onnx_ir.Model
-        fit : Dataset
-        judge : sequence of Sample
-        added : bool
-            Whether it has more nodes than the canonical one; otherwise it takes the same time.
-        """
-        target, options, track = self.job.target, self.job.options, self.job.track
-        placement = choose_operators(model, target, options, True, self.dear)
-        among = [observer for observer in OBSERVERS if observer in options.observers] or options.observers[:1]
-        statistics = collect(model, placement.activations, fit, track)
-        first = dict.fromkeys(placement.activations, among[0])
-        rounded = round_to_codes(model, allocate_bits(model, placement, statistics, target, first))
-        readers, names = code_readers(model, placement), list(placement.activations)
-        trials = Trials(
-            typed(at_scores(model), judge[0]), typed(at_scores(rounded), judge[0]), names, target.activation_dtype,
-            readers, judge[0],
-        )  # fmt: skip
-        ranges = {name: quantizations(seen, among, target.activation_dtype)
-                  for name, seen in statistics.histograms.items()}  # fmt: skip
-        choices = {observer.value: {name: found[observer] for name, found in ranges.items()} for observer in among}
-        errors = trials.together(judge, choices, 1, track, options.threads)
-        error = min(errors.values(), key=lambda one: one.value)
-        return _Outcome(error, self._slower(model, added) * (error.total + NEGLIGIBLE) ** NOISE)
-
-    def _slower(self, model: ir.Model, added: bool) -> float:
-        """Return how much longer a run takes with added nodes, over the time without."""
-        other = pricer_for(self.job, model) if added else None
-        if self.pricer is None or other is None:
-            return 1.0
-        return other.latency(other.placed(self.dear)) / self.pricer.latency(self.pricer.placed(self.dear))
-
-
-def _aside(one: _Tuned) -> ChannelFactors:
-    """Set the channels aside that were chosen; the bounds are those of the others."""
-    rest = without(one.readers[0], one.aside).spread
-    low, high = (float(np.float32(bound)) for bound in (rest.low.min(), rest.high.max()))
-    return ChannelFactors(How.ASIDE, channels=one.aside, low=low, high=high)
-
-
-def _halves(data: Dataset, most: int) -> tuple[Dataset, list[Sample]]:
-    """Return samples to measure on, and others to judge by, at most so many; a single sample serves as both."""
-    if len(data) == 1:
-        return data, list(data)
-    fit = Dataset(data.place, lambda: islice(iter(data), 0, 2 * most, 2), data.specs)
-    return fit, list(islice(iter(data), 1, 2 * most, 2))
+    def _settled(self, best: _Candidate, planned: RotationPlan) -> Equivalences:
+        """Return what is done, and why the rest is not."""
+        unused = [] if best.folded else [rotation.place.node for rotation in planned.rotations]
+        refused = *planned.refusals, *(Refusal(node, f"it is not rotated: {USELESS}") for node in unused)
+        rotation = Rotations(best.folded, best.inputs, refused)
+        if self.job.options.smoothing == "none":
+            return Equivalences(rotation)
+        base, data = self._base(best.folded), self.job.evidence.calibration
+        why = f"it is not smoothed: {USELESS}"
+        return Equivalences(rotation, base.smoothable.chosen(base.tuned, best.smoothing, data, why))

@@ -47,8 +47,10 @@ class Options:
         How an activation's range is chosen; ``auto`` measures which serves each tensor best.
     smoothing : "auto" or "none"
         Whether channels of activations may be divided by factors that the weights behind them take back.
+    rotation : "auto" or "none"
+        Whether channels may be rotated by matrices that the weights around them take back.
     no_added_nodes : bool
-        Whether that must be without a node more.
+        Whether both must be without a node more.
     costs : Path, optional
         Cost table that takes the place of the target's own, as ``qcompile probe`` writes it. ``none`` is no table:
         whatever can be integers becomes integers, whether it pays or not.
@@ -79,6 +81,7 @@ class Options:
     activations: Literal["8", "none"] = "8"
     observer: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
     smoothing: Literal["auto", "none"] = "auto"
+    rotation: Literal["auto", "none"] = "auto"
     no_added_nodes: bool = False
     costs: Path | None = None
     shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -106,7 +109,7 @@ class Options:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("weights", "activations", "observer", "smoothing"):
+        for name in ("weights", "activations", "observer", "smoothing", "rotation"):
             choices, chosen = get_args(hints[name]), getattr(self, name)
             if chosen not in choices:
                 raise UsageError(f"--{name}", f"there is no choice '{chosen}'", f"use one of {', '.join(choices)}")

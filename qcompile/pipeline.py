@@ -25,7 +25,6 @@ from qcompile.core import runtime
 from qcompile.core.contract import Effect, Pass, Refusal, Rewritten
 from qcompile.core.errors import VerificationError, first_line
 from qcompile.core.numerics import IntArray
-from qcompile.core.plan import ChannelFactors
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import Options
@@ -63,10 +62,6 @@ DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
 )
 NOISE: Codec[dict[str, float]] = Codec(
     lambda noise: json.dumps(noise).encode(), lambda content: dict(json.loads(content))
-)
-SMOOTHING: Codec[dict[str, ChannelFactors]] = Codec(
-    lambda smoothing: json.dumps({name: factors.as_json() for name, factors in smoothing.items()}).encode(),
-    lambda content: {name: ChannelFactors.from_json(entry) for name, entry in json.loads(content).items()},
 )
 CODES: Codec[dict[str, IntArray]] = Codec(lambda codes: _archive(codes), lambda content: _arrays(content))
 NAMES: Codec[list[str]] = Codec(

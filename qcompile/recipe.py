@@ -177,6 +177,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "activations": ('8 or "none"', _bits),
     "observer": ("a text", _text),
     "smoothing": ("a text", _text),
+    "rotation": ("a text", _text),
     "no_added_nodes": ("true or false", _switch),
     "costs": ("a path, or none", _costs),
     "shape": ("a table of lists of sizes, such as x = [1, 128]", _shapes),

@@ -11,20 +11,35 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.rotations import STEPS, Reading, Scheme, choose, measure_rows, normalized
+from qcompile.calib.rotations import noise as noise_of
 from qcompile.core import numerics
 from qcompile.core.contract import Refusal, Track
+from qcompile.core.orthogonal import Orthogonal
+from qcompile.core.plan import Precision
+from qcompile.core.rotation import InputRotation, Place, Rotation, Site
 from qcompile.passes.patterns import NormKind
-from qcompile.passes.rotate import Rotation
-from qcompile.passes.rotated_inputs import RotatedInput, rotated_inputs
-from qcompile.passes.rotations import Place, Site, StreamSite, ValueSite, rotatable
-from qcompile.passes.structure import name_of
+from qcompile.passes.place import Wish
+from qcompile.passes.rotate_inputs import obstacle, rotated_products
+from qcompile.passes.rotated_inputs import RotatedInput, rotated_inputs, weights_by_input
+from qcompile.passes.rotations import StreamSite, ValueSite, rotatable
+from qcompile.passes.structure import input_of, name_of, node_name
 
 #: Noise that must be left of what there is without a rotation: 1 dB less.
 WORTH = 0.8
 #: The most columns of weights that a reader is judged by.
 COLUMNS = 512
+#: The most tensors behind one place that its matrices are judged by, evenly spread from the first to the last.
+READINGS = 16
 #: How many Hadamard matrices are tried.
 SEEDS = 4
+#: Neighbouring channels that a product at run time mixes: the first of these that divides all.
+BLOCKS = (32, 16)
+#: A product more is considered where it makes the noise of the operator behind it this much less.
+INPUT_GAIN = 2.0
+#: Which part of the noise that all products would save is worth trying to save with fewer.
+SHARES = (0.9, 0.5)
+#: Why such a product is not in integers, whatever is asked of operators of its type.
+ROTATES = "it rotates what the operator behind it reads as codes"
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,9 @@ def _choose(
     steps: int,
 ) -> tuple[Rotation, dict[str, float]] | Refusal:
     place = site.place
-    readings = [_reading(part, rows[name_of(part.value)]) for part in inputs if name_of(part.value) in rows]
+    measured = [part for part in inputs if name_of(part.value) in rows]
+    some = np.linspace(0, len(measured) - 1, min(READINGS, len(measured))).astype(np.int64)
+    readings = [_reading(measured[at], rows[name_of(measured[at].value)]) for at in some]
     if not readings:
         return Refusal(place.node, "it is not rotated: nothing reads it in integers")
     seeds = range(seed, seed + SEEDS)
@@ -120,12 +137,68 @@ def _reading(part: RotatedInput, rows: npt.NDArray[np.float32]) -> Reading:
     if norm is not None:
         wide = normalized(wide, norm.kind is NormKind.LAYER, norm.epsilon)
         wide = wide if part.shift is None else wide + part.shift
-    weights = part.weights()
+    return Reading(wide[:, part.channels], _some_columns(part.weights()))
+
+
+def _some_columns(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     some = np.linspace(0, weights.shape[1] - 1, min(COLUMNS, weights.shape[1])).astype(np.int64)
-    return Reading(wide[:, part.channels], weights[:, some])
+    return weights[:, some]
 
 
 def _useless(place: Place, noise: Mapping[str, float]) -> Refusal:
     without, best = (numerics.decibel(1.0, value) for value in (noise["none"], min(list(noise.values())[1:])))
     fact = f"what reads it in integers is at {without:.1f} dB, and at {best:.1f} dB with the best that was tried"
     return Refusal(place.node, f"it is not rotated: {fact}")
+
+
+def input_operators(model: ir.Model, integers: Collection[str]) -> list[ir.Node]:
+    """Return the operators in integers that alone read their input, which a product could rotate."""
+    nodes = [node for node in model.graph if node_name(node) in integers and not obstacle(node)]
+    return [node for node in nodes if _block(node)]
+
+
+def _block(node: ir.Node) -> int:
+    shape = input_of(node, 0).shape
+    assert shape is not None and isinstance(shape[-1], int), "`obstacle` has seen to that"
+    return next((block for block in BLOCKS if shape[-1] % block == 0), 0)
+
+
+def plan_inputs(
+    model: ir.Model, operators: Collection[ir.Node], data: Dataset, track: Track[Sample]
+) -> tuple[tuple[InputRotation, ...], ...]:
+    """Choose a product for each operator whose noise it makes half as much or less, those that save most first.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    operators : collection of onnx_ir.Node
+        Its `input_operators`.
+    data : Dataset
+        What is measured on.
+    track : callable
+        Shows progress.
+
+    Returns
+    -------
+    tuple of tuple of InputRotation
+        As many of them as save each of `SHARES` of the noise that all save, without repeats.
+    """
+    rows = measure_rows(model, {name_of(input_of(node, 0)): -1 for node in operators}, data, track)
+    found = list[tuple[float, InputRotation]]()
+    for seed, node in enumerate(operators):
+        name = name_of(input_of(node, 0))
+        if name in rows:
+            matrix = Orthogonal.spreading(_block(node), seed, block=_block(node))
+            reading = [Reading(rows[name].astype(np.float64), _some_columns(weights_by_input(node)))]
+            without, rotated = (noise_of(reading, r, Scheme()) for r in (np.eye(matrix.width), matrix.matrix()))
+            if INPUT_GAIN * rotated <= without:
+                found.append((without - rotated, InputRotation(node_name(node), matrix)))
+    found.sort(key=lambda one: -one[0])
+    saved = np.cumsum([saving for saving, _ in found])
+    counts = {int(np.searchsorted(saved, share * saved[-1])) + 1 for share in SHARES} if found else set()
+    return tuple(tuple(rotation for _, rotation in found[:count]) for count in sorted(counts, reverse=True))
+
+
+def kept_in_float(inputs: Collection[InputRotation], model: ir.Model) -> dict[str, Wish]:
+    """Return what to wish for so that products in front of operators stay in float: what they make is quantized."""
+    return {name: Wish(Precision.FLOAT, ROTATES) for name in rotated_products(inputs, model.graph)}

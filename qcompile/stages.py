@@ -17,10 +17,10 @@ from qcompile.core.contract import Track
 from qcompile.core.errors import UsageError
 from qcompile.core.plan import QuantPlan
 from qcompile.driver import CompileResult
+from qcompile.equivalence import Equivalences
 from qcompile.job import Job, Source, chosen_target, take
 from qcompile.options import COSTS_KEY, Options
-from qcompile.passes.check_plan import check_plan
-from qcompile.passes.smooth import Smooth
+from qcompile.passes.check_plan import check_plan, check_rotations
 from qcompile.pipeline import untracked
 
 
@@ -63,8 +63,8 @@ def calibrate(source: Source, options: Options, output: Path, track: Track[Any] 
     artifact.check_own(output, Calibration.read)
     job = Job.begin(source, options, track)
     canonical = driver.canonicalize(job)
-    canonical, smoothing = equivalence.smooth(job, canonical)
-    calibration = replace(decision.calibrate(job, canonical), smoothing=smoothing)
+    canonical, chosen = equivalence.rewrite(job, canonical)
+    calibration = chosen.noted(decision.calibrate(job, canonical, chosen.kept(canonical)))
     artifact.write_file(output, calibration.to_bytes())
     evidence = job.evidence
     if calibration.calibrated and not evidence.calibrated:
@@ -95,7 +95,7 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     model = take(source).model
     calibration.require_model(models.content_hash(model), measured)
     canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
-    canonical = Smooth(calibration.smoothing)(canonical).model
+    canonical = Equivalences(calibration.rotation, calibration.smoothing).applied(canonical)
     decided = decision.decide(canonical, calibration, target, options)
     artifact.write_file(output, decided.to_json().encode())
     return decided
@@ -122,7 +122,9 @@ def apply(source: Source, options: Options, planned: Path, track: Track[Any] = u
     output = artifact.place(source, options)
     decided = read_plan(planned)
     job = Job.begin(source, options, track)
-    canonical = equivalence.apply_smoothing(job, driver.canonicalize(job), decided.smoothing)
+    canonical = driver.canonicalize(job)
+    check_rotations(canonical, decided.rotation, planned)
+    canonical = equivalence.apply(job, canonical, Equivalences(decided.rotation, decided.smoothing))
     decided = check_plan(canonical, replace(decided, options=options.as_recipe()), job.target, planned)
     quantized = driver.quantize(job, canonical, decided)
     return driver.deliver(job, canonical, quantized, decided, output)

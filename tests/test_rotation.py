@@ -11,10 +11,11 @@ from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.rotations import Scheme
 from qcompile.core import model as models
 from qcompile.core import numerics, runtime
+from qcompile.core.rotation import Site
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.rotate import Rotate
 from qcompile.passes.rotated_inputs import rotated_inputs
-from qcompile.passes.rotations import Site, rotatable
+from qcompile.passes.rotations import rotatable
 from qcompile.passes.structure import is_linear, node_name
 from qcompile.rotation import RotationPlan, plan_rotations
 

@@ -124,10 +124,22 @@ class Orthogonal:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:
-        """Read what `to_json` returned."""
-        stored = base64.b64decode(entry.get("stored", ""))
-        kind = OrthogonalKind(entry["kind"])
-        return cls(kind, entry["width"], entry["seed"], entry["block"], entry["keeps_ones"], stored)
+        """Read what `to_json` returned.
+
+        Raises
+        ------
+        ValueError, KeyError, TypeError
+            If it describes no orthogonal matrix.
+        """
+        stored, kind = base64.b64decode(entry.get("stored", ""), validate=True), OrthogonalKind(entry["kind"])
+        found = cls(kind, entry["width"], entry["seed"], entry["block"], entry["keeps_ones"], stored)
+        if not (found.width > 0 and found.seed >= 0 and found.block > 0):
+            raise ValueError(f"a matrix of {found.width} channels, in blocks of {found.block}, by seed {found.seed}")
+        if kind is OrthogonalKind.STORED:
+            cls.of(found.matrix(), keeps_ones=found.keeps_ones)
+        elif kind is OrthogonalKind.HADAMARD and (hadamard(found.block) is None or found.width % found.block):
+            raise ValueError(f"no Hadamard matrix of order {found.block} divides {found.width} channels")
+        return found
 
 
 def keeping_ones(matrix: Matrix) -> Matrix:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from qcompile.core import numerics
 from qcompile.core.errors import UsageError
+from qcompile.core.rotation import Rotations
 
 #: Raised when the JSON's meaning changes; `docs/schemas/plan.schema.json` describes this version.
 SCHEMA_VERSION = 1
@@ -199,6 +200,8 @@ class QuantPlan:
         Whether the scales of activations were derived without data.
     smoothing : mapping of str to ChannelFactors
         By the name of a value that linear operators read, in the graph's order: what moves into their weights first.
+    rotation : Rotations
+        What is rotated, in front of that and behind it.
     """
 
     tensors: Mapping[str, TensorQuant] = field(default_factory=dict)
@@ -206,6 +209,7 @@ class QuantPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     guessed: bool = False
     smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
+    rotation: Rotations = field(default_factory=Rotations)
 
     def count(self, precision: Precision) -> int:
         """Return how many operators have this precision."""
@@ -217,6 +221,7 @@ class QuantPlan:
             "schema_version": SCHEMA_VERSION,
             "options": self.options,
             "guessed": self.guessed,
+            "rotation": self.rotation.to_json(),
             "smoothing": {name: factors.as_json() for name, factors in self.smoothing.items()},
             "tensors": {name: asdict(quant) for name, quant in sorted(self.tensors.items())},
             "ops": {name: asdict(op) for name, op in self.ops.items()},
@@ -245,6 +250,7 @@ class QuantPlan:
                 smoothing={
                     name: ChannelFactors.from_json(entry) for name, entry in content.get("smoothing", {}).items()
                 },
+                rotation=Rotations.from_json(content["rotation"]) if "rotation" in content else Rotations(),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(place, f"is not a quantization plan ({error!r})", "write it again") from error

@@ -62,6 +62,7 @@ def test_every_option_is_a_key(small, recipe):
         activations = "none"
         observer = "mse"
         smoothing = "none"
+        rotation = "none"
         no_added_nodes = true
         costs = "costs.json"
         cache = "../cache"
@@ -90,6 +91,7 @@ def test_every_option_is_a_key(small, recipe):
         activations="none",
         observer="mse",
         smoothing="none",
+        rotation="none",
         no_added_nodes=True,
         costs=small.folder / "costs.json",
         shape={"x": (1, 3, 8, 8)},

@@ -15,9 +15,10 @@ from qcompile.core import model as models
 from qcompile.core import numerics, runtime, validate
 from qcompile.core.contract import Refusal, Rewritten
 from qcompile.core.orthogonal import Orthogonal
+from qcompile.core.rotation import Place, Rotation, Site
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.rotate import Rotate, Rotation, spread_evenly
-from qcompile.passes.rotations import Place, Site, rotatable
+from qcompile.passes.rotate import Rotate, spread_evenly
+from qcompile.passes.rotations import rotatable
 from qcompile.passes.structure import constant, is_standard
 
 EXPORTS = Path(__file__).parent / "exports"

@@ -10,8 +10,9 @@ import pytest
 from qcompile.core import numerics, runtime, validate
 from qcompile.core.contract import Rewritten
 from qcompile.core.orthogonal import Orthogonal
+from qcompile.core.rotation import InputRotation
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.rotate_inputs import InputRotation, RotateInputs, rotated_products
+from qcompile.passes.rotate_inputs import RotateInputs, rotated_products
 from qcompile.passes.structure import constant
 
 TEXT = "(float[B,T,24] x) => (float[B,T,5] y%s) { h = Relu (x) %s y = MatMul (h, w) %s }"

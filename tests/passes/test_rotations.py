@@ -10,8 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.core import model as models
+from qcompile.core.rotation import Place, Site
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.rotations import Place, Rotatable, Site, rotatable
+from qcompile.passes.rotations import Rotatable, rotatable
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Find = Callable[..., Rotatable]

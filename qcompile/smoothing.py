@@ -1,0 +1,190 @@
+"""Which channels of a model can be smoothed, and by which factors each candidate smooths them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calib.collect import ChannelSpread, collect_spread
+from qcompile.calib.data import Dataset
+from qcompile.calib.smoothing import Reader, Scheme, best_alpha, farthest, preferably_whole, smoothing_log2, without
+from qcompile.core.contract import Refusal
+from qcompile.core.plan import ChannelFactors, How
+from qcompile.job import Job
+from qcompile.passes import structure
+from qcompile.passes.patterns import recognise
+from qcompile.passes.scale_classes import weight_channels
+from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
+from qcompile.passes.set_aside import aside_obstacle
+
+#: A Mul more is considered where it makes the noise of the operators behind it this much less, by the estimate.
+MUL_GAIN = 2.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Some of the groups, each by its own α (None) or all by the same."""
+
+    kinds: tuple[How, ...] = ()
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A group with the operators in integers that read it, its own α (without one, why), and what may be set aside."""
+
+    group: ScaleGroup
+    readers: Sequence[Reader]
+    alpha: float | None
+    reason: str = ""
+    aside: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Smoothable:
+    """The groups of a model's channels that can be smoothed.
+
+    Parameters
+    ----------
+    job : Job
+    model : onnx_ir.Model
+    integers : frozenset of str
+        The linear operators in integers.
+    mul : bool
+        Whether a Mul may be added, and somebody knows what it takes.
+    """
+
+    job: Job
+    model: ir.Model
+    integers: frozenset[str]
+    mul: bool
+
+    @cached_property
+    def found(self) -> tuple[tuple[ScaleGroup, ...], dict[str, str]]:
+        """The groups around what those operators read, and by value name why there is none."""
+        patterns, groups, refused = recognise(self.model.graph), list[ScaleGroup](), dict[str, str]()
+        covered: set[ir.Value] = set()
+        for value, axis in linear_readings(self.model.graph, self.integers):
+            if value in covered:
+                continue
+            kinds = (How.FOLD, How.RESTORE, How.BRANCH) if self.mul else (How.FOLD,)
+            tried = [scale_group(value, axis, patterns, kind) for kind in kinds[:1]]
+            for kind in kinds[1:]:
+                if isinstance(tried[-1], Refusal):
+                    tried.append(scale_group(value, axis, patterns, kind))
+            if isinstance(tried[-1], ScaleGroup):
+                groups.append(tried[-1])
+                covered |= {reading.value for reading in tried[-1].readings}
+            else:
+                refused[structure.name_of(value)] = self._why(tried)
+        return tuple(groups), refused
+
+    def _why(self, tried: Sequence[ScaleGroup | Refusal]) -> str:
+        first, last = tried[0], tried[-1]
+        assert isinstance(first, Refusal) and isinstance(last, Refusal)
+        if len(tried) > 1:
+            return f"its channels stay as they are: {last.reason} ('{last.node}')"
+        added = "no node may be added" if self.job.options.no_added_nodes else "what a Mul takes is not known"
+        return f"its channels stay as they are: {first.reason} ('{first.node}'), and {added}"
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the target quantizes."""
+        target = self.job.target
+        return Scheme(target.activation_dtype, target.weight_dtype, target.per_channel)
+
+    def candidates(self) -> list[Candidate]:
+        """Return nothing smoothed, and one kind of group after the other, each by its own α."""
+        groups, _ = self.found
+        kinds = [kind for kind in (How.FOLD, How.RESTORE) if any(group.how is kind for group in groups)]
+        steps = [Candidate(tuple(kinds[:count])) for count in range(len(kinds) + 1)]
+        if any(group.how is How.BRANCH for group in groups):
+            steps += [Candidate((*kinds, How.BRANCH)), Candidate((*kinds, How.BRANCH, How.ASIDE))]
+        return steps
+
+    def tuned(self, data: Dataset) -> list[Tuned]:
+        """Measure, and choose each group's own α."""
+        spread = self._spread(data)
+        return [self._tune(group, spread) for group in self.found[0]]
+
+    def chosen(
+        self, tuned: Sequence[Tuned], candidate: Candidate, data: Dataset, why: str
+    ) -> dict[str, ChannelFactors]:
+        """Return what every tensor that linear operators read as codes is divided by, or why by nothing.
+
+        Parameters
+        ----------
+        tuned : sequence of Tuned
+        candidate : Candidate
+        data : Dataset
+            What the factors are measured on.
+        why : str
+            Why the groups that are not the candidate's are left alone.
+        """
+        spread = self._spread(data)
+        anew = [replace(one, readers=self._readers(one.group, spread)) for one in tuned]
+        found = {name: ChannelFactors(How.NONE, reason=reason) for name, reason in self.found[1].items()}
+        found |= self.factors(anew, candidate, why)
+        order = [structure.name_of(value) for value, _ in linear_readings(self.model.graph, self.integers)]
+        return {name: found[name] for name in order if name in found}
+
+    def factors(self, tuned: Sequence[Tuned], candidate: Candidate, why: str = "") -> dict[str, ChannelFactors]:
+        """Return each group's factors if it is one of a candidate's, else why it has none."""
+        found = {}
+        for one in tuned:
+            name = structure.name_of(one.group.root)
+            if one.aside and How.ASIDE in candidate.kinds:
+                found[name] = _aside(one)
+                continue
+            if one.alpha is None or one.group.how not in candidate.kinds:
+                found[name] = ChannelFactors(How.NONE, reason=one.reason or why)
+                continue
+            log2 = smoothing_log2(one.readers, one.alpha if candidate.alpha is None else candidate.alpha)
+            log2 = preferably_whole(one.readers, log2, self.scheme)
+            found[name] = ChannelFactors(one.group.how, tuple(map(float, log2[one.group.classes])))
+        return found
+
+    def _spread(self, data: Dataset) -> Mapping[str, ChannelSpread]:
+        readings = [reading for group in self.found[0] for reading in group.readings]
+        axes = {structure.name_of(reading.value): reading.axis for reading in readings}
+        return collect_spread(self.model, axes, data, self.job.track) if axes else {}
+
+    def _tune(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> Tuned:
+        """Choose a group's own α, and whether it is worth a node where it takes one."""
+        readers = self._readers(group, spread)
+        alpha = best_alpha(readers, self.scheme)
+        aside = farthest(readers, self.scheme) if group.how is How.BRANCH and not aside_obstacle(group) else ()
+        return replace(self._worth_a_node(group, readers, alpha), aside=aside)
+
+    def _worth_a_node(self, group: ScaleGroup, readers: Sequence[Reader], alpha: float | None) -> Tuned:
+        if alpha is None:
+            return Tuned(group, readers, None, "its channels are even enough: no factors lower the noise")
+        log2 = smoothing_log2(readers, alpha)
+        before, after = (self.scheme.loss(readers, each) for each in (np.zeros(log2.size), log2))
+        if group.how is not How.FOLD and before < MUL_GAIN * after:
+            reason = f"it takes a Mul, which would leave {after / before:.0%} of the noise behind it: too little gain"
+            return Tuned(group, readers, None, reason)
+        return Tuned(group, readers, alpha)
+
+    def _readers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Reader]:
+        """Return the group's operators in integers."""
+        found = []
+        for reading in group.readings:
+            name, channels = structure.name_of(reading.value), weight_channels(reading.node)
+            weight = structure.constant(reading.node.inputs[structure.WEIGHT_INPUT])
+            if structure.node_name(reading.node) in self.integers and name in spread:
+                assert weight is not None and channels is not None
+                axis = structure.weight_axis(reading.node)
+                found.append(Reader(spread[name], reading.classes, weight, axis, channels))
+        return found
+
+
+def _aside(one: Tuned) -> ChannelFactors:
+    """Set the channels aside that were chosen; the bounds are those of the others."""
+    rest = without(one.readers[0], one.aside).spread
+    low, high = (float(np.float32(bound)) for bound in (rest.low.min(), rest.high.max()))
+    return ChannelFactors(How.ASIDE, channels=one.aside, low=low, high=high)
