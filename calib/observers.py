@@ -47,11 +47,6 @@ class Variant(StrEnum):
 
 #: How a range is chosen, for all tensors or for one.
 Ranging = Observer | Variant
-#: One line from narrow ranges to all that was seen, with mse on it: neighbours differ little, so that a choice among
-#: them loses little where it is wrong. The others may lie far off.
-IN_LINE: frozenset[Ranging] = frozenset(
-    {Observer.MINMAX, Observer.MSE, *(variant for variant in Variant if variant is not Variant.PERCENTILE_999)}
-)
 
 
 def ranging(name: str) -> Ranging:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.descent import Tried, descend
-from qcompile.calib.observers import IN_LINE, Observer, Ranging, Variant, ranging
+from qcompile.calib.observers import Observer, Ranging, Variant, ranging
 from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.trials import Parameters, Part, Quantizations, Trials, quantizations
@@ -82,9 +82,9 @@ class Choice:
         return cls(observers, dict(entries["alone"]), dict(entries["together"]), float(entries["noise"]))
 
 
-#: The choices that give each tensor an observer of its own where the outputs gain by it: among ranges in line, which is
-#: what others must be surely better than, among all measured ones, and among all.
-OWN, ANY, DYNAMIC = "each its own", "each its own, of all", "each its own, or dynamic"
+#: The choices that give each tensor an observer of its own where the outputs gain by it: among those that measure a
+#: range, which is what others must be surely better than, among these and their variants, and among all.
+OWN, ANY, DYNAMIC = "each its own", "each its own, or a variant", "each its own, or dynamic"
 
 
 def choose_observers(
@@ -108,8 +108,8 @@ def choose_observers(
 
     What each observer of a tensor does is found with that tensor alone quantized: the part of the graph before it runs
     once per sample, the part behind it once per sample and distinct range. From the last observer for all tensors,
-    `descend` then changes one after another where the outputs gain by it: among the ranges that are `IN_LINE`, and, for
-    a choice that has to prove itself, among all of `among` and the variants.
+    `descend` then changes one after another where the outputs gain by it: among the observers, and, for a choice that
+    has to prove itself, among the variants too.
 
     Memory holds the samples, the float outputs and one sample's values per thread. The number of samples follows from
     the model's work, so that the time is bounded whatever its size.
@@ -264,12 +264,18 @@ class _Search:
         return self.trials.alone(parts, self.track, self.threads)[0]
 
     def _parts(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Part]:
-        """Return the samples of each part that its candidates can be tried on within `ALONE`."""
+        """Return the samples of each part that its candidates can be tried on within `ALONE`.
+
+        Variants cost samples but no repeats, without which the others would be chosen by chance.
+        """
         found = []
         for candidates, among in parts:
             runs = ALONE / self.trials.work_alone(candidates) / len(parts)
             samples = spread(self.data, self.trials.sample_bytes * len(parts), min(TRIED, runs), among)
-            found.append(Part(candidates, samples, _repeats(samples, runs)))
+            plain = {name: {o: found for o, found in each.items() if o in set(Observer)}
+                     for name, each in candidates.items()}  # fmt: skip
+            often = ALONE / self.trials.work_alone(plain) / len(parts)
+            found.append(Part(candidates, samples, _repeats(samples, often)))
         return found
 
     def compare(
@@ -305,11 +311,11 @@ def _decide(errors: Mapping[str, OutputError]) -> str:
 
 
 def _own(tried: Tried, start: Observer, dynamic: Mapping[str, float]) -> dict[str, dict[str, Ranging]]:
-    """Return what tensors choose for themselves, that among ranges in one line last, if there are enough of these."""
+    """Return what tensors choose for themselves, that among the observers which measure a range last."""
     found = {DYNAMIC: descend(start, tried, dynamic)} if dynamic else {}
-    if not any(observer in set(Variant) for errors in tried.alone.values() for observer in errors):
-        return found | {OWN: descend(start, tried)}
-    return found | {ANY: descend(start, tried), OWN: descend(start, tried.among(IN_LINE))}
+    if any(variant in errors for errors in tried.alone.values() for variant in Variant):
+        found[ANY] = descend(start, tried)
+    return found | {OWN: descend(start, tried.among(set(Observer)))}
 
 
 def _repeats(samples: Sequence[Sample], runs: float) -> int:
