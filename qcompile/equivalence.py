@@ -5,7 +5,7 @@ Measured and decided here, between `canonicalize` and `calibrate`; applied by `p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -18,7 +18,18 @@ from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.sections import at_scores, cuttable, typed
-from qcompile.calib.smoothing import Reader, Scheme, best_alpha, farthest, preferably_whole, smoothing_log2, without
+from qcompile.calib.smoothing import (
+    Reader,
+    Rule,
+    Scheme,
+    Sides,
+    Writer,
+    best_rule,
+    farthest,
+    preferably_whole,
+    smoothing_log2,
+    without,
+)
 from qcompile.calib.trials import Trials, quantizations
 from qcompile.calib.work import Cost
 from qcompile.core.contract import Refusal
@@ -30,7 +41,7 @@ from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
 from qcompile.passes.patterns import recognise
 from qcompile.passes.place import Wish, code_readers
 from qcompile.passes.read_plan import is_quantized
-from qcompile.passes.scale_classes import weight_channels
+from qcompile.passes.scale_classes import FIXED, channel_axis, weight_channels
 from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
 from qcompile.passes.set_aside import aside_obstacle
 from qcompile.passes.smooth import Smooth, adds_nodes
@@ -40,7 +51,7 @@ from qcompile.pricing import Pricer
 #: Multiply-accumulates that all trials together may take.
 WORK = 1.5e12
 #: Samples that a trial runs at most, of each half, and the fewest with which several α for all groups are tried.
-SAMPLES, ENOUGH = 32, 6
+SAMPLES, ENOUGH = 32, 3
 #: α for all groups at once (SmoothQuant+, Pan et al. 2023), beside each group its own.
 GLOBAL = (0.65, 0.8)
 #: A Mul more is considered where it makes the noise of the operators behind it this much less, by the estimate.
@@ -93,11 +104,11 @@ class _Candidate:
 
 @dataclass(frozen=True, eq=False)
 class _Tuned:
-    """A group with the operators in integers that read it, its own α (without one, why), and what may be set aside."""
+    """A group with the operators in integers around it, its own rule (without one, why), and what may be set aside."""
 
     group: ScaleGroup
-    readers: Sequence[Reader]
-    alpha: float | None
+    sides: Sides
+    rule: Rule | None
     reason: str = ""
     aside: tuple[int, ...] = ()
 
@@ -174,7 +185,7 @@ class _Search:
         data = self.job.evidence.calibration
         chosen, tuned = self._try(groups, data)
         spread = self._spread(groups, data)
-        tuned = [replace(one, readers=self._readers(one.group, spread)) for one in tuned]
+        tuned = [replace(one, sides=self._sides(one.group, spread)) for one in tuned]
         return self._factors(tuned, chosen, "smoothing did not help enough on samples held out from it")
 
     def _try(self, groups: Sequence[ScaleGroup], data: Dataset) -> tuple[_Candidate, list[_Tuned]]:
@@ -207,24 +218,26 @@ class _Search:
 
     def _spread(self, groups: Sequence[ScaleGroup], data: Dataset) -> Mapping[str, ChannelSpread]:
         axes = {structure.name_of(reading.value): reading.axis for group in groups for reading in group.readings}
+        if not self.scheme.per_channel:
+            axes |= {structure.name_of(value): axis for group in groups for value, axis in _written_from(group)}
         return collect_spread(self.model, axes, data, self.job.track)
 
     def _tune(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> _Tuned:
         """Choose a group's own α, and whether it is worth a node where it takes one."""
-        readers = self._readers(group, spread)
-        alpha = best_alpha(readers, self.scheme)
-        aside = farthest(readers, self.scheme) if group.how is How.BRANCH and not aside_obstacle(group) else ()
-        return replace(self._worth_a_node(group, readers, alpha), aside=aside)
+        sides = self._sides(group, spread)
+        rule = best_rule(sides, self.scheme)
+        aside = farthest(sides.readers, self.scheme) if group.how is How.BRANCH and not aside_obstacle(group) else ()
+        return replace(self._worth_a_node(group, sides, rule), aside=aside)
 
-    def _worth_a_node(self, group: ScaleGroup, readers: Sequence[Reader], alpha: float | None) -> _Tuned:
-        if alpha is None:
-            return _Tuned(group, readers, None, "its channels are even enough: no factors lower the noise")
-        log2 = smoothing_log2(readers, alpha)
-        before, after = (self.scheme.loss(readers, each) for each in (np.zeros(log2.size), log2))
+    def _worth_a_node(self, group: ScaleGroup, sides: Sides, rule: Rule | None) -> _Tuned:
+        if rule is None:
+            return _Tuned(group, sides, None, "its channels are even enough: no factors lower the noise")
+        log2 = smoothing_log2(sides, rule)
+        before, after = (self.scheme.loss(sides, each) for each in (np.zeros(log2.size), log2))
         if group.how is not How.FOLD and before < MUL_GAIN * after:
             reason = f"it takes a Mul, which would leave {after / before:.0%} of the noise behind it: too little gain"
-            return _Tuned(group, readers, None, reason)
-        return _Tuned(group, readers, alpha)
+            return _Tuned(group, sides, None, reason)
+        return _Tuned(group, sides, rule)
 
     def _factors(self, tuned: Sequence[_Tuned], candidate: _Candidate, why: str) -> dict[str, ChannelFactors]:
         """Return each group's factors if it is one of a candidate's, else why it has none."""
@@ -234,16 +247,34 @@ class _Search:
             if one.aside and How.ASIDE in candidate.kinds:
                 found[name] = _aside(one)
                 continue
-            if one.alpha is None or one.group.how not in candidate.kinds:
+            if one.rule is None or one.group.how not in candidate.kinds:
                 found[name] = ChannelFactors(How.NONE, reason=one.reason or why)
                 continue
-            log2 = smoothing_log2(one.readers, one.alpha if candidate.alpha is None else candidate.alpha)
-            log2 = preferably_whole(one.readers, log2, self.scheme)
+            log2 = smoothing_log2(one.sides, one.rule if candidate.alpha is None else Rule(candidate.alpha))
+            log2 = preferably_whole(one.sides, log2, self.scheme)
             found[name] = ChannelFactors(one.group.how, tuple(map(float, log2[one.group.classes])))
         return found
 
+    def _sides(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> Sides:
+        """Return the group's operators in integers; those that write count where weights have one scale."""
+        return Sides(self._readers(group, spread), () if self.scheme.per_channel else self._writers(group, spread))
+
+    def _writers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Writer]:
+        """Return what writes the group's channels, nothing where that is not linear operators in integers alone."""
+        found, written = list[Writer](), set[int]()
+        for fold in group.folds:
+            node, weight = fold.node, structure.constant(fold.node.inputs[fold.index])
+            if fold.exponent > 0 or fold.index != structure.WEIGHT_INPUT or not structure.is_linear(node):
+                continue
+            channels, name = weight_channels(node), structure.name_of(structure.input_of(node, 0))
+            if structure.node_name(node) in self.integers and name in spread:
+                assert weight is not None and channels is not None
+                found.append(Writer(spread[name].power[channels], fold.classes, weight))
+                written |= set(np.unique(fold.classes).tolist())
+        return found if written >= set(group.classes.tolist()) - {FIXED} else []
+
     def _readers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Reader]:
-        """Return the group's operators in integers."""
+        """Return the operators in integers that read the group's channels."""
         found = []
         for reading in group.readings:
             name, channels = structure.name_of(reading.value), weight_channels(reading.node)
@@ -300,9 +331,17 @@ class _Trials:
         return other.latency(other.placed(self.dear)) / self.pricer.latency(self.pricer.placed(self.dear))
 
 
+def _written_from(group: ScaleGroup) -> Iterator[tuple[ir.Value, int]]:
+    """Yield what the linear operators that write a group read, with the axis of its channels."""
+    for node in {fold.node for fold in group.folds if fold.exponent < 0 and structure.is_linear(fold.node)}:
+        value = structure.input_of(node, 0)
+        if (axis := channel_axis(node, value)) is not None:
+            yield value, axis
+
+
 def _aside(one: _Tuned) -> ChannelFactors:
     """Set the channels aside that were chosen; the bounds are those of the others."""
-    rest = without(one.readers[0], one.aside).spread
+    rest = without(one.sides.readers[0], one.aside).spread
     low, high = (float(np.float32(bound)) for bound in (rest.low.min(), rest.high.max()))
     return ChannelFactors(How.ASIDE, channels=one.aside, low=low, high=high)
 
