@@ -87,8 +87,9 @@ class Reader:
     def noise(self, factors: Numbers, dtype: str, weight_dtype: str, per_channel: bool) -> float:
         """Return the noise power that quantization adds, summed over its output channels.
 
-        Rounding X/s adds Δ²/12 · Σ (s·W)², with Δ the step over the range of all channels; rounding s·W adds
-        Δ²/12 · Σ E[(X/s)²], with Δ the step of each output channel. Roundings are taken as independent and uniform.
+        Rounding X/s adds Σ_j e_j Σ_k (s_j W_jk)², e_j being Δ²/12 with Δ the step over the range of all channels, or
+        all that channel j has where that is less: what is far below a step becomes zero. Rounding s·W to R adds
+        Σ_jk (s_j W_jk - R_jk)² E[X_j²]/s_j². Roundings are taken as independent.
 
         Parameters
         ----------
@@ -102,16 +103,50 @@ class Reader:
         by_channel = factors[self.classes]
         low, high = np.min(self.spread.low / by_channel), np.max(self.spread.high / by_channel)
         step = float(numerics.affine_scale([low], [high], dtype)[0][0])
+        power = self.spread.power / by_channel**2
+        rounded = np.minimum(step**2 / 12.0, power)
         others = tuple(at for at in range(self.weight.ndim) if at != self.axis) if per_channel else None
-        absmax = np.max(self._absolute * by_channel.astype(np.float32)[self.channels], axis=others, keepdims=True)
-        steps = numerics.symmetric_scale(absmax, weight_dtype).astype(np.float64)
-        power = (self.spread.power / by_channel**2)[self.channels]
-        repeats = self.weight.size / power.size / (self.weight.shape[self.axis] / power.shape[self.axis])
-        if others is None:
-            weights = float(steps.reshape(())) ** 2 * float(np.sum(power)) * self.weight.size / power.size
-        else:
-            weights = repeats * float(np.sum(steps**2 * np.sum(power, axis=others, keepdims=True)))
-        return (step**2 * float(np.dot(self.energy, by_channel**2)) + weights) / 12.0
+        scaled = self.weight * by_channel.astype(np.float32)[self.channels]
+        lost = self._over(np.sum, np.square(rounding(scaled, others, weight_dtype)))
+        return float(np.dot(self.energy, rounded * by_channel**2) + np.sum(lost * power[self.channels]))
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """A linear operator in integers whose results are divided by factors: with one scale for its weights it matters.
+
+    Parameters
+    ----------
+    power : ndarray of float64
+        The mean square of what each weight multiplies; broadcasts with the weights.
+    classes : ndarray of int
+        Which factor divides each weight; 0 is none. Broadcasts with the weights.
+    weight : ndarray of float32
+    """
+
+    power: Numbers
+    classes: npt.NDArray[np.int64]
+    weight: npt.NDArray[Any]
+
+    @property
+    def signal(self) -> float:
+        """The power of what it makes, as if channels were independent."""
+        return float(np.sum(np.square(self.weight, dtype=np.float64) * self.power))
+
+    def noise(self, factors: Numbers, weight_dtype: str) -> float:
+        """Return the noise power that rounding W/s with one scale adds, once its readers have taken s back."""
+        divisors = factors[self.classes].astype(np.float32)
+        lost = np.square(rounding(self.weight / divisors, None, weight_dtype) * divisors)
+        return float(np.sum(lost * self.power))
+
+
+def rounding(weight: npt.NDArray[Any], others: tuple[int, ...] | None, dtype: str) -> npt.NDArray[Any]:
+    """Return what symmetric codes lack of weights; a scale for what lies along `others`, for all of them if None."""
+    absmax = np.max(np.abs(weight), axis=others, keepdims=True)
+    steps = np.asarray(numerics.symmetric_scale(absmax, dtype), np.float32)
+    codes = weight / steps
+    lack: npt.NDArray[Any] = (codes - np.rint(codes)) * steps
+    return lack
 
 
 @dataclass(frozen=True)
@@ -130,24 +165,59 @@ class Scheme:
     weight_dtype: str
     per_channel: bool
 
-    def loss(self, readers: Sequence[Reader], log2: Numbers) -> float:
+    def loss(self, sides: Sides, log2: Numbers) -> float:
         """Return noise over signal, summed over the operators, with factors of 2 to the power of `log2` by class."""
         factors = np.exp2(log2)
-        return sum(
-            reader.noise(factors, self.dtype, self.weight_dtype, self.per_channel) / reader.signal
-            for reader in readers
-            if reader.signal > 0.0
-        )
+        ratios = [
+            (reader.noise(factors, self.dtype, self.weight_dtype, self.per_channel), reader.signal)
+            for reader in sides.readers
+        ]
+        if not self.per_channel:  # else each written channel's scale goes with its factor
+            ratios += [(writer.noise(factors, self.weight_dtype), writer.signal) for writer in sides.writers]
+        return sum(noise / signal for noise, signal in ratios if signal > 0.0)
 
 
-def smoothing_log2(readers: Sequence[Reader], alpha: float) -> Numbers:
-    """Return max|X|^α / max|W|^(1-α) of each class (SmoothQuant, equation 4), as powers of 2 by eighths.
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """The operators in integers on both sides of a group's channels.
 
     Parameters
     ----------
     readers : sequence of Reader
-        All operators that read channels of one group.
+        All that read channels of it, at least one.
+    writers : sequence of Writer
+        Those that write all of them; none if something else takes part in that.
+    """
+
+    readers: Sequence[Reader]
+    writers: Sequence[Writer] = ()
+
+    @property
+    def count(self) -> int:
+        """How many factors there are, with that of channels that are not scaled."""
+        return max(int(reader.classes.max()) for reader in self.readers) + 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How factors follow from what is seen.
+
+    Parameters
+    ----------
     alpha : float
+    equalizes : bool
+        A channel's reach is that of the weights that write it, not of its values.
+    """
+
+    alpha: float
+    equalizes: bool = False
+
+
+def smoothing_log2(sides: Sides, rule: Rule) -> Numbers:
+    """Return max|X|^α / max|W|^(1-α) of each class (SmoothQuant, equation 4), as powers of 2 by eighths.
+
+    With α = 1/2 and the weights that write in place of X these are the factors of cross-layer equalization (Nagel et
+    al. 2019, "Data-Free Quantization", equation 11).
 
     Returns
     -------
@@ -155,32 +225,37 @@ def smoothing_log2(readers: Sequence[Reader], alpha: float) -> Numbers:
         Their logarithms. The first is 0, for channels that are not scaled; so is that of channels that are dead. A
         factor that all have in common changes nothing, so it is taken out.
     """
-    count = max(int(reader.classes.max()) for reader in readers) + 1
-    reach, weights = np.zeros(count), np.zeros(count)
-    for reader in readers:
-        np.maximum.at(reach, reader.classes, reader.spread.absmax)
+    reach, weights, alpha = np.zeros(sides.count), np.zeros(sides.count), rule.alpha
+    for reader in sides.readers:
+        if not rule.equalizes:
+            np.maximum.at(reach, reader.classes, reader.spread.absmax)
         np.maximum.at(weights, reader.classes, reader.reach)
+    for writer in sides.writers if rule.equalizes else ():
+        np.maximum.at(reach, np.broadcast_to(writer.classes, writer.weight.shape), np.abs(writer.weight))
     alive = (reach > 0.0) & (weights > 0.0)
     alive[0] = False
-    log2 = np.zeros(count)
+    log2 = np.zeros(sides.count)
     log2[alive] = alpha * np.log2(reach[alive]) - (1.0 - alpha) * np.log2(weights[alive])
     if alive.any():
         log2[alive] -= np.median(log2[alive])
     return _rounded(log2, STEPS)
 
 
-def best_alpha(readers: Sequence[Reader], scheme: Scheme) -> float | None:
-    """Return the α of least loss, None where nothing is better than leaving the channels as they are."""
-    count = max(int(reader.classes.max()) for reader in readers) + 1
-    losses = {alpha: scheme.loss(readers, smoothing_log2(readers, alpha)) for alpha in ALPHAS}
-    best = min(losses, key=lambda alpha: losses[alpha])
-    return best if losses[best] < scheme.loss(readers, np.zeros(count)) else None
+def best_rule(sides: Sides, scheme: Scheme) -> Rule | None:
+    """Return the rule of least loss, None where nothing is better than leaving the channels as they are."""
+    equalizes = (False, True) if sides.writers and not scheme.per_channel else (False,)
+    losses = {
+        rule: scheme.loss(sides, smoothing_log2(sides, rule))
+        for rule in (Rule(alpha, each) for each in equalizes for alpha in ALPHAS)
+    }
+    best = min(losses, key=lambda rule: losses[rule])
+    return best if losses[best] < scheme.loss(sides, np.zeros(sides.count)) else None
 
 
-def preferably_whole(readers: Sequence[Reader], log2: Numbers, scheme: Scheme) -> Numbers:
+def preferably_whole(sides: Sides, log2: Numbers, scheme: Scheme) -> Numbers:
     """Return the nearest whole powers of 2 where they lose next to nothing, else the factors as they are."""
     whole = _rounded(log2, 1)
-    return whole if scheme.loss(readers, whole) <= WHOLE * scheme.loss(readers, log2) else log2
+    return whole if scheme.loss(sides, whole) <= WHOLE * scheme.loss(sides, log2) else log2
 
 
 def farthest(readers: Sequence[Reader], scheme: Scheme) -> tuple[int, ...]:

@@ -277,13 +277,20 @@ def targets(as_json: bool) -> None:
 @click.option("--target", default="cpu", show_default=True, help="Device to judge the operators for.")
 @click.option("--ops", is_flag=True, help="List every operator by the name that overrides match; JSON always does.")
 @click.option("--data", help="Calibration data: show which channels of which activations are outliers.")
+@click.option("--streams", is_flag=True, help="Name who writes and reads residual streams; draw MODEL-streams.svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(model: Path, target: str, ops: bool, data: str | None, as_json: bool) -> None:
+def inspect(model: Path, target: str, ops: bool, data: str | None, streams: bool, as_json: bool) -> None:
     """Show what MODEL is made of and what a target would make of it; without --data nothing is run."""
     from qcompile import terminal
     from qcompile.inspection import inspect as inspect_model
 
-    content = inspect_model(model, target, data, progress())
+    content = inspect_model(model, target, data, progress(), streams)
+    if streams:
+        from qcompile.artifact import write_file
+        from qcompile.stream_picture import draw_streams
+
+        content["picture"] = f"{model.stem}-streams.svg"
+        write_file(Path(content["picture"]), draw_streams(str(model), content["stream_members"]).encode())
     if as_json:
         click.echo(json.dumps(content, indent=1))
     else:

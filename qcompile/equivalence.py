@@ -38,7 +38,7 @@ from qcompile.smoothing import Candidate, Smoothable, Tuned
 #: Multiply-accumulates that all trials of smoothing together may take; rotation has at most three more.
 WORK = 1.5e12
 #: Samples that a trial runs at most, of each half, and the fewest with which several α for all groups are tried.
-SAMPLES, ENOUGH = 32, 6
+SAMPLES, ENOUGH = 32, 3
 #: α for all groups at once (SmoothQuant+, Pan et al. 2023), beside each group its own.
 GLOBAL = (0.65, 0.8)
 #: Noise over signal with which a model of integers alone is of no use: parts of it will go back to float, and which of

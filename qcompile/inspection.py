@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from qcompile.passes import structure
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.patterns import Attention, Norm, Patterns, recognise
 from qcompile.passes.place import Placement, place
-from qcompile.passes.streams import Stream, residual_streams
+from qcompile.passes.streams import Segment, Stream, residual_streams
 from qcompile.pipeline import untracked
 
 
-def inspect(path: Path, target_name: str, data: str | None = None, track: Track[Any] = untracked) -> dict[str, Any]:
+def inspect(
+    path: Path, target_name: str, data: str | None = None, track: Track[Any] = untracked, members: bool = False
+) -> dict[str, Any]:
     """Return the facts, JSON-ready.
 
     Parameters
@@ -37,6 +39,8 @@ def inspect(path: Path, target_name: str, data: str | None = None, track: Track[
         Calibration data. With them the model is run, and the outliers among the channels of activations are shown.
     track : callable
         Shows progress over samples.
+    members : bool
+        Name the writers, sums and readers of residual streams.
 
     Raises
     ------
@@ -49,6 +53,7 @@ def inspect(path: Path, target_name: str, data: str | None = None, track: Track[
     Canonicalize(target.opset, widen=True)(canonical)
     patterns = recognise(canonical.graph)
     placement = place(canonical, target, weights=True, activations=True)
+    streams = residual_streams(canonical.graph, patterns)
     return {
         "model": str(path),
         "opset": models.opset(model),
@@ -59,7 +64,8 @@ def inspect(path: Path, target_name: str, data: str | None = None, track: Track[
         "outputs": [models.describe(value) for value in model.graph.outputs],
         "patterns": _patterns(patterns),
         "not_recognised": [{"node": refusal.node, "reason": refusal.reason} for refusal in patterns.refusals],
-        "streams": [_stream(stream) for stream in residual_streams(canonical.graph, patterns)],
+        "streams": [_stream(stream) for stream in streams],
+        **({"stream_members": stream_members(canonical.graph, streams)} if members else {}),
         "target": target.name,
         "operators": by_fate(placement.ops),
         "ops": [
@@ -139,3 +145,34 @@ def _stream(stream: Stream) -> dict[str, Any]:
         "norms": sum(len(segment.norms) for segment in stream.segments),
         "obstacles": [{"node": obstacle.node, "reason": obstacle.reason} for obstacle in stream.obstacles],
     }
+
+
+def stream_members(graph: ir.Graph, streams: Sequence[Stream]) -> list[dict[str, Any]]:
+    """Return who writes each segment of each stream, where it is summed and who reads it, in the order of the graph."""
+    order = {node: index for index, node in enumerate(graph)}
+    return [
+        {
+            "kind": str(stream.kind),
+            "width": stream.width,
+            "segments": [
+                {"members": _members(segment, order), "obstacles": [asdict(one) for one in segment.obstacles]}
+                for segment in stream.segments
+            ],
+        }
+        for stream in streams
+    ]
+
+
+def _members(segment: Segment, order: Mapping[ir.Node, int]) -> list[dict[str, str]]:
+    found: list[tuple[int, str, str, str]] = []
+    for value in segment.writers:
+        node = value.producer()
+        what = "a constant" if structure.constant_tensor(value) is not None else "fed to the model"
+        place = -1 if node is None else order[node]
+        found.append((place, "writer", structure.name_of(value), what if node is None else node.op_type))
+    found += [(order[node], "sum", structure.node_name(node), node.op_type) for node in segment.sums]
+    for reader in segment.readers:
+        node = reader.nodes[-1] if isinstance(reader, Norm) else reader
+        what = f"{reader.kind} norm" if isinstance(reader, Norm) else node.op_type
+        found.append((order[node], "reader", structure.node_name(node), what))
+    return [{"role": role, "name": name, "what": what} for _, role, name, what in sorted(found, key=lambda one: one[0])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,13 +11,24 @@ import onnx_ir as ir
 
 from qcompile.calib.collect import ChannelSpread, collect_spread
 from qcompile.calib.data import Dataset
-from qcompile.calib.smoothing import Reader, Scheme, best_alpha, farthest, preferably_whole, smoothing_log2, without
+from qcompile.calib.smoothing import (
+    Reader,
+    Rule,
+    Scheme,
+    Sides,
+    Writer,
+    best_rule,
+    farthest,
+    preferably_whole,
+    smoothing_log2,
+    without,
+)
 from qcompile.core.contract import Refusal
 from qcompile.core.plan import ChannelFactors, How
 from qcompile.job import Job
 from qcompile.passes import structure
 from qcompile.passes.patterns import recognise
-from qcompile.passes.scale_classes import weight_channels
+from qcompile.passes.scale_classes import FIXED, channel_axis, weight_channels
 from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
 from qcompile.passes.set_aside import aside_obstacle
 
@@ -35,11 +46,11 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """A group with the operators in integers that read it, its own α (without one, why), and what may be set aside."""
+    """A group with the operators in integers around it, its own rule (without one, why), and what may be set aside."""
 
     group: ScaleGroup
-    readers: Sequence[Reader]
-    alpha: float | None
+    sides: Sides
+    rule: Rule | None
     reason: str = ""
     aside: tuple[int, ...] = ()
 
@@ -126,7 +137,7 @@ class Smoothable:
             Why the groups that are not the candidate's are left alone.
         """
         spread = self._spread(data)
-        anew = [replace(one, readers=self._readers(one.group, spread)) for one in tuned]
+        anew = [replace(one, sides=self._sides(one.group, spread)) for one in tuned]
         found = {name: ChannelFactors(How.NONE, reason=reason) for name, reason in self.found[1].items()}
         found |= self.factors(anew, candidate, why)
         order = [structure.name_of(value) for value, _ in linear_readings(self.model.graph, self.integers)]
@@ -140,38 +151,58 @@ class Smoothable:
             if one.aside and How.ASIDE in candidate.kinds:
                 found[name] = _aside(one)
                 continue
-            if one.alpha is None or one.group.how not in candidate.kinds:
+            if one.rule is None or one.group.how not in candidate.kinds:
                 found[name] = ChannelFactors(How.NONE, reason=one.reason or why)
                 continue
-            log2 = smoothing_log2(one.readers, one.alpha if candidate.alpha is None else candidate.alpha)
-            log2 = preferably_whole(one.readers, log2, self.scheme)
+            log2 = smoothing_log2(one.sides, one.rule if candidate.alpha is None else Rule(candidate.alpha))
+            log2 = preferably_whole(one.sides, log2, self.scheme)
             found[name] = ChannelFactors(one.group.how, tuple(map(float, log2[one.group.classes])))
         return found
 
     def _spread(self, data: Dataset) -> Mapping[str, ChannelSpread]:
         readings = [reading for group in self.found[0] for reading in group.readings]
         axes = {structure.name_of(reading.value): reading.axis for reading in readings}
+        if not self.scheme.per_channel:
+            axes |= {structure.name_of(value): axis for group in self.found[0] for value, axis in _written_from(group)}
         return collect_spread(self.model, axes, data, self.job.track) if axes else {}
 
     def _tune(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> Tuned:
         """Choose a group's own α, and whether it is worth a node where it takes one."""
-        readers = self._readers(group, spread)
-        alpha = best_alpha(readers, self.scheme)
-        aside = farthest(readers, self.scheme) if group.how is How.BRANCH and not aside_obstacle(group) else ()
-        return replace(self._worth_a_node(group, readers, alpha), aside=aside)
+        sides = self._sides(group, spread)
+        rule = best_rule(sides, self.scheme)
+        aside = farthest(sides.readers, self.scheme) if group.how is How.BRANCH and not aside_obstacle(group) else ()
+        return replace(self._worth_a_node(group, sides, rule), aside=aside)
 
-    def _worth_a_node(self, group: ScaleGroup, readers: Sequence[Reader], alpha: float | None) -> Tuned:
-        if alpha is None:
-            return Tuned(group, readers, None, "its channels are even enough: no factors lower the noise")
-        log2 = smoothing_log2(readers, alpha)
-        before, after = (self.scheme.loss(readers, each) for each in (np.zeros(log2.size), log2))
+    def _worth_a_node(self, group: ScaleGroup, sides: Sides, rule: Rule | None) -> Tuned:
+        if rule is None:
+            return Tuned(group, sides, None, "its channels are even enough: no factors lower the noise")
+        log2 = smoothing_log2(sides, rule)
+        before, after = (self.scheme.loss(sides, each) for each in (np.zeros(log2.size), log2))
         if group.how is not How.FOLD and before < MUL_GAIN * after:
             reason = f"it takes a Mul, which would leave {after / before:.0%} of the noise behind it: too little gain"
-            return Tuned(group, readers, None, reason)
-        return Tuned(group, readers, alpha)
+            return Tuned(group, sides, None, reason)
+        return Tuned(group, sides, rule)
+
+    def _sides(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> Sides:
+        """Return the group's operators in integers; those that write count where weights have one scale."""
+        return Sides(self._readers(group, spread), () if self.scheme.per_channel else self._writers(group, spread))
+
+    def _writers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Writer]:
+        """Return what writes the group's channels, nothing where that is not linear operators in integers alone."""
+        found, written = list[Writer](), set[int]()
+        for fold in group.folds:
+            node, weight = fold.node, structure.constant(fold.node.inputs[fold.index])
+            if fold.exponent > 0 or fold.index != structure.WEIGHT_INPUT or not structure.is_linear(node):
+                continue
+            channels, name = weight_channels(node), structure.name_of(structure.input_of(node, 0))
+            if structure.node_name(node) in self.integers and name in spread:
+                assert weight is not None and channels is not None
+                found.append(Writer(spread[name].power[channels], fold.classes, weight))
+                written |= set(np.unique(fold.classes).tolist())
+        return found if written >= set(group.classes.tolist()) - {FIXED} else []
 
     def _readers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Reader]:
-        """Return the group's operators in integers."""
+        """Return the operators in integers that read the group's channels."""
         found = []
         for reading in group.readings:
             name, channels = structure.name_of(reading.value), weight_channels(reading.node)
@@ -183,8 +214,18 @@ class Smoothable:
         return found
 
 
+def _written_from(group: ScaleGroup) -> Iterator[tuple[ir.Value, int]]:
+    """Yield what the linear operators that write a group read, with the axis of its channels."""
+    for node in dict.fromkeys(
+        fold.node for fold in group.folds if fold.exponent < 0 and structure.is_linear(fold.node)
+    ):
+        value = structure.input_of(node, 0)
+        if (axis := channel_axis(node, value)) is not None:
+            yield value, axis
+
+
 def _aside(one: Tuned) -> ChannelFactors:
     """Set the channels aside that were chosen; the bounds are those of the others."""
-    rest = without(one.readers[0], one.aside).spread
+    rest = without(one.sides.readers[0], one.aside).spread
     low, high = (float(np.float32(bound)) for bound in (rest.low.min(), rest.high.max()))
     return ChannelFactors(How.ASIDE, channels=one.aside, low=low, high=high)

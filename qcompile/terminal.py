@@ -220,6 +220,22 @@ def _show_structure(console: Console, content: Mapping[str, Any]) -> None:
         for (kind, *numbers, against), count in alike.items():
             streams.add_row(kind, str(count), *map(str, numbers), _plain(against))
         console.print(streams)
+    if "stream_members" in content:
+        _show_members(console, content)
+
+
+def _show_members(console: Console, content: Mapping[str, Any]) -> None:
+    for stream in content["stream_members"]:
+        for segment in stream["segments"]:
+            table = _table(f"{stream['kind']}, {stream['width']} channels", "role", "name", "what")
+            for member in segment["members"]:
+                table.add_row(member["role"], _plain(member["name"]), member["what"])
+            for refusal in segment["obstacles"]:
+                table.add_row("against", _plain(refusal["node"]), _plain(refusal["reason"]))
+            console.print(table)
+    if not content["stream_members"]:
+        console.print("no residual streams: nothing is summed with what passes by")
+    console.print(f"drawn in {content['picture']}", highlight=False)
 
 
 def _against(obstacles: list[dict[str, str]]) -> str:

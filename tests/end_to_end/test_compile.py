@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jsonschema
 import numpy as np
@@ -293,6 +294,39 @@ def test_inspect_shows_what_is_recognised(qcompile, root):
     ]
     text = qcompile("inspect", model).out
     assert "4 heads on 2 of 4, RoPE" in text and "pre-norm" in text
+
+
+def test_inspect_draws_streams(qcompile, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("inspect", root / "tests" / "passes" / "exports" / "llama.dynamo20.onnx", "--streams")
+    content = json.loads(qcompile(*words, "--json").out)
+    [stream] = content["stream_members"]
+    [segment] = stream["segments"]
+    roles = [member["role"] for member in segment["members"]]
+    counts = {name: roles.count(name) for name in ("writer", "sum", "reader")}
+    assert counts == {"writer": 4, "sum": 2, "reader": 3} and segment["obstacles"] == []
+    assert roles[0] == "writer" and roles[-1] == "reader", "in the order of the graph"
+    assert content["picture"] == "llama.dynamo20-streams.svg"
+    drawn = ElementTree.parse(tmp_path / content["picture"]).getroot()
+    tags = [element.tag.split("}")[1] for element in drawn]
+    assert tags.count("circle") == 2 and tags.count("polygon") == 7
+    told = [element.text for element in drawn.iter() if element.tag.endswith("text")]
+    assert "pre-norm, 16 channels" in told
+    text = qcompile(*words).out
+    assert "llama.dynamo20-streams.svg" in text and segment["members"][0]["name"] in text
+
+
+def test_streams_that_are_none_are_drawn_with_the_reason(qcompile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    head = """<ir_version: 10, opset_import: ["": 17]> g (float[2,8] x) => (float[2,8] y)
+    <float[8,8] w = {ONES}>""".replace("ONES", ",".join("1" * 64))
+    for name, body, word in (
+        ("summed", "{ h = MatMul(x, w) t = Exp(h) k = MatMul(t, w) s = Add(k, h) y = MatMul(s, w) }", "Exp reads it"),
+        ("plain", "{ h = MatMul(x, w) t = Exp(h) y = MatMul(t, w) }", "no residual streams"),
+    ):
+        onnx.save(onnx.parser.parse_model(head + body), tmp_path / f"{name}.onnx")
+        assert word in qcompile("inspect", tmp_path / f"{name}.onnx", "--streams").out
+        assert word in (tmp_path / f"{name}-streams.svg").read_text(encoding="utf-8")
 
 
 def test_inspect_says_what_looks_like_attention_but_is_none(qcompile, tmp_path):

@@ -1,0 +1,105 @@
+"""Compile CNNs with one scale for the weights of each operator, with and without smoothing; write docs/equalization.md.
+
+    python benchmarks/equalization.py [--cache DIR]
+
+Needs the extra `models` for what is not in the cache yet. Everything that can be integers is (no cost table), for the
+target `cpu` but for the granularity of its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+from catalog import ROOT, fetch
+
+from qcompile import driver
+from qcompile.calib.output_error import OutputError
+from qcompile.calib.sections import at_scores
+from qcompile.core import numerics, runtime
+from qcompile.core.plan import How, QuantPlan
+from qcompile.decision import calibrate, decide
+from qcompile.equivalence import smooth
+from qcompile.job import Job
+from qcompile.options import NO_COSTS, Options
+from qcompile.pipeline import untracked
+
+PAGE = ROOT / "docs/equalization.md"
+#: One whose convolutions have Relu between them, and one with depthwise convolutions between Clips.
+MODELS = ("open-nsfw", "efficientnet-lite0")
+HEAD = """# Weights with one scale
+
+Written by `python benchmarks/equalization.py`; do not edit. Where a target has one scale for all weights of an
+operator, the noise of what writes a channel counts as well, and the factors of cross-layer equalization (Nagel et al.
+2019) are tried beside those of activations ([smoothing.md](smoothing.md)). SQNR in front of a last Softmax, over all
+evaluation samples; everything that can be integers is.
+
+| model | a scale per channel, dB | one scale, dB | one scale, smoothed, dB | of the gap | folded | left alone |
+|---|---|---|---|---|---|---|
+"""
+REFUSED = """
+## What is left alone in {name}
+
+| channels of | why |
+|---|---|
+"""
+
+
+def compiled(paths: Sequence[Path], per_channel: bool, smoothing: str) -> tuple[ir.Model, ir.Model, QuantPlan]:
+    """Return the canonical model, the quantized one and the plan."""
+    options = Options("cpu", data=str(paths[1]), eval=str(paths[2]), smoothing=smoothing, costs=NO_COSTS)  # type: ignore[arg-type]
+    job = Job.begin(paths[0], options, untracked)
+    job = replace(job, target=replace(job.target, per_channel=per_channel))
+    canonical = driver.canonicalize(job)
+    smoothed, factors = smooth(job, canonical)
+    plan = decide(smoothed, replace(calibrate(job, smoothed), smoothing=factors), job.target, options)
+    return canonical, driver.quantize(job, smoothed, plan), plan
+
+
+def sqnr(model: ir.Model, quantized: ir.Model, data: Path) -> float:
+    """Return the SQNR of a quantized model's scores in dB: the mean over samples."""
+    from qcompile.calib.data import input_specs, open_data
+
+    before, after = (runtime.Session(at_scores(each), integer_kernels=False) for each in (model, quantized))
+    error = OutputError()
+    for feeds in open_data(str(data), input_specs(model)):
+        found = list(after.run(feeds).values())
+        expected = before.run(feeds)
+        error.add(expected, dict(zip(expected, found, strict=True)))
+    return numerics.decibel(1.0, error.value)
+
+
+def row(name: str, paths: Sequence[Path]) -> tuple[str, str]:
+    """Compile one model in three ways; return its row of the table, and why channels were left alone."""
+    found = []
+    for per_channel, smoothing in ((True, "none"), (False, "none"), (False, "auto")):
+        canonical, quantized, plan = compiled(paths, per_channel, smoothing)
+        found.append(sqnr(canonical, quantized, paths[2]))
+    every, one, smoothed = found
+    hows = Counter(chosen.how for chosen in plan.smoothing.values())
+    gap = f"{(smoothed - one) / (every - one):.0%}"
+    cells = [name, *(f"{number:.1f}" for number in found), gap, str(hows[How.FOLD]), str(hows[How.NONE])]
+    reasons = [f"| {tensor} | {chosen.reason} |" for tensor, chosen in plan.smoothing.items() if chosen.how is How.NONE]
+    return f"| {' | '.join(cells)} |", REFUSED.format(name=name) + "\n".join(reasons) + "\n"
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description="Compile with one scale for weights; write docs/equalization.md.")
+    parser.add_argument("--cache", type=Path, help="folder of the fetched models")
+    options = parser.parse_args()
+    rows, sections = [], []
+    for name in MODELS:
+        cells, section = row(name, fetch(name, options.cache))
+        print(cells, flush=True)
+        rows.append(cells)
+        sections.append(section)
+    PAGE.write_text(HEAD + "\n".join(rows) + "\n" + "".join(sections), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
