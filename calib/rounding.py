@@ -14,7 +14,7 @@ independent, is a diagonal of Δ²/12 in H, which damps besides.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,8 @@ FloatArray = npt.NDArray[np.float64]
 
 #: Rows of each operator's input that second moments are taken over, at most.
 ROWS = 4096
+#: Rows that are multiplied at once.
+AT_ONCE = 512
 #: Added to the diagonal of H, in parts of its mean: what few samples tell of small directions is chance.
 DAMPING = 0.1
 #: Rows of weights whose errors are passed on at once to those behind them.
@@ -167,25 +169,48 @@ def second_moments(
     most = min(SAMPLES, WORK / Cost.of(model, first).total)
     samples = spread(data, sum(array.nbytes for array in first.values()), most)
     for batch in _batches(operators):
-        sums = [np.zeros((one.groups, one.depth, one.depth)) for one in batch]
+        sums = [_Products(np.zeros((one.groups, one.depth, one.depth))) for one in batch]
         asked = dict.fromkeys(name for one in batch for name in (one.reads, one.writes))
         session = runtime.Session(runtime.with_outputs(model, list(asked)))
         for feeds in track(samples, len(samples), "weighing inputs"):
             values = {**feeds, **session.run(feeds)}
             for one, total in zip(batch, sums, strict=True):
-                mean = _moments(one, values[one.reads], values[one.writes], -(-ROWS // len(samples)))
-                total += mean / len(samples)
-        yield from zip(batch, sums, strict=True)
+                total.add(_rows(one, values[one.reads], values[one.writes], -(-ROWS // len(samples))))
+        yield from ((one, total.mean(len(samples))) for one, total in zip(batch, sums, strict=True))
 
 
-def _moments(
-    operator: Operator, read: npt.NDArray[np.float32], written: npt.NDArray[np.float32], most: int
-) -> FloatArray:
-    """Return the weighted mean of the rows' products in one sample, over at most so many of its positions."""
+@dataclass
+class _Products:
+    """Sums of products of rows; many rows are multiplied at once, which takes a quarter of the time."""
+
+    total: FloatArray
+    pending: list[FloatArray] = field(default_factory=list)
+
+    def add(self, rows: FloatArray) -> None:
+        """Add the products of some rows, `[groups, rows, depth]`."""
+        self.pending.append(rows)
+        if sum(part.shape[1] for part in self.pending) >= AT_ONCE:
+            self._multiply()
+
+    def mean(self, samples: int) -> FloatArray:
+        """Return the mean over so many samples of what was added."""
+        if self.pending:
+            self._multiply()
+        return self.total / samples
+
+    def _multiply(self) -> None:
+        rows = np.concatenate(self.pending, axis=1)
+        self.total += rows.transpose(0, 2, 1) @ rows
+        self.pending.clear()
+
+
+def _rows(operator: Operator, read: npt.NDArray[np.float32], written: npt.NDArray[np.float32], most: int) -> FloatArray:
+    """Return the rows at so many positions of one sample at most, weighted so that their products sum to the mean."""
     weights = position_weights(written, 1 if operator.node.op_type == "Conv" else -1).reshape(-1)
     chosen = np.unique(np.linspace(0, weights.size - 1, min(most, weights.size)).round().astype(np.int64))
-    rows = operator.rows(read, written.shape, chosen) * np.sqrt(weights[chosen] / weights[chosen].sum())[:, None]
-    return np.asarray(rows.transpose(0, 2, 1) @ rows)
+    return np.asarray(
+        operator.rows(read, written.shape, chosen) * np.sqrt(weights[chosen] / weights[chosen].sum())[:, None]
+    )
 
 
 def _batches(operators: Sequence[Operator]) -> Iterator[list[Operator]]:
@@ -244,7 +269,7 @@ def gptq(weights: FloatArray, step: FloatArray, moments: FloatArray, dtype: str)
     order = np.argsort(-diagonal, kind="stable")
     damping = DAMPING * diagonal.mean() + float(np.finfo(np.float32).tiny)
     damped = moments[np.ix_(order, order)] + damping * np.eye(len(order))
-    upper = scipy.linalg.cholesky(scipy.linalg.inv(damped, check_finite=False), check_finite=False)
+    upper = _factor_of_inverse(damped)
     left, codes = weights[order] / step, np.empty_like(weights)
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
@@ -257,3 +282,13 @@ def gptq(weights: FloatArray, step: FloatArray, moments: FloatArray, dtype: str)
     found = np.empty_like(codes)
     found[order] = codes
     return found
+
+
+def _factor_of_inverse(matrix: FloatArray) -> FloatArray:
+    """Return the upper U of H⁻¹ = Uᵀ U for a positive definite H.
+
+    Of H = R Rᵀ with an upper R, which Cholesky's algorithm gives from the last row and column on, U is the inverse.
+    """
+    lower = scipy.linalg.cholesky(matrix[::-1, ::-1], lower=True, check_finite=False)
+    inverse, _ = scipy.linalg.lapack.dtrtri(lower[::-1, ::-1])
+    return np.asarray(inverse)
