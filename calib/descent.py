@@ -6,14 +6,14 @@ alone, and the weights, tell what any choice does together, on every sample.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.calib.observers import Observer, Ranging
+from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import EXACT, OutputError
 
 #: By what part a change must lessen the error: less may be the sum's own rounding.
@@ -28,13 +28,13 @@ class Tried:
 
     Parameters
     ----------
-    alone : mapping of str to mapping of Ranging to OutputError
+    alone : mapping of str to mapping of Observer to OutputError
         By value name: what each observer of that tensor alone does.
     weights : OutputError
         What the rounded weights do, without any tensor quantized.
     """
 
-    alone: Mapping[str, Mapping[Ranging, OutputError]]
+    alone: Mapping[str, Mapping[Observer, OutputError]]
     weights: OutputError
 
     def __add__(self, other: Tried) -> Tried:
@@ -43,14 +43,8 @@ class Tried:
                  for name, errors in self.alone.items()}  # fmt: skip
         return Tried(alone, self.weights + other.weights)
 
-    def among(self, observers: Collection[Ranging]) -> Tried:
-        """Return what was found by these observers."""
-        alone = {name: {observer: error for observer, error in errors.items() if observer in observers}
-                 for name, errors in self.alone.items()}  # fmt: skip
-        return Tried(alone, self.weights)
 
-
-def descend(start: Observer, tried: Tried, dynamic: Mapping[str, float] = MappingProxyType({})) -> dict[str, Ranging]:
+def descend(start: Observer, tried: Tried, dynamic: Mapping[str, float] = MappingProxyType({})) -> dict[str, Observer]:
     """Return each tensor's observer: from `start` for all of them, one change after another, the best one first.
 
     The last change is followed by none that lessens the outputs' error (`OutputError.value`) with all tensors
@@ -65,12 +59,11 @@ def descend(start: Observer, tried: Tried, dynamic: Mapping[str, float] = Mappin
     dynamic : mapping of str to float
         By value name, what must be gained by a range that is taken when the model runs; others have none.
     """
-    chosen: dict[str, Ranging] = dict.fromkeys(tried.alone, start)
+    chosen = dict.fromkeys(tried.alone, start)
     shape = len(tried.weights.noise), tried.weights.samples
     weights = _relative(tried.weights, shape)
     noise = {name: {observer: _relative(error, shape) for observer, error in errors.items()}
              for name, errors in tried.alone.items()}  # fmt: skip
-    prices: dict[str, dict[Ranging, float]]
     prices = {name: dict.fromkeys(others, 0.0) | {Observer.DYNAMIC: dynamic.get(name, np.inf)}
               for name, others in noise.items()}  # fmt: skip
     while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -18,8 +18,8 @@ from qcompile.core import numerics
 BINS = 2048
 #: Where each channel has one of its own, a bin is a code or finer.
 CHANNEL_BINS = 512
-#: Share of the values that the percentile observer keeps inside the range, and that of its variant.
-PERCENTILE, FEWER = 0.9999, 0.999
+#: Share of the values that the percentile observer keeps inside the range.
+PERCENTILE = 0.9999
 
 
 class Observer(StrEnum):
@@ -31,33 +31,6 @@ class Observer(StrEnum):
     PERCENTILE = "percentile"
     ENTROPY = "entropy"
     MSE = "mse"
-
-
-class Variant(StrEnum):
-    """Ranges beside those of the observers, for single tensors to choose among: none serves a model as a whole."""
-
-    MSE_070 = "mse x 0.7"
-    MSE_080 = "mse x 0.8"
-    MSE_090 = "mse x 0.9"
-    MSE_110 = "mse x 1.1"
-    MSE_125 = "mse x 1.25"
-    MSE_150 = "mse x 1.5"
-    PERCENTILE_999 = "percentile 99.9"
-
-
-#: How a range is chosen, for all tensors or for one.
-Ranging = Observer | Variant
-
-
-def ranging(name: str) -> Ranging:
-    """Return what goes by a name.
-
-    Raises
-    ------
-    ValueError
-        If nothing does.
-    """
-    return Variant(name) if name in set(Variant) else Observer(name)
 
 
 @dataclass
@@ -154,35 +127,25 @@ class Histogram:
         return int(np.floor(value / 2.0**exponent))
 
 
-def value_range(histogram: Histogram, observer: Ranging, dtype: str) -> tuple[float, float]:
+def value_range(histogram: Histogram, observer: Observer, dtype: str) -> tuple[float, float]:
     """Return the range [low, high] that is mapped onto the codes; values outside of it saturate.
 
     Parameters
     ----------
     histogram : Histogram
-    observer : Observer or Variant
+    observer : Observer
         ``minmax`` takes all that was seen, as does ``dynamic`` where a range cannot be taken when the model runs.
         ``moving-average`` takes the mean of each sample's extremes (the moving average of Jacob et al. 2018, section
         3.1, with equal weights, so that the order of the samples means nothing). ``percentile`` leaves out the
         outermost 0.01 %. ``entropy`` takes the range whose codes tell most of the distribution (least Kullback-Leibler
         divergence; Migacz 2017, "8-bit inference with TensorRT"). ``mse`` takes the one with the least expected squared
-        error. A variant takes that range times its factor, as far as something was seen there, or leaves out the
-        outermost 0.1 %.
+        error.
     dtype : str
         The integer type that the codes will have.
     """
-    return value_ranges(histogram, [observer], dtype)[observer]
-
-
-def value_ranges(histogram: Histogram, observers: Iterable[Ranging], dtype: str) -> dict[Ranging, tuple[float, float]]:
-    """Return each one's `value_range`; the range of least error is looked for but once."""
-    asked = list(observers)
     if not histogram.counts.size:
-        return dict.fromkeys(asked, (0.0, 0.0))
-    bases = dict.fromkeys(Observer.MSE if observer in _FACTORS else observer for observer in asked)
-    found = {base: _CHOICES[base](histogram, dtype) for base in bases}
-    return {observer: _times(found[Observer.MSE], _FACTORS[observer], histogram) if observer in _FACTORS
-            else found[observer] for observer in asked}  # fmt: skip
+        return 0.0, 0.0
+    return _CHOICES[observer](histogram, dtype)
 
 
 def expected_error(histogram: Histogram, low: float, high: float, dtype: str) -> float:
@@ -200,10 +163,10 @@ def _moving_average(histogram: Histogram, dtype: str) -> tuple[float, float]:
     return histogram.mean_low, histogram.mean_high
 
 
-def _percentile(histogram: Histogram, dtype: str, kept: float = PERCENTILE) -> tuple[float, float]:
-    """Cut (1 - kept) / 2 of the values off each end, to the bin's outer edge."""
+def _percentile(histogram: Histogram, dtype: str) -> tuple[float, float]:
+    """Cut (1 - p) / 2 of the values off each end, to the bin's outer edge."""
     cumulative = np.cumsum(histogram.counts)
-    outside = (1.0 - kept) / 2.0 * float(cumulative[-1])
+    outside = (1.0 - PERCENTILE) / 2.0 * float(cumulative[-1])
     first = int(np.searchsorted(cumulative, outside, side="right"))
     last = int(np.searchsorted(cumulative, float(cumulative[-1]) - outside, side="left"))
     low = (histogram.start + first) * histogram.width
@@ -217,12 +180,6 @@ def _entropy(histogram: Histogram, dtype: str) -> tuple[float, float]:
 
 def _mse(histogram: Histogram, dtype: str) -> tuple[float, float]:
     return _search(histogram, partial(expected_error, dtype=dtype))
-
-
-def _times(bounds: tuple[float, float], factor: float, histogram: Histogram) -> tuple[float, float]:
-    """Scale a range, inside what was seen and zero."""
-    low, high = bounds
-    return max(low * factor, min(histogram.low, 0.0)), min(high * factor, max(histogram.high, 0.0))
 
 
 def _search(histogram: Histogram, loss: Callable[[Histogram, float, float], float]) -> tuple[float, float]:
@@ -285,20 +242,11 @@ def _without_zeros(histogram: Histogram) -> npt.NDArray[np.float64]:
     return counts
 
 
-_CHOICES: dict[Ranging, Callable[[Histogram, str], tuple[float, float]]] = {
+_CHOICES: dict[Observer, Callable[[Histogram, str], tuple[float, float]]] = {
     Observer.MINMAX: _minmax,
     Observer.DYNAMIC: _minmax,
     Observer.MOVING_AVERAGE: _moving_average,
     Observer.PERCENTILE: _percentile,
     Observer.ENTROPY: _entropy,
     Observer.MSE: _mse,
-    Variant.PERCENTILE_999: partial(_percentile, kept=FEWER),
-}
-_FACTORS: dict[Ranging, float] = {
-    Variant.MSE_070: 0.7,
-    Variant.MSE_080: 0.8,
-    Variant.MSE_090: 0.9,
-    Variant.MSE_110: 1.1,
-    Variant.MSE_125: 1.25,
-    Variant.MSE_150: 1.5,
 }

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.descent import Tried, descend
-from qcompile.calib.observers import Observer, Ranging, Variant, ranging
+from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.trials import Parameters, Part, Quantizations, Trials, quantizations
@@ -26,7 +26,7 @@ from qcompile.calib.work import Cost
 from qcompile.core import runtime
 from qcompile.core.contract import Track
 
-Alone = Mapping[str, Mapping[Ranging, OutputError]]
+Alone = Mapping[str, Mapping[Observer, OutputError]]
 
 #: Samples that stand for all where nothing is chosen by them, at most; samples of each half that choices are tried on,
 #: and those that ranges are measured on.
@@ -40,8 +40,8 @@ RUNS, REPEATS = 256, 4
 ALONE, TOGETHER = 5e11, 6e11
 #: A choice gives way to another that is better by more standard errors than this.
 SURE = 2.0
-#: With fewer samples than these, tensors are not tried one by one, and variants not among what is tried.
-FEWEST, ENOUGH = 8, 16
+#: With fewer samples than this, tensors are not tried one by one.
+FEWEST = 8
 #: Bytes of arrays that are held over all samples; where they would be more, there are fewer samples.
 MEMORY = 512 << 20
 
@@ -52,20 +52,20 @@ class Choice:
 
     Parameters
     ----------
-    observers : mapping of str to Observer or Variant
+    observers : mapping of str to Observer
         By value name, in the order of the statistics.
     alone : mapping of str to float
         Noise over signal at the outputs when only that tensor is quantized, by its best observer. Empty where tensors
         were not tried one by one.
     together : mapping of str to float
         Noise over signal at the outputs with all tensors quantized, on samples that the ranges were not measured on: by
-        an observer's name, which then serves all tensors, and `OWN`, `ANY` or `DYNAMIC`.
+        an observer's name, which then serves all tensors, and `OWN` or `DYNAMIC`.
     noise : float
         Noise over signal at the outputs with all tensors quantized as chosen, as a ratio of sums over samples, which is
         what the report's SQNR is. `alone` is one too.
     """
 
-    observers: Mapping[str, Ranging]
+    observers: Mapping[str, Observer]
     alone: Mapping[str, float] = field(default_factory=dict)
     together: Mapping[str, float] = field(default_factory=dict)
     noise: float = 0.0
@@ -78,13 +78,13 @@ class Choice:
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> Self:
         """Read what `dataclasses.asdict` made of one, after a way through JSON."""
-        observers = {name: ranging(o) for name, o in entries["observers"].items()}
+        observers = {name: Observer(o) for name, o in entries["observers"].items()}
         return cls(observers, dict(entries["alone"]), dict(entries["together"]), float(entries["noise"]))
 
 
 #: The choices that give each tensor an observer of its own where the outputs gain by it: among those that measure a
-#: range, which is what others must be surely better than, among these and their variants, and among all.
-OWN, ANY, DYNAMIC = "each its own", "each its own, or a variant", "each its own, or dynamic"
+#: range, which is the choice that others must be surely better than, and among all.
+OWN, DYNAMIC = "each its own", "each its own, or dynamic"
 
 
 def choose_observers(
@@ -108,8 +108,7 @@ def choose_observers(
 
     What each observer of a tensor does is found with that tensor alone quantized: the part of the graph before it runs
     once per sample, the part behind it once per sample and distinct range. From the last observer for all tensors,
-    `descend` then changes one after another where the outputs gain by it: among the observers, and, for a choice that
-    has to prove itself, among the variants too.
+    `descend` then changes one after another where the outputs gain by it.
 
     Memory holds the samples, the float outputs and one sample's values per thread. The number of samples follows from
     the model's work, so that the time is bounded whatever its size.
@@ -144,15 +143,16 @@ def choose_observers(
     if not candidates or not cuttable(model):
         return Choice(dict.fromkeys(candidates, among[-1]))
     first = next(iter(data))
-    scores, rounded_scores = (typed(at_scores(part), first) for part in (model, rounded))
-    trials = Trials(scores, rounded_scores, list(candidates), dtype, readers, first, dynamic)
-    offered: tuple[Ranging, ...] = tuple(among)
-    if len(among) > 1 and len(data) >= ENOUGH:
-        every = {name: quantizations(seen, [*among, *Variant], dtype, name in dynamic)
-                 for name, seen in statistics.histograms.items()}  # fmt: skip
-        if trials.work_alone(every) * ENOUGH <= ALONE:
-            candidates, offered = every, (*among, *Variant)
-    search = _Search(trials, candidates, data, among, offered, track, threads)
+    trials = Trials(
+        typed(at_scores(model), first),
+        typed(at_scores(rounded), first),
+        list(candidates),
+        dtype,
+        readers,
+        first,
+        dynamic,
+    )
+    search = _Search(trials, candidates, data, among, track, threads)
     if len(among) == 1:
         alone_by_it = _spoilt(search.alone_by(among[0]))
         together = {among[0].value: 0.0}  # it is compared with nothing: what the tensors do alone is all that is known
@@ -229,7 +229,6 @@ class _Search:
     candidates: Mapping[str, Quantizations]
     data: Dataset
     among: Sequence[Observer]
-    offered: Sequence[Ranging]
     track: Track[Any]
     threads: int
 
@@ -242,7 +241,7 @@ class _Search:
         for measured, held_out in ((even := range(0, count, 2), odd := range(1, count, 2)), (odd, even)):
             chosen = _evenly(measured, min(MEASURED, TOGETHER / self.trials.work / 2))
             seen = collect(model, list(self.candidates), _subset(self.data, chosen), self.track)
-            ranges = {name: quantizations(histogram, self.offered, self.trials.dtype, name in self.trials.dynamic)
+            ranges = {name: quantizations(histogram, self.among, self.trials.dtype, name in self.trials.dynamic)
                       for name, histogram in seen.histograms.items()}  # fmt: skip
             found.append(_Half(measured, held_out, ranges))
         return found
@@ -255,31 +254,23 @@ class _Search:
 
     def alone_by(self, observer: Observer) -> Alone:
         """Try what one observer makes of each tensor, unless that is too much work."""
-        candidates: dict[str, Quantizations] = {
-            name: {observer: found[observer]} for name, found in self.candidates.items()
-        }
+        candidates = {name: {observer: found[observer]} for name, found in self.candidates.items()}
         if self.trials.work_alone(candidates) > ALONE:
             return {}
         parts = self._parts([(candidates, range(len(self.data)))])
         return self.trials.alone(parts, self.track, self.threads)[0]
 
     def _parts(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Part]:
-        """Return the samples of each part that its candidates can be tried on within `ALONE`.
-
-        Variants cost samples but no repeats, without which the others would be chosen by chance.
-        """
+        """Return the samples of each part that its candidates can be tried on within `ALONE`."""
         found = []
         for candidates, among in parts:
             runs = ALONE / self.trials.work_alone(candidates) / len(parts)
             samples = spread(self.data, self.trials.sample_bytes * len(parts), min(TRIED, runs), among)
-            plain = {name: {o: found for o, found in each.items() if o in set(Observer)}
-                     for name, each in candidates.items()}  # fmt: skip
-            often = ALONE / self.trials.work_alone(plain) / len(parts)
-            found.append(Part(candidates, samples, _repeats(samples, often)))
+            found.append(Part(candidates, samples, _repeats(samples, runs)))
         return found
 
     def compare(
-        self, halves: Sequence[_Half], own: Sequence[Mapping[str, Mapping[str, Ranging]]]
+        self, halves: Sequence[_Half], own: Sequence[Mapping[str, Mapping[str, Observer]]]
     ) -> dict[str, OutputError]:
         """Return the error of each observer for all tensors, and of each half's own, on what is held out."""
         found: dict[str, OutputError] = {}
@@ -287,7 +278,7 @@ class _Search:
         count = len(for_all) + max(map(len, own), default=0)
         runs = TOGETHER / self.trials.work / count / len(halves)
         for index, half in enumerate(halves):
-            choices: dict[str, Mapping[str, Ranging]]
+            choices: dict[str, Mapping[str, Observer]]
             choices = {observer.value: dict.fromkeys(half.candidates, observer) for observer in for_all}
             choices |= own[index] if own else {}
             parameters = {name: _parameters(half.candidates, choice) for name, choice in choices.items()}
@@ -300,22 +291,18 @@ class _Search:
 def _decide(errors: Mapping[str, OutputError]) -> str:
     """Return the choice for all tensors: each its own, where that was tried, or else the last observer.
 
-    It gives way to the choice of least error that is better by more than `SURE` standard errors of the paired
-    difference. One with dynamic ranges has to be so much better than any of measured ones.
+    It gives way to the observer of least error that is better by more than `SURE` standard errors of the paired
+    difference.
     """
     *_, last = errors
-    if ANY in errors and surely_less(errors[ANY], errors[last], SURE):
-        last = ANY
     best = min(errors, key=lambda name: errors[name].value)
     return best if surely_less(errors[best], errors[last], SURE) else last
 
 
-def _own(tried: Tried, start: Observer, dynamic: Mapping[str, float]) -> dict[str, dict[str, Ranging]]:
+def _own(tried: Tried, start: Observer, dynamic: Mapping[str, float]) -> dict[str, dict[str, Observer]]:
     """Return what tensors choose for themselves, that among the observers which measure a range last."""
     found = {DYNAMIC: descend(start, tried, dynamic)} if dynamic else {}
-    if any(variant in errors for errors in tried.alone.values() for variant in Variant):
-        found[ANY] = descend(start, tried)
-    return found | {OWN: descend(start, tried.among(set(Observer)))}
+    return found | {OWN: descend(start, tried)}
 
 
 def _repeats(samples: Sequence[Sample], runs: float) -> int:
@@ -326,7 +313,7 @@ def _spoilt(alone: Alone) -> dict[str, float]:
     return {name: min(error.total for error in errors.values()) for name, errors in alone.items()}
 
 
-def _parameters(candidates: Mapping[str, Quantizations], choice: Mapping[str, Ranging]) -> dict[str, Parameters]:
+def _parameters(candidates: Mapping[str, Quantizations], choice: Mapping[str, Observer]) -> dict[str, Parameters]:
     return {name: candidates[name][observer] for name, observer in choice.items()}
 
 

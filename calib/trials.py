@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calib.data import Sample
-from qcompile.calib.observers import Histogram, Observer, Ranging, value_ranges
+from qcompile.calib.observers import Histogram, Observer, value_range
 from qcompile.calib.output_error import OutputError
 from qcompile.calib.sections import Section, live_values, section
 from qcompile.calib.work import Cost
@@ -31,26 +31,27 @@ SPREAD = 0.02
 #: Scale and zero point of a tensor, each of shape (). A scale of 0 stands for the range of each run's own values.
 Parameters = tuple[npt.NDArray[np.float32], numerics.IntArray]
 #: What each observer makes of a tensor.
-Quantizations = Mapping[Ranging, Parameters]
+Quantizations = Mapping[Observer, Parameters]
 
 
 def quantizations(
-    histogram: Histogram, observers: Iterable[Ranging], dtype: str, dynamic: bool = False
-) -> dict[Ranging, Parameters]:
+    histogram: Histogram, observers: Iterable[Observer], dtype: str, dynamic: bool = False
+) -> dict[Observer, Parameters]:
     """Return scale and zero point by each observer; those of a dynamic one only where the tensor may have it."""
-    found: dict[Ranging, Parameters] = {}
-    for observer, (low, high) in value_ranges(histogram, observers, dtype).items():
+    found: dict[Observer, Parameters] = {}
+    for observer in observers:
         if dynamic and observer is Observer.DYNAMIC:
             found[observer] = np.zeros((), np.float32), np.zeros((), dtype)
             continue
+        low, high = value_range(histogram, observer, dtype)
         scale, zero_point = numerics.affine_scale(np.array(low), np.array(high), dtype)
         found[observer] = np.asarray(scale, np.float32), np.asarray(zero_point, dtype)
     return found
 
 
-def distinct(candidates: Quantizations) -> dict[Ranging, list[Ranging]]:
+def distinct(candidates: Quantizations) -> dict[Observer, list[Observer]]:
     """Group the observers that propose the same: each first one with all that agree with it."""
-    groups: dict[tuple[float, int], list[Ranging]] = {}
+    groups: dict[tuple[float, int], list[Observer]] = {}
     for observer, (scale, zero_point) in candidates.items():
         groups.setdefault((float(scale), int(zero_point)), []).append(observer)
     return {group[0]: group for group in groups.values()}
@@ -151,9 +152,9 @@ class Trials:
     def alone(
         self,
         parts: Sequence[Part],
-        track: Track[tuple[str, list[dict[Ranging, OutputError]]]],
+        track: Track[tuple[str, list[dict[Observer, OutputError]]]],
         threads: int,
-    ) -> list[dict[str, dict[Ranging, OutputError]]]:
+    ) -> list[dict[str, dict[Observer, OutputError]]]:
         """Quantize one tensor at a time; return, for each part of the samples, the error by tensor and observer.
 
         The part of the graph before the tensor runs once per sample, the part behind it once per sample, distinct
@@ -182,7 +183,7 @@ class Trials:
         parts: Sequence[Part],
         outputs: Sequence[Sequence[runtime.Outputs]],
         name: str,
-    ) -> list[dict[Ranging, OutputError]]:
+    ) -> list[dict[Observer, OutputError]]:
         model, cuts = self._quantized(self.model, [name])
         before, behind = _split(model, cuts[name])
         found = []

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.collect import Statistics
-from qcompile.calib.observers import Observer, Ranging, value_range
+from qcompile.calib.observers import Observer, value_range
 from qcompile.core import numerics
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import Target
@@ -26,7 +26,7 @@ def allocate_bits(
     placement: Placement,
     statistics: Statistics,
     target: Target,
-    observers: Mapping[str, Ranging],
+    observers: Mapping[str, Observer],
 ) -> QuantPlan:
     """Turn a placement and measurements into the plan.
 
@@ -38,7 +38,7 @@ def allocate_bits(
     statistics : Statistics
         Has every value of ``placement.activations``.
     target : Target
-    observers : mapping of str to Observer or Variant
+    observers : mapping of str to Observer
         How the range of each value of ``placement.activations`` is chosen. A dynamic one needs no statistics where the
         placement allows it.
     """

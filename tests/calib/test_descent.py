@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qcompile.calib.descent import Tried, descend
-from qcompile.calib.observers import Observer, Variant
+from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import OutputError
 
 MINMAX, MSE = Observer.MINMAX, Observer.MSE
@@ -77,11 +77,3 @@ def test_what_was_found_on_two_parts_is_joined() -> None:
     both = one + other
     assert both.alone["h"][MSE].noise["y"] == pytest.approx([1e-2, 1e-4])
     assert both.weights.noise["y"] == pytest.approx([1e-3, 1e-5])
-
-
-def test_a_descent_can_be_held_to_some_observers() -> None:
-    best = {MSE: error_of(1e-3), MINMAX: error_of(1e-4), Variant.MSE_080: error_of(1e-5)}
-    tried = Tried({"h": best}, error_of(1e-6))
-    assert descend(MSE, tried) == {"h": Variant.MSE_080}
-    assert descend(MSE, tried.among({MSE, MINMAX})) == {"h": MINMAX}
-    assert tried.among({MSE}).weights == tried.weights

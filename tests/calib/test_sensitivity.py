@@ -12,10 +12,10 @@ import pytest
 from qcompile.calib import sensitivity
 from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, input_specs
-from qcompile.calib.observers import Observer, Variant
-from qcompile.calib.output_error import OutputError
+from qcompile.calib.observers import Observer
+from qcompile.calib.output_error import QUIET, OutputError, gain
 from qcompile.calib.sections import Section, at_scores, live_values, typed
-from qcompile.calib.sensitivity import ANY, DYNAMIC, OWN, Choice, choose_observers, spread, weights_alone
+from qcompile.calib.sensitivity import DYNAMIC, OWN, Choice, choose_observers, spread, weights_alone
 from qcompile.calib.trials import Trials
 from qcompile.core import runtime
 
@@ -183,35 +183,6 @@ def test_ranges_are_judged_on_samples_that_they_were_not_measured_on() -> None:
     assert alike.together["minmax"] < 1e-3 < 0.05 < weigh(model, ["h"], samples).together["minmax"]
 
 
-def heavy_tailed() -> list[dict[str, np.ndarray]]:
-    generator = np.random.default_rng(0)
-    return [{"x": generator.laplace(size=(1, 4000)).astype(np.float32)} for _ in range(sensitivity.ENOUGH)]
-
-
-LOSES_TAILS = f"f (float[1,4000] x) => (float[1,4000] y) {CONSTANTS} {{ h = Identity(x) {IGNORES_OUTLIERS} }}"
-
-
-def test_a_variant_serves_a_tensor_whose_tails_nothing_hangs_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, samples = parse(LOSES_TAILS), heavy_tailed()
-    choice = weigh(model, ["h"], samples)
-    assert choice.observers["h"] in set(Variant)
-    assert choice.together[ANY] < choice.together[OWN]
-    assert Choice.from_json(json.loads(json.dumps(asdict(choice)))) == choice
-    monkeypatch.setattr(sensitivity, "ENOUGH", len(samples) + 1)
-    few = weigh(model, ["h"], samples)
-    assert few.observers["h"] in set(Observer) and ANY not in few.together
-
-
-def test_variants_are_left_out_where_they_would_take_too_much_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, samples = parse(LOSES_TAILS), heavy_tailed()
-    work: list[int] = []
-    count = Trials.work_alone
-    monkeypatch.setattr(Trials, "work_alone", lambda *a: work.append(count(*a)) or work[-1])
-    assert ANY in weigh(model, ["h"], samples).together
-    monkeypatch.setattr(sensitivity, "ALONE", work[0] * sensitivity.ENOUGH - 1)
-    assert ANY not in (found := weigh(model, ["h"], samples)).together and found.observers["h"] in set(Observer)
-
-
 def test_of_a_single_sample_one_observer_serves_all() -> None:
     model = parse(
         f"f (float[1,20000] x) => (float[1,20000] y) {CONSTANTS} {{ g = Mul(x, x) h = Sqrt(g) {IGNORES_OUTLIERS} }}"
@@ -239,15 +210,6 @@ def error_of(*noise: float) -> OutputError:
 def test_each_its_own_gives_way_to_what_is_better_by_more_than_chance(own: tuple[float, ...], best: str) -> None:
     errors = {"mse": error_of(1e-3, 1e-3, 1e-3, 1e-3), "entropy": error_of(1.0, 1.0, 1.0, 1.0), OWN: error_of(*own)}
     assert sensitivity._decide(errors) == best
-
-
-def test_variants_have_to_be_surely_better_than_observers_and_dynamic_ranges_than_both() -> None:
-    own, better, best = (error_of(*(part * power for power in (1e-3, 2e-3, 1e-3, 2e-3))) for part in (1.0, 0.9, 0.8))
-    lucky = error_of(2e-3, 1e-3, 2e-3, 1e-6)
-    assert sensitivity._decide({"mse": own, ANY: better, OWN: own}) == ANY
-    assert sensitivity._decide({"mse": own, ANY: lucky, OWN: own}) == OWN
-    assert sensitivity._decide({"mse": own, DYNAMIC: best, ANY: better, OWN: own}) == DYNAMIC
-    assert sensitivity._decide({"mse": own, DYNAMIC: better, ANY: better, OWN: own}) == ANY
 
 
 def test_mse_gives_way_to_an_observer_that_is_surely_better() -> None:
@@ -291,6 +253,66 @@ def test_the_model_is_left_as_it_is() -> None:
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     choose(model, ["x", "h", "y"], with_outliers())
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_output_error_sums_outputs_each_relative_to_its_signal() -> None:
+    error = OutputError()
+    error.add({"a": np.array([3.0, 4.0]), "b": np.array([100.0])}, {"a": np.array([3.0, 5.0]), "b": np.array([90.0])})
+    assert error.value == pytest.approx(1 / 25 + 100 / 10000, rel=2 * QUIET)
+
+
+def test_output_error_lets_each_sample_count_alike() -> None:
+    error = OutputError()
+    for noise in (1e-4, 1e-4, 1e2):
+        error.add({"y": np.array([1.0, -1.0])}, {"y": np.array([1.0 + noise**0.5, -1.0 - noise**0.5])})
+    assert error.value == pytest.approx(1e-2, rel=0.01)
+    assert error.total == pytest.approx((1e-4 + 1e-4 + 1e2) / 3, rel=0.01)
+
+
+def test_output_error_in_decibels_is_the_mean_of_what_each_sample_says() -> None:
+    error = error_of(1e-4, 1e-3, 1e-2)
+    assert error.decibels == pytest.approx([40.0, 30.0, 20.0], abs=0.02)
+    two = OutputError()
+    for noise in (1e-4, 1e-2):
+        two.add({"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2) + noise**0.5, "b": np.ones(2) + 0.01})
+    assert two.decibels.mean() == pytest.approx(-10 * np.log10(two.value))
+    assert two.decibels[0] > two.decibels[1]
+
+
+def test_the_gain_between_errors_is_paired_by_sample() -> None:
+    better, uncertain = gain(error_of(1e-5, 1e-3, 1e-1), error_of(2e-5, 2e-3, 2e-1))
+    assert better == pytest.approx(10 * np.log10(2), abs=0.01) and uncertain < 0.01
+    better, uncertain = gain(error_of(1e-5, 1e-3, 1e-1), error_of(2e-1, 2e-3, 2e-5))
+    assert better == pytest.approx(10 * np.log10(2), abs=0.1) and uncertain > 10
+    assert gain(error_of(1e-3), error_of(1e-2))[1] == np.inf
+
+
+def test_an_output_error_over_both_samples() -> None:
+    joined = error_of(1e-4) + error_of(1e-2)
+    assert joined.value == pytest.approx(error_of(1e-4, 1e-2).value)
+    assert joined.noise["y"] == pytest.approx([1e-4, 1e-2])
+
+
+def test_output_error_judges_a_silent_sample_by_the_others() -> None:
+    error = OutputError()
+    error.add({"y": np.array([0.0, 0.0])}, {"y": np.array([0.0, 0.001])})
+    error.add({"y": np.array([1.0, 1.0])}, {"y": np.array([1.0, 1.001])})
+    assert 0 < error.value < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "value"),
+    [
+        ([1.0, -np.inf], [1.0, -np.inf], 0.0),
+        ([1.0, 2.0], [1.0, np.nan], np.inf),
+        ([0.0, 0.0], [0.0, 0.1], np.inf),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+    ],
+)
+def test_output_error_at_the_edges(reference: list[float], candidate: list[float], value: float) -> None:
+    error = OutputError()
+    error.add({"y": np.array(reference)}, {"y": np.array(candidate)})
+    assert error.value == error.total == value
 
 
 def test_live_values_are_what_later_nodes_read_subgraphs_included() -> None:
