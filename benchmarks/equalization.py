@@ -36,7 +36,7 @@ HEAD = """# Weights with one scale
 Written by `python benchmarks/equalization.py`; do not edit. Where a target has one scale for all weights of an
 operator, the noise of what writes a channel counts as well, and the factors of cross-layer equalization (Nagel et al.
 2019) are tried beside those of activations ([smoothing.md](smoothing.md)). SQNR in front of a last Softmax, over all
-evaluation samples; everything that can be integers is.
+evaluation samples; everything that can be integers is, with minmax ranges.
 
 | model | a scale per channel, dB | one scale, dB | one scale, smoothed, dB | of the gap | folded | left alone |
 |---|---|---|---|---|---|---|
@@ -51,7 +51,8 @@ REFUSED = """
 
 def compiled(paths: Sequence[Path], per_channel: bool, smoothing: str) -> tuple[ir.Model, ir.Model, QuantPlan]:
     """Return the canonical model, the quantized one and the plan."""
-    options = Options("cpu", data=str(paths[1]), eval=str(paths[2]), smoothing=smoothing, costs=NO_COSTS)  # type: ignore[arg-type]
+    options = Options("cpu", data=str(paths[1]), eval=str(paths[2]), observer="minmax",
+                      smoothing=smoothing, costs=NO_COSTS)  # type: ignore[arg-type]  # fmt: skip
     job = Job.begin(paths[0], options, untracked)
     job = replace(job, target=replace(job.target, per_channel=per_channel))
     canonical = driver.canonicalize(job)
@@ -79,6 +80,7 @@ def row(name: str, paths: Sequence[Path]) -> tuple[str, str]:
     for per_channel, smoothing in ((True, "none"), (False, "none"), (False, "auto")):
         canonical, quantized, plan = compiled(paths, per_channel, smoothing)
         found.append(sqnr(canonical, quantized, paths[2]))
+        print(name, per_channel, smoothing, f"{found[-1]:.2f}", flush=True)
     every, one, smoothed = found
     hows = Counter(chosen.how for chosen in plan.smoothing.values())
     gap = f"{(smoothed - one) / (every - one):.0%}"
