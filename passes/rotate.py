@@ -18,11 +18,11 @@ import onnx_ir as ir
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.orthogonal import Matrix, Orthogonal
 from qcompile.core.rotation import Place, Rotation
-from qcompile.passes.canonicalize.editing import add_constant, bypass, remove_unused
+from qcompile.passes.canonicalize.editing import add_constant, remove_unused
 from qcompile.passes.fold_matrix import add_shift, multiply_constant, multiply_inputs, multiply_outputs, response
 from qcompile.passes.patterns import Norm, projection_at
 from qcompile.passes.rotations import NormReaders, Rotatable, StreamSite, ValueSite, rotatable
-from qcompile.passes.structure import constant, constant_tensor, name_of, other_input
+from qcompile.passes.structure import constant, constant_tensor, name_of
 
 
 def spread_evenly(places: Iterable[Place], seed: int = 0) -> tuple[Rotation, ...]:
@@ -129,18 +129,16 @@ def _vector(value: ir.Value) -> npt.NDArray[np.float64]:
 
 
 def _set(norm: Norm, parameter: ir.Value, numbers: npt.NDArray[np.float64]) -> None:
-    """Give a norm another γ or β, others that read the old one keep it; a Mul by ones or an Add of zeros goes."""
+    """Give a norm another γ or β, others that read the old one keep it.
+
+    A Mul by ones and an Add of zeros stay: runtimes make one kernel of a norm of several nodes only with these.
+    """
     for node in norm.nodes:
-        if parameter not in node.inputs:
-            continue
-        other, neutral = other_input(node, parameter), {"Mul": 1.0, "Add": 0.0}.get(node.op_type)
-        if other is not None and other.shape == node.outputs[0].shape and np.all(numbers == neutral):
-            bypass(node, other)
-            continue
-        old = constant(parameter)
-        assert old is not None and isinstance(node.graph, ir.Graph)
-        new = add_constant(node.graph, f"{parameter.name}_rotated", numbers.reshape(old.shape).astype(old.dtype))
-        node.replace_input_with(node.inputs.index(parameter), new)
+        if parameter in node.inputs:
+            old = constant(parameter)
+            assert old is not None and isinstance(node.graph, ir.Graph)
+            new = add_constant(node.graph, f"{parameter.name}_rotated", numbers.reshape(old.shape).astype(old.dtype))
+            node.replace_input_with(node.inputs.index(parameter), new)
 
 
 def _rotate_values(site: ValueSite, rotation: Rotation) -> None:

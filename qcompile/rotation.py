@@ -27,9 +27,9 @@ from qcompile.passes.structure import input_of, name_of, node_name
 #: Noise that must be left of what there is without a rotation: 1 dB less.
 WORTH = 0.8
 #: The most columns of weights that a reader is judged by.
-COLUMNS = 512
+COLUMNS = 256
 #: The most tensors behind one place that its matrices are judged by, evenly spread from the first to the last.
-READINGS = 16
+READINGS = 8
 #: How many Hadamard matrices are tried.
 SEEDS = 4
 #: Neighbouring channels that a product at run time mixes: the first of these that divides all.

@@ -1,23 +1,35 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompile.backends.base import find_target
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.rotations import Scheme
 from qcompile.core import model as models
 from qcompile.core import numerics, runtime
-from qcompile.core.rotation import Site
+from qcompile.core.orthogonal import Orthogonal
+from qcompile.core.plan import ChannelFactors, How, Precision
+from qcompile.core.rotation import InputRotation, Rotations, Site
+from qcompile.decision import choose_operators
+from qcompile.equivalence import Equivalences
+from qcompile.options import Options
+from qcompile.override import Override
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.rotate import Rotate
+from qcompile.passes.patterns import recognise
+from qcompile.passes.rotate import Rotate, spread_evenly
+from qcompile.passes.rotate_inputs import obstacle
 from qcompile.passes.rotated_inputs import rotated_inputs
 from qcompile.passes.rotations import rotatable
+from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
 from qcompile.passes.structure import is_linear, node_name
-from qcompile.rotation import RotationPlan, plan_rotations
+from qcompile.rotation import RotationPlan, input_operators, plan_inputs, plan_rotations
 
 EXPORTS = Path(__file__).parent / "passes" / "exports"
 Planned = Callable[..., RotationPlan]
@@ -123,3 +135,81 @@ def test_what_readers_see(name: str) -> None:
                     checked += 1
     # The head of the vision transformer reads one token of several.
     assert checked == {"pre_norm": 6, "vit": 3, "llama": 7, "bottlenecks": 3}[name.partition(".")[0]]
+
+
+def three_products() -> ir.Model:
+    """Build three products in a row; single numbers in front of each are made louder, least in front of the last."""
+    random = np.random.default_rng(3)
+    text = """(float[1,40,64] x) => (float[1,40,8] y) {
+        a = Mul (x, p) b = MatMul (a, u) c = Mul (b, q) d = MatMul (c, v) e = Mul (d, r) y = MatMul (e, w) }"""
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 21]> g {text}')
+    shapes = {"u": (64, 64), "v": (64, 64), "w": (64, 8), "p": (40, 64), "q": (40, 64), "r": (40, 64)}
+    arrays = {name: random.normal(0, 0.125, shape) for name, shape in shapes.items()}
+    for name, loud in (("p", 60.0), ("q", 30.0), ("r", 1.0)):
+        arrays[name] = np.ones((40, 64))
+        arrays[name][::4, random.integers(0, 64)] = loud
+    for name, array in arrays.items():
+        value = ir.Value(name=name, const_value=ir.tensor(array.astype(np.float32), name=name))
+        model.graph.register_initializer(value)
+        for node in model.graph:
+            for index, read in enumerate(node.inputs):
+                if read is not None and read.name == name:
+                    node.replace_input_with(index, value)
+    Canonicalize(21)(model)
+    return model
+
+
+def test_products_stand_where_they_save_most_first() -> None:
+    model = three_products()
+    operators = input_operators(model, linear(model))
+    assert [node.inputs[1].name for node in operators] == ["u", "v", "w"]
+    most, least = plan_inputs(model, operators, data_of(model), lambda items, *_: items)
+    names = [node_name(node) for node in operators]
+    assert [rotation.node for rotation in most] == names[:2] and least == most[:1]
+    assert {(rotation.matrix.width, rotation.matrix.block) for rotation in most} == {(32, 32)}
+
+
+def test_an_override_is_not_meant_for_products() -> None:
+    model = three_products()
+    inputs = tuple(InputRotation(name, Orthogonal.spreading(32)) for name in sorted(linear(model)))
+    chosen = Equivalences(Rotations(inputs=inputs))
+    result = chosen.applied(model)
+    options = Options("cpu", overrides=(Override(op_type="MatMul", weights="int8"),))
+    target = replace(find_target("cpu")[0], costs=None)
+    ops = choose_operators(result, target, options, True, chosen.kept(result)).ops
+    for rotation in inputs:
+        assert ops[rotation.node].precision is Precision.INTEGER
+        assert ops[f"{rotation.node}_rotated"].precision is Precision.FLOAT
+
+
+def test_operators_without_products() -> None:
+    model = three_products()
+    assert input_operators(model, set()) == []
+    assert plan_inputs(model, [], data_of(model), lambda items, *_: items) == ()
+
+
+@pytest.mark.parametrize("name", ["llama.script14", "pre_norm.script14", "vit.dynamo20"])
+def test_rotated_then_smoothed_then_rotated_it_is_the_same_function(name: str) -> None:
+    """All three passes behind one another, factors from random numbers."""
+    model, random = load(name), np.random.default_rng(5)
+    rotated = Equivalences(Rotations(spread_evenly(rotatable(model.graph).places))).applied(model)
+    patterns, smoothing = recognise(rotated.graph), {}
+    for value, axis in linear_readings(rotated.graph, linear(rotated)):
+        group = scale_group(value, axis, patterns, How.FOLD)
+        if isinstance(group, ScaleGroup) and group.root is value:
+            factors = np.r_[0.0, random.integers(-3, 4, group.classes.max())]
+            smoothing[str(value.name)] = ChannelFactors(How.FOLD, tuple(map(float, factors[group.classes])))
+    nodes = [node for node in rotated.graph if is_linear(node) and not obstacle(node)]
+    widths = [int(node.inputs[0].shape[-1]) for node in nodes]
+    inputs = tuple(
+        InputRotation(node_name(node), Orthogonal.spreading(width, 1, block=4))
+        for node, width in zip(nodes, widths, strict=True)
+    )
+    chosen = Equivalences(Rotations(spread_evenly(rotatable(model.graph).places), inputs), smoothing)
+    result = chosen.applied(model)
+    assert Equivalences.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
+    assert smoothing and len(result.graph) > len(rotated.graph)
+    assert set(chosen.kept(result)) == {f"{name}_rotated" for name in (rotation.node for rotation in inputs)}
+    feeds = runtime.synthetic_feeds(model, 9, open_axis=2)
+    before, after = (next(iter(runtime.Session(m, optimize=False).run(feeds).values())) for m in (model, result))
+    assert numerics.relative_error(before, after) < 1e-4
