@@ -52,7 +52,7 @@ IMAGE_RANK = 4
 #: twentieth of float's time at 20 dB, half of it at 10 dB.
 WORTH = 5.0
 #: What bytes of constants, in parts of float's, are worth in parts of float's latency.
-SIZE = 0.1
+SIZE = 0.2
 #: Noise beyond this is all the same.
 WORST = 1e3
 #: Less than this, in parts of float's time, is not worth a change.
