@@ -27,7 +27,7 @@ from qcompile.core import model as models
 from qcompile.core import numerics, runtime
 from qcompile.core.plan import How, QuantPlan
 from qcompile.decision import calibrate, decide
-from qcompile.equivalence import smooth
+from qcompile.equivalence import rewrite
 from qcompile.job import Job
 from qcompile.options import NO_COSTS, Options
 from qcompile.passes.canonicalize import Canonicalize
@@ -57,12 +57,13 @@ REFUSALS = """
 def compiled(paths: Sequence[Path], per_channel: bool, smoothing: str) -> tuple[ir.Model, ir.Model, QuantPlan]:
     """Return the canonical model, the quantized one and the plan."""
     options = Options("cpu", data=str(paths[1]), eval=str(paths[2]), observer="minmax",
-                      smoothing=smoothing, costs=NO_COSTS)  # type: ignore[arg-type]  # fmt: skip
+                      smoothing=smoothing, rotation="none", costs=NO_COSTS)  # type: ignore[arg-type]  # fmt: skip
     job = Job.begin(paths[0], options, untracked)
     job = replace(job, target=replace(job.target, per_channel=per_channel))
     canonical = driver.canonicalize(job)
-    smoothed, factors = smooth(job, canonical)
-    plan = decide(smoothed, replace(calibrate(job, smoothed), smoothing=factors), job.target, options)
+    smoothed, chosen = rewrite(job, canonical)
+    calibration = chosen.noted(calibrate(job, smoothed, chosen.kept(smoothed)))
+    plan = decide(smoothed, calibration, job.target, options)
     return canonical, driver.quantize(job, smoothed, plan), plan
 
 
