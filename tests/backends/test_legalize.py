@@ -17,6 +17,7 @@ from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
 from qcompile.backends.ort.legalize.join_activations import JoinActivations
+from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.core import model as models
@@ -305,3 +306,46 @@ def test_weights_that_no_kernel_reads_are_unpacked_at_load(
     same(model, legal, random.normal(size=(2, 5, 4)).astype(np.float32), 0.02 if kernel == "MatMulNBits" else 1e-6)
     models.save(legal, tmp_path / "m.onnx")
     assert [node.op_type for node in runtime.optimized_nodes(tmp_path / "m.onnx")] == [kernel]
+
+
+FLOAT_CONV = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,4,9,9] x) => (uint8[1,4,N,M] y)
+    <float s = {0.02}, uint8 z = {128}, float t = {0.02}, uint8 o = {0}, float lo = {0}, float hi = {4}> {
+    q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) c = Conv <strides = [2, 2]> (d, w, b)
+    BEHIND y = QuantizeLinear (r, t, o) }"""
+
+
+def float_conv(behind: str, random: np.random.Generator) -> ir.Model:
+    """Build a Conv with float weights between Q/DQ pairs, one channel of which reaches a hundred times the others."""
+    text = FLOAT_CONV if behind else FLOAT_CONV.replace("(r, t, o)", "(c, t, o)")
+    proto = onnx.parser.parse_model(text.replace("BEHIND", behind))
+    weights = random.normal(size=(4, 4, 3, 3)).astype(np.float32)
+    weights[1:] *= 0.01
+    arrays = {"w": weights, "b": np.float32([0, 1, 2, 3])}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    model = ir.from_proto(proto)
+    for index, node in enumerate(model.graph):
+        node.name = f"n{index}"
+    return model
+
+
+@pytest.mark.parametrize("behind", ["", "r = Relu (c)", "r = Clip (c, lo, hi)"])
+def test_a_float_conv_between_codes_stays_in_float(behind: str, random: np.random.Generator) -> None:
+    model = float_conv(behind, random)
+    x = random.normal(size=(1, 4, 9, 9)).astype(np.float32)
+    expected = runtime.Session(model, optimize=False).run({"x": x})["y"].astype(int)
+    # What this rule is there for: left alone, the runtime gives the weights one scale for all channels.
+    alone = runtime.Session(model).run({"x": x})["y"].astype(int)
+    assert np.abs(alone - expected).max() > 1
+    legal = legalize(model)
+    assert ("com.microsoft", "FusedConv") in [(node.domain, node.op_type) for node in legal.graph]
+    found = runtime.Session(legal).run({"x": x})["y"].astype(int)
+    assert np.abs(found - expected).max() <= 1
+    assert not KeepFloatConvs()(legal).modified
+
+
+def test_convs_that_are_to_be_integers_or_leave_in_float_stay_as_they_are(random: np.random.Generator) -> None:
+    assert not KeepFloatConvs()(parsed(CONV.format(outputs="", shift="0", more=""))).modified
+    floats = float_conv("r = Exp (c)", random)
+    assert not KeepFloatConvs()(floats).modified
+    shared = float_conv("r = Relu (c) e = Exp (c)", random)
+    assert not KeepFloatConvs()(shared).modified

@@ -12,6 +12,7 @@ from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
 from qcompile.backends.ort.legalize.join_activations import JoinActivations
 from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
+from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
@@ -27,6 +28,7 @@ RULES: tuple[ir.passes.PassBase, ...] = (
     JoinMatMulBias(),
     UnpackWeightsAtLoad(),
     UnpackBiases(),
+    KeepFloatConvs(),
     HideSkipAdd(),
     DropInferable(),
 )
