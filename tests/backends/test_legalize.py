@@ -328,7 +328,7 @@ def float_conv(behind: str, random: np.random.Generator) -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize("behind", ["", "r = Relu (c)", "r = Clip (c, lo, hi)"])
+@pytest.mark.parametrize("behind", ["", "r = Relu (c)", "r = Clip (c, lo, hi)", "r = Clip (c, lo)"])
 def test_a_float_conv_between_codes_stays_in_float(behind: str, random: np.random.Generator) -> None:
     model = float_conv(behind, random)
     x = random.normal(size=(1, 4, 9, 9)).astype(np.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from end_to_end.outcomes import report, settled, sqnr
 from onnx import numpy_helper, parser
 
 WIDTH, WIDE, ROWS = 128, 256, 200
@@ -60,21 +61,6 @@ def stream(tmp_path):
         return tmp_path / "stream.onnx", tmp_path / "data.npz"
 
     return build
-
-
-def settled(folder: Path) -> dict[str, bytes]:
-    """Return all that must be the same bytes for the same inputs."""
-    unsettled = ("measurements.json", "report.html")
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in unsettled}
-
-
-def report(done) -> dict:
-    assert done.code == 0, done
-    return json.loads(done.out)["report"]
-
-
-def sqnr(content: dict) -> float:
-    return content["fidelity"]["outputs"]["y"]["sqnr"]
 
 
 def steps(content: dict) -> dict[str, dict]:

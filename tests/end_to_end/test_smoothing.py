@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from end_to_end.outcomes import report, settled, sqnr
 from onnx import numpy_helper, parser
 
 #: Post-norm: the first norm feeds the residual as well, and behind Tanh nothing folds.
@@ -54,21 +55,6 @@ def block(tmp_path):
         return tmp_path / "block.onnx", tmp_path / "data.npz"
 
     return build
-
-
-def settled(folder: Path) -> dict[str, bytes]:
-    """Return all that must be the same bytes for the same inputs."""
-    unsettled = ("measurements.json", "report.html")
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in unsettled}
-
-
-def report(done) -> dict:
-    assert done.code == 0, done
-    return json.loads(done.out)["report"]
-
-
-def sqnr(content: dict) -> float:
-    return content["fidelity"]["outputs"]["y"]["sqnr"]
 
 
 def smooth_step(content: dict) -> dict | None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qcompile.backends.ort.legalize.unpack_weights import leaves_as_codes
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
 
@@ -41,7 +42,7 @@ def _would_be_quantized(node: ir.Node) -> bool:
         return False  # it is to compute in integers
     if structure.produced_by(node.inputs[0], "DequantizeLinear") is None:
         return False
-    return any(structure.is_standard(reader, "QuantizeLinear") for reader in structure.readers(_end(node).outputs[0]))
+    return structure.is_float32(node.inputs[structure.WEIGHT_INPUT]) and leaves_as_codes(node.outputs[0])
 
 
 def _end(node: ir.Node) -> ir.Node:
@@ -56,8 +57,8 @@ def _bounds(node: ir.Node) -> list[float] | None:
     """Return the bounds of a Clip if both are constants."""
     if not structure.is_standard(node, "Clip") or len(node.inputs) != 3:
         return None
-    found = [structure.constant(value) for value in node.inputs[1:]]
-    return [float(bound.reshape(())) for bound in found if bound is not None] if None not in found else None
+    found = [float(bound.reshape(())) for value in node.inputs[1:] if (bound := structure.constant(value)) is not None]
+    return found if len(found) == 2 else None
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> None:

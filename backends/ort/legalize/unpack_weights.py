@@ -58,10 +58,10 @@ def _is_float_operator(node: ir.Node, codes: ir.TensorProtocol) -> bool:
         return False  # MatMulNBits, or an integer kernel
     if not any(_is_dequantized_activation(value) for value in node.inputs):
         return True
-    return node.op_type == "Conv" and not _leaves_as_codes(node.outputs[0])
+    return node.op_type == "Conv" and not leaves_as_codes(node.outputs[0])
 
 
-def _leaves_as_codes(value: ir.Value) -> bool:
+def leaves_as_codes(value: ir.Value) -> bool:
     """Tell whether a result is quantized, behind the activation that an integer kernel absorbs: it has no other."""
     behind = structure.readers(value)
     if len(behind) == 1 and structure.is_standard(behind[0], "Relu", "Clip"):
