@@ -72,6 +72,10 @@ class Backend(Protocol):
         """Write the artifact's model files into `folder`."""
         ...
 
+    def size(self, model: ir.Model) -> int:
+        """Return the bytes that `lower` would write for a QDQ model."""
+        ...
+
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the target would execute for a QDQ model, for pricing."""
         ...

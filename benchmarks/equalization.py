@@ -63,7 +63,7 @@ def compiled(paths: Sequence[Path], per_channel: bool, smoothing: str) -> tuple[
     canonical = driver.canonicalize(job)
     smoothed, chosen = rewrite(job, canonical)
     calibration = chosen.noted(calibrate(job, smoothed, chosen.kept(smoothed)))
-    plan = decide(smoothed, calibration, job.target, options)
+    plan = decide(smoothed, calibration, job.target, job.backend, options)
     return canonical, driver.quantize(job, smoothed, plan), plan
 
 

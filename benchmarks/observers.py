@@ -96,7 +96,7 @@ def errors_of(model: Path, calibration: Path, evaluation: Path) -> list[OutputEr
     reference = [session.run(feeds) for feeds in samples]
     errors = []
     for choice in choices:
-        plan = decision.decide(canonical, replace(measured, choice=choice), job.target, options)
+        plan = decision.decide(canonical, replace(measured, choice=choice), job.target, job.backend, options)
         repeats = range(int(np.clip(runs / len(samples), 1, REPEATS)))
         parts = [InsertQdq(widened(plan, repeat))(canonical.clone()).model for repeat in repeats]
         sessions = [runtime.Session(at_scores(part), optimize=False) for part in parts]

@@ -25,7 +25,7 @@ from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.drift import position_weights
 from qcompile.calib.sensitivity import MEMORY, SAMPLES, spread
 from qcompile.calib.work import Cost
-from qcompile.core import numerics, runtime
+from qcompile.core import numerics, packing, runtime
 from qcompile.core.contract import Track
 from qcompile.core.plan import TensorQuant
 
@@ -239,14 +239,24 @@ def round_weights(operator: Operator, moments: FloatArray) -> numerics.IntArray:
     assert value is not None and value.const_value is not None
     weights = value.const_value.numpy()
     scales = np.broadcast_to(numerics.along_axis(quant.scales, quant.axis, weights.ndim), weights.shape)
-    matrix, steps = (operator.matrix(array.astype(np.float64)) for array in (weights, scales))
+    multiples = np.ones_like(weights)
+    if quant.block_size:
+        multiples = packing.multiples(weights / scales, quant.axis, quant.block_size)
+    matrices = (operator.matrix(array.astype(np.float64)) for array in (weights, scales, multiples))
     rounding = operator.step**2 / 12.0 * np.eye(operator.depth)
-    parts = zip(matrix, steps, moments, strict=True)
-    codes = [gptq(part, step[0], h + rounding, quant.dtype) for part, step, h in parts]
+    limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
+    parts = zip(*matrices, moments, strict=True)
+    codes = [gptq(part, step[0], h + rounding, limits, multiple) for part, step, multiple, h in parts]
     return np.ascontiguousarray(operator.weights(np.stack(codes)).astype(quant.dtype))
 
 
-def gptq(weights: FloatArray, step: FloatArray, moments: FloatArray, dtype: str) -> FloatArray:
+def gptq(
+    weights: FloatArray,
+    step: FloatArray,
+    moments: FloatArray,
+    limits: tuple[int, int],
+    multiple: FloatArray | float = 1.0,
+) -> FloatArray:
     """Round a matrix so that X · W changes little.
 
     Parameters
@@ -256,26 +266,28 @@ def gptq(weights: FloatArray, step: FloatArray, moments: FloatArray, dtype: str)
         What a code stands for, by column.
     moments : ndarray of float64, shape (n, n)
         E[xᵀx] of the rows that are multiplied by it.
-    dtype : str
-        Of the codes, which are symmetric.
+    limits : tuple of int
+        The lowest and the highest code, of those that have no multiple.
+    multiple : float, or ndarray of float64, shape (n, m)
+        What each code is to be a whole multiple of.
 
     Returns
     -------
     ndarray of float64, shape (n, m)
         Integers.
     """
-    low, high = numerics.code_range(dtype, symmetric=True)
     diagonal = moments.diagonal()
     order = np.argsort(-diagonal, kind="stable")
     damping = DAMPING * diagonal.mean() + float(np.finfo(np.float32).tiny)
     damped = moments[np.ix_(order, order)] + damping * np.eye(len(order))
     upper = _factor_of_inverse(damped)
     left, codes = weights[order] / step, np.empty_like(weights)
+    grid = np.broadcast_to(multiple, weights.shape)[order]
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
         errors = np.empty((stop - start, left.shape[1]))
         for row in range(start, stop):
-            codes[row] = np.clip(np.rint(left[row]), low, high)
+            codes[row] = np.clip(np.rint(left[row] / grid[row]), *limits) * grid[row]
             errors[row - start] = (left[row] - codes[row]) / upper[row, row]
             left[row + 1 : stop] -= np.outer(upper[row, row + 1 : stop], errors[row - start])
         left[stop:] -= upper[start:stop, stop:].T @ errors

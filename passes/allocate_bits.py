@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Observer, value_range
-from qcompile.core import numerics
+from qcompile.core import numerics, packing
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import Target
 from qcompile.passes import structure
 from qcompile.passes.place import Placement
+
+#: Bits of weights that are packed (`core/packing.py`), but for what their block has in common.
+PACKED = 4
 
 
 def allocate_bits(
@@ -27,6 +31,7 @@ def allocate_bits(
     statistics: Statistics,
     target: Target,
     observers: Mapping[str, Observer],
+    bits: Mapping[str, int] = MappingProxyType({}),
 ) -> QuantPlan:
     """Turn a placement and measurements into the plan.
 
@@ -41,6 +46,8 @@ def allocate_bits(
     observers : mapping of str to Observer
         How the range of each value of ``placement.activations`` is chosen. A dynamic one needs no statistics where the
         placement allows it.
+    bits : mapping of str to int
+        By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
     """
     tensors: dict[str, TensorQuant] = {}
     for name in placement.activations:
@@ -61,7 +68,8 @@ def allocate_bits(
             weight = structure.name_of(value)
             wide = all(structure.node_name(reader) in placement.wide for reader in structure.readers(value))
             dtype = target.wide_weight_dtype if wide else target.weight_dtype
-            quant = _weight_quant(node, value, axis, dtype, target.per_channel, tensors)
+            block = packing.BLOCK if bits.get(weight) == PACKED and dtype == target.weight_dtype else 0
+            quant = _weight_quant(node, value, axis, dtype, target.per_channel, tensors, block)
             if weight in tensors:
                 # Two operators share these weights, and either may need room for its bias.
                 both = zip(quant.scale, tensors[weight].scale, strict=True)
@@ -83,7 +91,13 @@ def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
 
 
 def _weight_quant(
-    node: ir.Node, value: ir.Value, axis: int, dtype: str, per_channel: bool, tensors: Mapping[str, TensorQuant]
+    node: ir.Node,
+    value: ir.Value,
+    axis: int,
+    dtype: str,
+    per_channel: bool,
+    tensors: Mapping[str, TensorQuant],
+    block: int,
 ) -> TensorQuant:
     """Give weights a symmetric scale per channel of an axis; a linear operator's have one for all on some targets."""
     weight = structure.constant(value)
@@ -91,7 +105,7 @@ def _weight_quant(
     others = tuple(a for a in range(weight.ndim) if a != axis)
     by_channel = per_channel or not structure.is_linear(node)
     absmax = np.max(np.abs(weight), axis=others if by_channel else None).reshape(-1)
-    scale = numerics.symmetric_scale(absmax, dtype)
+    scale = packing.packed_scale(absmax) if block else numerics.symmetric_scale(absmax, dtype)
     biased = node.op_type in structure.BIASED_OPS and len(node.inputs) > structure.BIAS_INPUT
     activation = tensors.get(structure.name_of(node.inputs[0])) if biased and node.inputs[0] is not None else None
     bias = structure.constant(node.inputs[structure.BIAS_INPUT]) if biased else None
@@ -99,9 +113,8 @@ def _weight_quant(
         # The scale of dead weights is arbitrary: it becomes the finest that has room for the bias, all that is left.
         alive = np.where(np.float64(absmax) >= scale, scale, np.float32(0.0))
         scale = _room_for_bias(alive, activation.scale[0], bias)
-    return TensorQuant(
-        Role.WEIGHT, dtype, tuple(map(float, scale)), (0,) * scale.size, axis if scale.size > 1 else None
-    )
+    channels = axis if scale.size > 1 else None
+    return TensorQuant(Role.WEIGHT, dtype, tuple(map(float, scale)), (0,) * scale.size, channels, block)
 
 
 def _room_for_bias(

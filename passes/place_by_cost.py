@@ -3,6 +3,7 @@
 Each operator has one price in float and one in integers, and each tensor has prices for being converted between what
 writes and what reads it. Which operators to leave in float so that the sum is least is a minimum cut (Picard and
 Ratliff 1975), solved here as a linear program: its rows are differences of choices, so that its corners are whole.
+Which of them so that noise is least within a budget of time is an integer program with the same rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from qcompile.passes.place import Placement
 
 #: Digits of a microsecond to which prices count.
 DIGITS = 3
+#: What all time is worth, in parts of all noise, where there is a budget of time.
+QUIET = 1e-5
+#: Seconds after which the best placement that was found is taken; what is known today takes less than one.
+SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,50 @@ def cheapest_in_float(model: ir.Model, placement: Placement, prices: Prices) -> 
         With every operator in integers that can be.
     prices : Prices
     """
+    problem, names = _problem(model, placement, prices)
+    return problem.zeros(names)
+
+
+def quietest_in_float(
+    model: ir.Model, placement: Placement, prices: Prices, sources: Sequence[Source], budget: float
+) -> set[str] | None:
+    """Return the names of the operators to leave in float so that noise is least and time within a budget.
+
+    None where not even the fastest placement is. It is an integer program: under a budget corners need not be whole.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    placement : Placement
+        With every operator in integers that can be.
+    prices : Prices
+    sources : sequence of Source
+    budget : float
+        Microseconds more than what everything in float takes; less is negative.
+    """
+    problem, names = _problem(model, placement, prices)
+    for source in sources:
+        problem.blame(source.noise, [name for name in source.operators if name in problem.index])
+    return problem.quietest(names, budget)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What adds noise as long as one of some operators is in integers.
+
+    Parameters
+    ----------
+    noise : float
+    operators : tuple of str
+        By node name.
+    """
+
+    noise: float
+    operators: tuple[str, ...]
+
+
+def _problem(model: ir.Model, placement: Placement, prices: Prices) -> tuple[_Problem, list[str]]:
+    """Return the prices of all choices, and the operators that have one."""
     problem = _Problem()
     nodes = [node for node in model.graph if structure.node_name(node) in placement.ops]
     owners = _owners(nodes, placement)
@@ -90,7 +139,10 @@ def cheapest_in_float(model: ir.Model, placement: Placement, prices: Prices) -> 
     for value in (*model.graph.inputs, *(value for node in nodes for value in node.outputs)):
         if (conversion := prices.conversions.get(structure.name_of(value))) is not None:
             _convert(problem, value, conversion, owners, placement, prices.blocked)
-    return problem.zeros(sorted(set(filter(None, owners.values()))))
+    names = sorted(set(filter(None, owners.values())))
+    for name in names:
+        problem.charge(name, 0.0)
+    return problem, names
 
 
 def _owners(nodes: Sequence[ir.Node], placement: Placement) -> dict[str, str]:
@@ -163,6 +215,7 @@ class _Problem:
     index: dict[str, int] = field(default_factory=dict)
     prices: list[float] = field(default_factory=list)
     rows: list[tuple[dict[int, float], float]] = field(default_factory=list)
+    noise: dict[int, float] = field(default_factory=dict)
 
     def _column(self, name: str) -> int:
         if name not in self.index:
@@ -193,19 +246,50 @@ class _Problem:
             for wanted, given in cases:
                 self.demand(given, wanted, z)
 
+    def blame(self, noise: float, names: Sequence[str]) -> None:
+        """Count noise if any of these operators is in integers."""
+        if noise > 0.0 and names:
+            z = self._new(0.0)
+            self.noise[z] = noise
+            for name in names:
+                self.demand(_Indicator(), _if_integer(name), z)
+
     def zeros(self, names: Sequence[str]) -> set[str]:
-        """Solve, and return which of these are 0; of equally cheap solutions one with many of them."""
+        """Return which of these are 0 where all is cheapest; of equally cheap solutions one with many of them."""
         if not names:
             return set()
-        columns = [self._column(name) for name in names]
+        columns = [self.index[name] for name in names]
         prices = np.round(self.prices, DIGITS)
         prices[columns] += 10.0**-DIGITS / (1 + len(columns))
-        matrix = scipy.sparse.lil_array((len(self.rows), len(prices)))
+        found = scipy.optimize.milp(prices, bounds=(0, 1), constraints=self._constraints())
+        assert found.x is not None, found.message
+        return {name for name, column in zip(names, columns, strict=True) if found.x[column] < 0.5}
+
+    def quietest(self, names: Sequence[str], budget: float) -> set[str] | None:
+        """Return which of these are 0 where noise is least and the sum of prices within a budget."""
+        columns = [self.index[name] for name in names]
+        total, prices = sum(self.noise.values()), np.round(self.prices, DIGITS)
+        if not names or total == 0.0:
+            return set() if budget >= 0.0 else None
+        objective = np.zeros(len(prices))
+        objective[list(self.noise)] = np.array(list(self.noise.values())) / total
+        # Of equally quiet placements the cheapest: time counts, for less than any noise that can be told.
+        objective += QUIET * prices / max(1.0, float(np.abs(prices).sum()))
+        whole = np.zeros(len(prices))
+        whole[columns] = 1.0
+        constraints = [*self._constraints(), scipy.optimize.LinearConstraint(prices[None, :], -np.inf, budget)]
+        found = scipy.optimize.milp(
+            objective, integrality=whole, bounds=(0, 1), constraints=constraints, options={"time_limit": SECONDS}
+        )
+        if found.x is None:
+            return None
+        return {name for name, column in zip(names, columns, strict=True) if found.x[column] < 0.5}
+
+    def _constraints(self) -> list[scipy.optimize.LinearConstraint]:
+        """Return the rows."""
+        matrix = scipy.sparse.lil_array((len(self.rows), len(self.prices)))
         for place, (row, _) in enumerate(self.rows):
             for column, factor in row.items():
                 matrix[place, column] = factor
         bounds = [constant for _, constant in self.rows]
-        constraints = scipy.optimize.LinearConstraint(matrix.tocsr(), bounds, np.inf) if self.rows else ()
-        found = scipy.optimize.milp(prices, bounds=(0, 1), constraints=constraints)
-        assert found.x is not None, found.message
-        return {name for name, column in zip(names, columns, strict=True) if found.x[column] < 0.5}
+        return [scipy.optimize.LinearConstraint(matrix.tocsr(), bounds, np.inf)] if self.rows else []

@@ -49,6 +49,10 @@ class Calibration:
         What was divided and multiplied before the measurements.
     rotation : Rotations
         What was rotated before them.
+    losses : mapping of str to mapping of int to float
+        What each weight loses at the outputs in so many bits, where bits are to be chosen (`qcompile/allocation.py`).
+    float_bytes : int
+        What the model's file takes in float.
     """
 
     statistics: Statistics
@@ -60,6 +64,8 @@ class Calibration:
     options: Mapping[str, Any]
     smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
     rotation: Rotations = field(default_factory=Rotations)
+    losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    float_bytes: int = 0
 
     @property
     def guessed(self) -> bool:
@@ -84,6 +90,8 @@ class Calibration:
             "spared": {node: asdict(wish) for node, wish in self.spared.items()},
             "smoothing": {name: factors.as_json() for name, factors in self.smoothing.items()},
             "rotation": self.rotation.to_json(),
+            "losses": self.losses,
+            "float_bytes": self.float_bytes,
         }
         buffer = io.BytesIO()
         with np.load(io.BytesIO(self.statistics.to_bytes()), allow_pickle=False) as arrays:
@@ -125,6 +133,8 @@ class Calibration:
                 dict(header["options"]),
                 {name: ChannelFactors.from_json(entry) for name, entry in header.get("smoothing", {}).items()},
                 Rotations.from_json(header["rotation"]) if "rotation" in header else Rotations(),
+                {name: {int(bits): float(loss) for bits, loss in of.items()} for name, of in header["losses"].items()},
+                int(header["float_bytes"]),
             )
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,
                 AttributeError, IndexError) as error:  # fmt: skip

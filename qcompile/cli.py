@@ -57,7 +57,10 @@ FLAGS = {
     "eval": click.option("--eval", help="Evaluation data; without it a fifth of the calibration data is held out."),
     "output": click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the artifact."),
     "weights": click.option(
-        "--weights", type=click.Choice(["8", "none"]), show_default="8", help="Bits of weights.", default=None
+        "--weights",
+        type=click.Choice(["auto", "8", "4", "mixed", "none"]),
+        show_default="auto",
+        help="Bits that weights are stored in; 'mixed' chooses per tensor, 'auto' does where --max-size is given.",
     ),
     "activations": click.option(
         "--activations",
@@ -90,6 +93,10 @@ FLAGS = {
         "--costs", type=click.Path(path_type=Path), help="Cost table of 'qcompile probe', or 'none'."
     ),
     "shape": click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix an input's open axes. Repeatable."),
+    "max_size": click.option("--max-size", metavar="0.2x|5MB", help="Bytes at most; weights get the bits for it."),
+    "max_latency": click.option(
+        "--max-latency", metavar="0.6x|12ms", help="Time of a run at most, by the cost table; the rest buys fidelity."
+    ),
     "min_fidelity": click.option(
         "--min-fidelity",
         multiple=True,
@@ -133,7 +140,7 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
 @cli.command("compile")
 @takes(
     "target", "data", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "min_fidelity", "recipe", "cache", "seed", "threads",
+    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "min_fidelity", "recipe", "cache", "seed", "threads",
 )  # fmt: skip
 def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
@@ -145,7 +152,7 @@ def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flag
 @cli.command("calibrate")
 @takes(
     "target", "data", "eval", "weights", "activations", "observer", "smoothing", "rotation", "no_added_nodes", "costs",
-    "shape", "recipe", "cache", "threads",
+    "shape", "max_size", "max_latency", "recipe", "cache", "threads",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
@@ -162,7 +169,7 @@ def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug
 
 
 @cli.command("plan")
-@takes("target", "costs", "recipe")
+@takes("target", "costs", "max_size", "min_fidelity", "recipe")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="What 'qcompile calibrate' wrote.")
 @written_to("plan.json", "the plan")
 def plan_command(
@@ -173,7 +180,7 @@ def plan_command(
     from qcompile.calibration import Calibration
 
     earlier = Calibration.read(calibration).options
-    chosen = options(stages.settled(given(flags), earlier, calibration, free="overrides"))
+    chosen = options(stages.settled(given(flags), earlier, calibration, free=("overrides", "weights", "max_size")))
     decided = stages.plan(model, chosen, calibration, file)
     if as_json:
         click.echo(json.dumps({"output": str(file), "plan": json.loads(decided.to_json())}, indent=1))

@@ -10,6 +10,8 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from qcompile import verify
+from qcompile.allocation import choose_widths, measure_losses
+from qcompile.backends.base import Backend
 from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.moments import Moments, known_moments
 from qcompile.calib.observers import Observer
@@ -19,11 +21,12 @@ from qcompile.calib.synthetic import carried_over, derivable, propagate
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Effect
-from qcompile.core.errors import ModelError, VerificationError
+from qcompile.core.errors import ModelError, UsageError, VerificationError
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import OpKind, Target
 from qcompile.evidence import SYNTHETIC
 from qcompile.job import Job
+from qcompile.latency_budget import quietest
 from qcompile.options import Options
 from qcompile.override import wishes
 from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
@@ -31,7 +34,7 @@ from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.share_scales import unlike_ranges
-from qcompile.pipeline import CHOICE, NOISE, STATISTICS, WISHES
+from qcompile.pipeline import CHOICE, LOSSES, NOISE, STATISTICS, WISHES
 from qcompile.pricing import Pricer
 from qcompile.rotation import ROTATES
 
@@ -57,6 +60,9 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
     if not job.evidence.calibrated:
         return _guess(job, canonical)
     pricer = pricer_for(job, canonical, kept)
+    if pricer is None and job.options.max_latency is not None and not is_quantized(canonical):
+        fact = "nothing tells what integers take: the target has no cost table, or activations are to stay in float"
+        raise UsageError(f"--max-latency {job.options.max_latency}", fact, "leave it out, or give --costs")
     dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
     dear |= kept
     if pricer is not None:
@@ -64,8 +70,16 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
         dear |= pricer.spoilt(dear, weights)
     best = _measure(job, canonical, pricer, dear, "")
     if pricer is not None:
-        best = _spare(job, canonical, pricer, weights, best)
-    return _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
+        if (text := job.options.max_latency) is not None:
+            best = _within_latency(job, canonical, pricer, weights, best, text)
+        else:
+            best = _spare(job, canonical, pricer, weights, best)
+    calibration = _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
+    if not job.options.mixed or is_quantized(canonical):
+        return calibration
+    planned = partial(_planned, canonical, calibration, job.target, job.options)
+    losses = job.pipeline.measure("losses", LOSSES, lambda: measure_losses(job, canonical, planned))
+    return replace(calibration, losses=losses)
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,14 @@ def _spare(job: Job, canonical: ir.Model, pricer: Pricer, weights: Mapping[str, 
     return best
 
 
+def _within_latency(
+    job: Job, canonical: ir.Model, pricer: Pricer, weights: Mapping[str, float], best: _Measured, text: str
+) -> _Measured:
+    """Spare what makes most noise for its time, as long as that stays within the budget."""
+    wishes = quietest(pricer, job.model, best.choice, best.spared, weights, text)
+    return _measure(job, canonical, pricer, {**best.spared, **wishes}, f" {text}") if wishes else best
+
+
 def _weights_noise(job: Job, canonical: ir.Model, pricer: Pricer, kept: Mapping[str, Wish]) -> dict[str, float]:
     """Measure what the weights of single operators lose at the outputs as codes."""
     placement = choose_operators(canonical, job.target, job.options, False, kept)
@@ -115,25 +137,38 @@ def choose_operators(
     return place(canonical, target, *options.quantized(calibrated), asked)
 
 
-def decide(canonical: ir.Model, calibration: Calibration, target: Target, options: Options) -> QuantPlan:
+def decide(
+    canonical: ir.Model, calibration: Calibration, target: Target, backend: Backend, options: Options
+) -> QuantPlan:
     """Turn what was measured into the plan, which says what it was decided with.
 
     Raises
     ------
+    BudgetError
+        If a budget cannot be met.
     UsageError
         If the options need a measurement that was not made.
     """
-    placement = choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)
-    calibration.require(placement.activations)
-    observers = calibration.choice.observers
-    plan = allocate_bits(canonical, placement, calibration.statistics, target, observers)
+    planned = partial(_planned, canonical, calibration, target, options)
+    widths = choose_widths(canonical, calibration, planned, backend, options)
     return replace(
-        plan,
+        planned(widths.bits),
         options=options.as_recipe(),
         guessed=calibration.guessed,
         smoothing=calibration.smoothing,
         rotation=calibration.rotation,
+        allocation=widths.as_json() if widths.bits else {},
     )
+
+
+def _planned(
+    canonical: ir.Model, calibration: Calibration, target: Target, options: Options, bits: Mapping[str, int]
+) -> QuantPlan:
+    """Return the plan with weights in so many bits."""
+    placement = choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)
+    calibration.require(placement.activations)
+    observers = calibration.choice.observers
+    return allocate_bits(canonical, placement, calibration.statistics, target, observers, bits)
 
 
 def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = MappingProxyType({})) -> Pricer | None:
@@ -232,7 +267,7 @@ def _derive(
     if names:
         statistics = job.pipeline.measure("synthetic", STATISTICS, lambda: propagate(canonical, known, names, like))
     calibration = _calibration(job, statistics, Choice(observers), spared, calibrated=True)
-    trial = InsertQdq(decide(canonical, calibration, job.target, options))(canonical.clone()).model
+    trial = InsertQdq(decide(canonical, calibration, job.target, job.backend, options))(canonical.clone()).model
     before, after = (verify.outputs_of(model, job.evidence.samples) for model in (canonical, trial))
     verify.check_equivalence("InsertQdq", Effect.LOSSY, before, after)
     return calibration
@@ -249,6 +284,7 @@ def _calibration(
         data=job.evidence.calibration.digest,
         calibrated=calibrated,
         options=job.options.as_recipe(),
+        float_bytes=models.file_bytes(job.model),
     )
 
 

@@ -74,7 +74,7 @@ def compile(source: Source, options: Options, track: Track[Any] = untracked) -> 
     canonical = canonicalize(job)
     canonical, chosen = rewrite(job, canonical)
     calibration = chosen.noted(calibrate(job, canonical, chosen.kept(canonical)))
-    plan = decide(canonical, calibration, job.target, options)
+    plan = decide(canonical, calibration, job.target, job.backend, options)
     quantized = quantize(job, canonical, plan)
     return deliver(job, canonical, quantized, plan, output)
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
+from qcompile.budget import Budget
 from qcompile.calib.observers import Observer
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import UsageError
@@ -41,7 +42,9 @@ class Options:
         Evaluation data. Without them the last fifth of the calibration data is held out.
     output : Path, optional
         Folder of the artifact; by default ``<model>-<target>`` in the working directory.
-    weights : "8" or "none"
+    weights : "auto", "8", "4", "mixed" or "none"
+        Bits that weights are stored in. ``mixed`` chooses for each tensor; ``auto`` is 8, and ``mixed`` where a budget
+        on size is set.
     activations : "8" or "none"
     observer : "auto", or one of `Observer`
         How an activation's range is chosen; ``auto`` measures which serves each tensor best.
@@ -56,6 +59,10 @@ class Options:
         whatever can be integers becomes integers, whether it pays or not.
     shape : mapping of str to tuple of int
         Inputs to fix.
+    max_size : str, optional
+        The artifact's bytes at most: in parts of float's, ``0.2x``, or with a unit, ``5MB``.
+    max_latency : str, optional
+        What a run may take by the cost table: in parts of float's, ``0.6x``, or with a unit, ``12ms``.
     min_fidelity : mapping of str to float
         Bounds on ``sqnr`` (dB), ``cosine`` or ``top1``; missed is an error.
     cache : Path, optional
@@ -77,7 +84,7 @@ class Options:
     data: str | None = None
     eval: str | None = None
     output: Path | None = None
-    weights: Literal["8", "none"] = "8"
+    weights: Literal["auto", "8", "4", "mixed", "none"] = "auto"
     activations: Literal["8", "none"] = "8"
     observer: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
     smoothing: Literal["auto", "none"] = "auto"
@@ -85,6 +92,8 @@ class Options:
     no_added_nodes: bool = False
     costs: Path | None = None
     shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    max_size: str | None = None
+    max_latency: str | None = None
     min_fidelity: Mapping[str, float] = field(default_factory=dict)
     cache: Path | None = None
     seed: int = 0
@@ -116,12 +125,20 @@ class Options:
         if unknown := sorted(set(self.min_fidelity) - set(FIDELITY_MEASURES)):
             fact = f"there is no measure '{unknown[0]}'"
             raise UsageError("--min-fidelity", fact, f"use one of {', '.join(FIDELITY_MEASURES)}")
+        for flag, text in (("--max-size", self.max_size), ("--max-latency", self.max_latency)):
+            if text is not None:
+                Budget.parse(text, flag)
         if self.threads < 1:
             raise UsageError("--threads", f"{self.threads} is not a number of threads", "give 1 or more")
 
     def quantized(self, calibrated: bool) -> tuple[bool, bool]:
         """Return whether weights and whether activations are to be quantized; the latter take ranges."""
-        return self.weights == "8", self.activations == "8" and calibrated
+        return self.weights != "none", self.activations == "8" and calibrated
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each weight's bits are to be chosen."""
+        return self.weights == "mixed" or (self.weights == "auto" and self.max_size is not None)
 
     @property
     def observers(self) -> tuple[Observer, ...]:
@@ -161,7 +178,13 @@ class Options:
         """Return what decides a plan, as a recipe has it; data, places and bounds on the result do not."""
         decisive = self.decisive()
         decisive["override"] = decisive.pop("overrides")
-        return {key: value for key, value in decisive.items() if key not in ("min_fidelity", "seed")}
+        left_out = ("min_fidelity", "seed")
+        return {key: value for key, value in decisive.items() if key not in left_out and value is not None}
+
+    def measured_by(self) -> dict[str, Any]:
+        """Return the options that measurements depend on: what is chosen by them afterwards, for a budget, is not."""
+        free = {"weights": self.weights != "none", "max_size": None, "max_latency": None, "min_fidelity": None}
+        return self.decisive() | free
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

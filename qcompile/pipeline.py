@@ -64,6 +64,10 @@ NOISE: Codec[dict[str, float]] = Codec(
     lambda noise: json.dumps(noise).encode(), lambda content: dict(json.loads(content))
 )
 CODES: Codec[dict[str, IntArray]] = Codec(lambda codes: _archive(codes), lambda content: _arrays(content))
+LOSSES: Codec[dict[str, dict[int, float]]] = Codec(
+    lambda losses: json.dumps(losses).encode(),
+    lambda content: {name: {int(bits): loss for bits, loss in of.items()} for name, of in json.loads(content).items()},
+)
 NAMES: Codec[list[str]] = Codec(
     lambda names: json.dumps(names).encode(), lambda content: [str(name) for name in json.loads(content)]
 )
@@ -121,7 +125,7 @@ class Pipeline:
     def start(cls, model: ir.Model, evidence: Evidence, target: Target, options: Options) -> Self:
         """Begin a compile: from here on, the key stands for the model, the data, the target, the options and us."""
         libraries = sorted(f"{name} {version}" for name, version in caching.versions().items())
-        ingredients = [models.content_hash(model), evidence.digest, repr(target), repr(options.decisive())]
+        ingredients = [models.content_hash(model), evidence.digest, repr(target), repr(options.measured_by())]
         key = caching.key(caching.code_digest(), *libraries, *ingredients)
         return cls(key, model, evidence.samples, caching.open_cache(options.cache))
 

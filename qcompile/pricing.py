@@ -159,19 +159,24 @@ class Pricer:
         if not names:
             return {}
         in_integers, in_float = self.kernels(integer), self.kernels(self._weights_alone(names))
-        prices = self._prices(in_float[0], in_integers[0])
+        prices = self.prices(in_float[0], in_integers[0])
         some = sorted(cheapest_in_float(self.model, integer, prices) & set(names))
         found = [(self.table.mean(in_float), names), (self.table.mean(in_integers), [])]
         if 0 < len(some) < len(names):
             found.insert(1, (self.latency(self._weights_alone(some)), some))
         chosen = min(found, key=lambda one: float(f"{one[0]:.3g}"))[1]
-        absorbed = {op.output: name for name, op in integer.ops.items() if op.output}
-        groups = {name: [name] for name in chosen}
+        groups = self.groups(integer, chosen)
+        return {name: Wish(Precision.WEIGHT_ONLY, _dear(group, prices)) for name, group in groups.items()}
+
+    def groups(self, placement: Placement, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return each of these operators together with the activation that it absorbs."""
+        absorbed = {op.output: name for name, op in placement.ops.items() if op.output}
+        groups = {name: [name] for name in names}
         for node in self.model.graph:
             owner = absorbed.get(structure.name_of(node.outputs[0]))
             if owner in groups and owner != node.name:
                 groups[owner].append(structure.node_name(node))
-        return {name: Wish(Precision.WEIGHT_ONLY, _dear(group, prices)) for name, group in groups.items()}
+        return groups
 
     def worth(self, wishes: Mapping[str, Wish], choice: Choice, noise: float | None = None) -> float:
         """Return what a placement costs: latency and `SIZE` times bytes, in parts of float's, and `WORTH` times noise.
@@ -274,7 +279,8 @@ class Pricer:
     def _weights_alone(self, names: Iterable[str]) -> Placement:
         return self.placed(dict.fromkeys(names, Wish(Precision.WEIGHT_ONLY, "")))
 
-    def _prices(self, in_float: Sequence[Kernel], in_integers: Sequence[Kernel]) -> Prices:
+    def prices(self, in_float: Sequence[Kernel], in_integers: Sequence[Kernel]) -> Prices:
+        """Return what each operator takes in either form, and each conversion between them."""
         as_float, as_integer = self._per_node(in_float), self._per_node(in_integers)
         blocked = {name for name, kernels in as_float.items() if any(k.op_type.startswith("nchwc.") for k in kernels)}
         for node in self.model.graph:

@@ -25,6 +25,8 @@ from qcompile.verify import Fidelity, Proof
 SCHEMA_VERSION = 1
 #: Two timings of one model differ by this much on a machine that does other things as well.
 NOISE = 0.03
+#: Types of stored weights; multiples of packed ones are unsigned.
+WEIGHTS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16)
 
 
 def build(
@@ -63,6 +65,7 @@ def build(
         "kernel_rounding": _outputs(proof.rounding),
         "precision": {precision.value: plan.count(precision) for precision in Precision},
         "activation_ranges": _ranges(plan),
+        "allocation": dict(plan.allocation) or None,
         "operators": _operators(plan, lowered, proof),
         "passes": [
             {"name": s.name, "effect": s.effect, "nodes_before": s.nodes_before, "nodes_after": s.nodes_after,
@@ -161,8 +164,7 @@ def _model(model: ir.Model) -> dict[str, Any]:
 
 
 def _size(model: ir.Model, lowered: Lowered, folder: Path) -> dict[str, Any]:
-    before = len(models.serialize(model)) if models.initializer_bytes(model) < models.INLINE_LIMIT else None
-    float_bytes = before or models.initializer_bytes(model)
+    float_bytes = models.file_bytes(model)
     artifact_bytes = sum((folder / name).stat().st_size for name in lowered.files)
     causes = _bytes_by_cause(models.load_written(folder / lowered.files[0]))
     causes["graph, names and metadata"] = artifact_bytes - sum(causes.values())
@@ -185,7 +187,7 @@ def _bytes_by_cause(model: ir.Model) -> dict[str, int]:
             cause = "scales and zero points"
         elif tensor.dtype.is_floating_point():
             cause = "weights and constants in float"
-        elif tensor.dtype in (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16):
+        elif tensor.dtype in WEIGHTS:
             cause = f"weights in int{tensor.dtype.bitwidth}"
         elif any(op == "DequantizeLinear" for op, _ in uses):
             cause = "biases in int32"

@@ -5,7 +5,7 @@ They are the stages of `driver.compile`, with a file between each and the next; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,12 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     """
     artifact.check_own(output, read_plan)
     calibration = Calibration.read(measured)
-    target, _ = chosen_target(options)
+    target, backend = chosen_target(options)
     model = take(source).model
     calibration.require_model(models.content_hash(model), measured)
     canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
     canonical = Equivalences(calibration.rotation, calibration.smoothing).applied(canonical)
-    decided = decision.decide(canonical, calibration, target, options)
+    decided = decision.decide(canonical, calibration, target, backend, options)
     artifact.write_file(output, decided.to_json().encode())
     return decided
 
@@ -146,7 +146,9 @@ def read_plan(path: Path) -> QuantPlan:
         raise UsageError(path, "is not a quantization plan", "name a plan.json") from error
 
 
-def settled(given: Mapping[str, Any], stored: Mapping[str, Any], place: Path, free: str = "") -> dict[str, Any]:
+def settled(
+    given: Mapping[str, Any], stored: Mapping[str, Any], place: Path, free: Collection[str] = ()
+) -> dict[str, Any]:
     """Join the options that are given with those that an earlier stage was run with, which stand.
 
     Parameters
@@ -157,8 +159,8 @@ def settled(given: Mapping[str, Any], stored: Mapping[str, Any], place: Path, fr
         What the file of the earlier stage holds, as a recipe has it.
     place : Path
         That file.
-    free : str
-        The field in which the given one counts after all.
+    free : collection of str
+        Fields in which the given one counts after all.
 
     Raises
     ------
@@ -170,8 +172,8 @@ def settled(given: Mapping[str, Any], stored: Mapping[str, Any], place: Path, fr
         fact = f"was made with {'another' if table else 'no'} cost table"
         raise UsageError(place, fact, "name the same one with --costs in each stage, or make it anew")
     fields = recipe.parse({key: value for key, value in stored.items() if key != COSTS_KEY}, place, Path())
-    for name in sorted(set(given) & set(fields) - {free}):
+    for name in sorted(set(given) & set(fields) - set(free)):
         if given[name] != fields[name]:
             fact = f"was made with another '{name}' than is asked for now"
             raise UsageError(place, fact, "make it anew with that, or leave it out here")
-    return {**given, **fields, **({free: given[free]} if free in given else {})}
+    return {**given, **fields, **{name: given[name] for name in free if name in given}}

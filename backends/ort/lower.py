@@ -57,6 +57,10 @@ class OrtBackend:
         kernels, refusals = _kernels(plan, target, executed)
         return Lowered(written, kernels, refusals)
 
+    def size(self, model: ir.Model) -> int:
+        """Return the bytes that `lower` would write for a QDQ model."""
+        return models.file_bytes(legalize(model))
+
     def executed(self, model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the runtime executes for a QDQ model."""
         return executed(model, samples)

@@ -150,6 +150,12 @@ def initializers(model: ir.Model) -> Iterator[ir.Value]:
         yield from graph.initializers.values()
 
 
+def file_bytes(model: ir.Model) -> int:
+    """Return the bytes of a model's file, or of its weights alone where these are beyond `INLINE_LIMIT`."""
+    weights = initializer_bytes(model)
+    return len(serialize(model)) if weights < INLINE_LIMIT else weights
+
+
 def initializer_bytes(model: ir.Model) -> int:
     """Return the bytes that the initializers of all graphs take, packed."""
     return sum(value.const_value.nbytes for value in initializers(model) if value.const_value is not None)

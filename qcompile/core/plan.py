@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.core import numerics
+from qcompile.core import numerics, packing
 from qcompile.core.errors import UsageError
 from qcompile.core.rotation import Rotations
 
@@ -60,6 +60,9 @@ class TensorQuant:
         As many as there are scales.
     axis : int or None
         Channel axis; None is per tensor.
+    block_size : int
+        Of weights that are packed (`core/packing.py`), how many codes of a channel have a multiple in common; 0 where
+        codes are free.
     """
 
     role: Role
@@ -67,6 +70,7 @@ class TensorQuant:
     scale: tuple[float, ...]
     zero_point: tuple[int, ...]
     axis: int | None = None
+    block_size: int = 0
 
     @property
     def scales(self) -> npt.NDArray[np.float32]:
@@ -84,12 +88,15 @@ class TensorQuant:
         return not self.scale
 
     @property
-    def bits(self) -> int:
-        """Bits a code takes."""
-        return int(np.iinfo(self.dtype).bits)
+    def bits(self) -> float:
+        """Bits that a code takes in the file."""
+        return packing.BITS if self.block_size else float(np.iinfo(self.dtype).bits)
 
     def quantize(self, x: numerics.FloatArray) -> numerics.IntArray:
         """Return the codes of `x`; a weight's leave out the lowest code of its type, so that it stays symmetric."""
+        if self.block_size:
+            scaled = x / numerics.along_axis(self.scales, self.axis, x.ndim)
+            return packing.pack_codes(scaled, packing.multiples(scaled, self.axis, self.block_size))
         symmetric = self.role is Role.WEIGHT and np.iinfo(self.dtype).min < 0
         return numerics.quantize(x, self.scales, self.zero_points, self.dtype, self.axis, symmetric)
 
@@ -202,6 +209,8 @@ class QuantPlan:
         By the name of a value that linear operators read, in the graph's order: what moves into their weights first.
     rotation : Rotations
         What is rotated, in front of that and behind it.
+    allocation : mapping
+        How the bits of weights were chosen, JSON-ready (`qcompile/allocation.py`); empty where there was no choice.
     """
 
     tensors: Mapping[str, TensorQuant] = field(default_factory=dict)
@@ -210,6 +219,7 @@ class QuantPlan:
     guessed: bool = False
     smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
     rotation: Rotations = field(default_factory=Rotations)
+    allocation: Mapping[str, Any] = field(default_factory=dict)
 
     def count(self, precision: Precision) -> int:
         """Return how many operators have this precision."""
@@ -221,6 +231,7 @@ class QuantPlan:
             "schema_version": SCHEMA_VERSION,
             "options": self.options,
             "guessed": self.guessed,
+            "allocation": self.allocation,
             "rotation": self.rotation.to_json(),
             "smoothing": {name: factors.as_json() for name, factors in self.smoothing.items()},
             "tensors": {name: asdict(quant) for name, quant in sorted(self.tensors.items())},
@@ -251,6 +262,7 @@ class QuantPlan:
                     name: ChannelFactors.from_json(entry) for name, entry in content.get("smoothing", {}).items()
                 },
                 rotation=Rotations.from_json(content["rotation"]) if "rotation" in content else Rotations(),
+                allocation=dict(content.get("allocation", {}).items()),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(place, f"is not a quantization plan ({error!r})", "write it again") from error
@@ -271,6 +283,7 @@ def _tensor(entry: Mapping[str, Any]) -> TensorQuant:
         scale=tuple(float(np.float32(s)) for s in entry["scale"]),
         zero_point=tuple(int(z) for z in entry["zero_point"]),
         axis=entry["axis"],
+        block_size=int(entry.get("block_size", 0)),
     )
     low, high = numerics.code_range(quant.dtype)
     dynamic = quant.is_dynamic and quant.role is Role.ACTIVATION and quant.axis is None
@@ -279,6 +292,9 @@ def _tensor(entry: Mapping[str, Any]) -> TensorQuant:
         raise ValueError(f"{len(quant.scale)} scales along axis {quant.axis!r}")
     if len(quant.zero_point) != len(quant.scale) or not all(low <= z <= high for z in quant.zero_point):
         raise ValueError(f"zero points {quant.zero_point}")
+    packs = quant.dtype == "int8" and quant.role is Role.WEIGHT and not any(quant.zero_point)
+    if quant.block_size not in (0, *((packing.BLOCK,) if packs else ())):
+        raise ValueError(f"blocks of {quant.block_size}")
     if not all(0.0 < s < np.inf for s in quant.scale):
         raise ValueError(f"scales {quant.scale}")
     return quant

@@ -15,6 +15,8 @@ from qcompile.core import runtime
 from qcompile.core.plan import Role, TensorQuant
 from qcompile.pipeline import untracked
 
+BYTE = (-127, 127)
+
 
 def quant(count: int, axis: int | None, scale: float = 0.05) -> TensorQuant:
     return TensorQuant(Role.WEIGHT, "int8", (float(np.float32(scale)),) * count, (0,) * count, axis)
@@ -43,14 +45,14 @@ def test_it_is_optimal_brain_surgery_row_by_row(n: int, m: int, seed: int) -> No
     moments = rows.T @ rows / 20
     order = np.argsort(-moments.diagonal(), kind="stable")
     damped = moments + rounding.DAMPING * moments.diagonal().mean() * np.eye(n)
-    np.testing.assert_array_equal(gptq(weights, step, moments, "int8"), one_by_one(weights, step, damped, order))
+    np.testing.assert_array_equal(gptq(weights, step, moments, BYTE), one_by_one(weights, step, damped, order))
 
 
 @given(st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_rows_that_have_nothing_in_common_are_rounded_to_nearest(n: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     weights, step = generator.normal(size=(n, 3)), np.array([0.01, 0.02, 0.04])
-    found = gptq(weights, step, np.diag(generator.uniform(0.1, 5.0, n)), "int8")
+    found = gptq(weights, step, np.diag(generator.uniform(0.1, 5.0, n)), BYTE)
     np.testing.assert_array_equal(found, np.clip(np.rint(weights / step), -127, 127))
 
 
@@ -64,16 +66,16 @@ def test_what_is_computed_changes_less_and_blocks_do_not_show(
         return float(np.square(rows @ (codes * step - weights)).sum())
 
     monkeypatch.setattr(rounding, "BLOCK", 7)
-    narrow = gptq(weights, step, moments, "int8")
+    narrow = gptq(weights, step, moments, BYTE)
     monkeypatch.undo()
-    whole = gptq(weights, step, moments, "int8")
+    whole = gptq(weights, step, moments, BYTE)
     np.testing.assert_array_equal(narrow, whole)
     assert error(whole) < 0.5 * error(np.rint(weights / step))
 
 
 def test_a_dead_input_leaves_codes_to_nearest() -> None:
     weights = np.array([[0.26], [0.74]])
-    np.testing.assert_array_equal(gptq(weights, np.array([0.5]), np.zeros((2, 2)), "int8"), [[1.0], [1.0]])
+    np.testing.assert_array_equal(gptq(weights, np.array([0.5]), np.zeros((2, 2)), BYTE), [[1.0], [1.0]])
 
 
 CONV = "y = Conv <group = {g}, strides = [2, 1], dilations = [1, 2], pads = [1, 0, 2, 1]> (x, w)"

@@ -13,6 +13,7 @@ from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
 from qcompile.backends.ort.legalize.join_activations import JoinActivations
 from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
 from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
+from qcompile.backends.ort.legalize.pack_weights import PackWeights
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
@@ -30,6 +31,7 @@ RULES: tuple[ir.passes.PassBase, ...] = (
     UnpackBiases(),
     KeepFloatConvs(),
     HideSkipAdd(),
+    PackWeights(),
     DropInferable(),
 )
 

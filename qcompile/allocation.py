@@ -1,0 +1,261 @@
+"""Bits where they matter: what each weight loses in fewer bits is measured, and an integer program chooses.
+
+On this side of the backends only storage has a choice of bits: codes of four bits are unpacked to the codes of eight
+that kernels take (`core/packing.py`), so that time does not depend on them, and bytes do not on what computes in
+integers. What is left is one program over weights: least noise within the budget of bytes, or least bytes within the
+noise that a bound on fidelity leaves. docs/allocation.md has the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile.backends.base import Backend
+from qcompile.budget import Budget
+from qcompile.calib.data import Dataset
+from qcompile.calib.rounding import round_weights, second_moments
+from qcompile.calib.sensitivity import weights_alone
+from qcompile.calibration import Calibration
+from qcompile.compensation import HELD_OUT
+from qcompile.core import numerics, packing
+from qcompile.core.errors import BudgetError, UsageError
+from qcompile.core.plan import QuantPlan, Role
+from qcompile.job import Job
+from qcompile.options import Options
+from qcompile.passes import structure
+from qcompile.passes.allocate_bits import round_to_codes
+from qcompile.passes.insert_qdq import InsertQdq, quantized_name
+from qcompile.passes.integer_program import Allocation, Candidate, InfeasibleError, allocate
+from qcompile.passes.round_weights import roundable
+from qcompile.pricing import SIZE, WORTH
+
+#: Bits that weights can be stored in, by what is called so in files: an int8's, and four and a quarter.
+EIGHT, FOUR = 8, 4
+#: Bytes that the nodes take which unpack a tensor.
+UNPACKING = 900
+#: Weights fewer than these are not worth them.
+FEWEST = 4096
+#: By so much, in dB, more than a bound on fidelity is asked of the prediction: it is for other samples.
+MARGIN = 0.5
+#: So often a budget is lowered by what the file was larger than reckoned.
+ATTEMPTS = 4
+
+#: Noise over signal at the outputs, by the name of a weight and by its bits.
+Losses = Mapping[str, Mapping[int, float]]
+#: What returns the plan with weights in these bits.
+Planned = Callable[[Mapping[str, int]], QuantPlan]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The bits that were chosen for weights.
+
+    Parameters
+    ----------
+    bits : mapping of str to int
+        By name of a weight. What is not named had no choice.
+    noise : float
+        Noise over signal at the outputs that is expected with them, activations included.
+    bytes : int
+        Expected of the model's file.
+    gap : float
+        How far, in parts, the choice may be from the best one.
+    """
+
+    bits: Mapping[str, int] = field(default_factory=dict)
+    noise: float = 0.0
+    bytes: int = 0
+    gap: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it JSON-ready."""
+        sqnr = round(numerics.decibel(1.0, self.noise), 2) if self.noise > 0.0 else None
+        return {"bits": dict(self.bits), "sqnr": sqnr, "bytes": self.bytes, "gap": float(f"{self.gap:.3g}")}
+
+
+def packable(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
+    """Return how many numbers the weights have that can be stored in four bits, by name."""
+    found = {}
+    for name, quant in plan.tensors.items():
+        value = model.graph.initializers.get(name)
+        if quant.role is Role.WEIGHT and quant.dtype == "int8" and value is not None and value.const_value is not None:
+            if value.const_value.size >= FEWEST:
+                found[name] = int(value.const_value.size)
+    return found
+
+
+def measure_losses(job: Job, canonical: ir.Model, planned: Planned) -> dict[str, dict[int, float]]:
+    """Measure what each weight that has a choice loses at the outputs, in each number of bits and alone.
+
+    Those of four bits are rounded with regard to one another first, on other samples than they are judged by, as they
+    will be. Of a model too large to be run with each, it is the weights' own squared error that tells.
+    """
+    plain = planned({})
+    names = packable(canonical, plain)
+    fit, others = job.evidence.calibration.split(HELD_OUT)
+    rounded = {
+        EIGHT: round_to_codes(canonical, plain),
+        FOUR: _rounded(job, canonical, planned(dict.fromkeys(names, FOUR)), fit),
+    }
+    weights = {name: (name,) for name in names}
+    found = {bits: weights_alone(canonical, model, weights, others, job.track) for bits, model in rounded.items()}
+    if not all(found.values()):
+        found = {bits: {name: _own_error(canonical, model, name) for name in names} for bits, model in rounded.items()}
+    return {name: {bits: losses[name] for bits, losses in found.items()} for name in names}
+
+
+def _rounded(job: Job, canonical: ir.Model, plan: QuantPlan, data: Dataset) -> ir.Model:
+    """Return the model with the values that its weights have in four bits."""
+    model = round_to_codes(canonical, plan)
+    operators, _ = roundable(canonical, InsertQdq(plan)(canonical.clone()).model, plan)
+    names = {quantized_name(name): name for name in plan.tensors}
+    codes = {operator: names[name] for name, operator in operators.items() if operator.quant.block_size}
+    for operator, moments in second_moments(canonical, list(codes), data, job.track):
+        name = codes[operator]
+        real = plan.tensors[name].dequantize(round_weights(operator, moments))
+        model.graph.initializers[name].const_value = ir.tensor(real, name=name)
+    return model
+
+
+def _own_error(model: ir.Model, rounded: ir.Model, name: str) -> float:
+    weight, other = (structure.constant(one.graph.initializers[name]) for one in (model, rounded))
+    assert weight is not None and other is not None
+    return float(10.0 ** (-numerics.sqnr(weight, other) / 10.0)) / len(model.graph.initializers)
+
+
+def choose_widths(
+    canonical: ir.Model, calibration: Calibration, planned: Planned, backend: Backend, options: Options
+) -> Widths:
+    """Choose the bits of each weight, as the options ask.
+
+    Parameters
+    ----------
+    canonical : onnx_ir.Model
+    calibration : Calibration
+    planned : callable
+        Returns the plan with weights in given bits; those that are not given have what they have without a choice.
+    backend : Backend
+    options : Options
+
+    Raises
+    ------
+    BudgetError
+        If no choice fits the budget.
+    UsageError
+        If what weights lose was not measured.
+    """
+    if options.weights != "4" and not options.mixed:
+        return Widths()
+    names = packable(canonical, planned({}))
+    if options.weights == "4":
+        bits = dict.fromkeys(names, FOUR)
+        return Widths(bits, bytes=_bytes(canonical, planned(bits), backend))
+    if names and not calibration.losses:
+        fact = "has no measurement of what weights lose in fewer bits, which these options need"
+        raise UsageError("calibration", fact, "calibrate again with --weights mixed")
+    # The program's losses are what weights add to the noise that there is with all of them in eight bits.
+    losses = {name: calibration.losses[name] for name in names}
+    program = Program(canonical, names, losses, calibration.choice.noise, planned, backend)
+    if options.max_size is not None:
+        return program.within(Budget.parse(options.max_size, "--max-size").of(calibration.float_bytes), options)
+    if "sqnr" in options.min_fidelity:
+        return program.faithful(options.min_fidelity["sqnr"])
+    return program.worthwhile(calibration.float_bytes)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The choice of one model's weights.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Canonical.
+    numbers : mapping of str to int
+        By name of a weight, how many numbers it has.
+    losses : Losses
+    noise : float
+        Noise over signal at the outputs with all weights in eight bits.
+    planned : callable
+    backend : Backend
+    """
+
+    model: ir.Model
+    numbers: Mapping[str, int]
+    losses: Losses
+    noise: float
+    planned: Planned
+    backend: Backend
+
+    def within(self, budget: float, options: Options) -> Widths:
+        """Return what loses least in a file of so many bytes."""
+        limit = budget
+        for _ in range(ATTEMPTS):
+            try:
+                found = allocate(self._candidates(), (limit - self.fixed,))
+            except InfeasibleError as error:
+                least = _bytes(self.model, self.planned(dict.fromkeys(self.numbers, FOUR)), self.backend)
+                fact = f"cannot be met: with all weights in {FOUR} bits the file takes {least} of {budget:.0f} bytes"
+                raise BudgetError(f"--max-size {options.max_size}", fact, "give a larger budget") from error
+            widths = self._widths(found)
+            if widths.bytes <= budget:
+                return widths
+            limit -= widths.bytes - budget
+        raise BudgetError(f"--max-size {options.max_size}", "is not met by what was written", "give a larger budget")
+
+    def faithful(self, decibel: float) -> Widths:
+        """Return the smallest file whose noise is expected to stay below a bound."""
+        most = 10.0 ** (-(decibel + MARGIN) / 10.0)
+        try:
+            return self._widths(allocate(self._candidates(), (math.inf,), minimize=0, most_loss=most - self.noise))
+        except InfeasibleError as error:
+            reached = numerics.decibel(1.0, self.noise + error.least)
+            fact = f"with {MARGIN:g} dB to spare cannot be met: {reached:.1f} dB are expected with weights in 8 bits"
+            raise BudgetError(f"--min-fidelity sqnr={decibel:g}", fact, "ask for less") from error
+
+    def worthwhile(self, whole: int) -> Widths:
+        """Return what is worth most where nothing bounds it: bytes and noise have their prices (`pricing.py`)."""
+        prices = [
+            [Candidate(WORTH * one.loss + SIZE * one.costs[0] / whole) for one in of] for of in self._candidates()
+        ]
+        return self._widths(allocate(prices, ()))
+
+    def front(self, points: int) -> list[Widths]:
+        """Return the choices that lose least for their size, from the smallest to the largest file."""
+        least, most = (sum(pick(one.costs[0] for one in of) for of in self._candidates()) for pick in (min, max))
+        found = {}
+        for step in range(points):
+            budget = least + (most - least) * step / max(1, points - 1)
+            choice = allocate(self._candidates(), (budget,)).choice
+            found[choice] = allocate(self._candidates(), (budget,))
+        return [self._widths(one) for one in found.values()]
+
+    @cached_property
+    def fixed(self) -> int:
+        """The bytes of the file that do not depend on the choice."""
+        return _bytes(self.model, self.planned({}), self.backend) - sum(self.numbers.values())
+
+    def _candidates(self) -> list[list[Candidate]]:
+        found = []
+        for name, count in self.numbers.items():
+            more = self.losses[name][FOUR] - self.losses[name][EIGHT]
+            packed = count * packing.BITS / 8.0 + UNPACKING
+            found.append([Candidate(0.0, (float(count),)), Candidate(max(0.0, more), (packed,))])
+        return found
+
+    def _widths(self, found: Allocation) -> Widths:
+        bits = {name: (EIGHT, FOUR)[choice] for name, choice in zip(self.numbers, found.choice, strict=True)}
+        more = sum(of[choice].loss for of, choice in zip(self._candidates(), found.choice, strict=True))
+        size = _bytes(self.model, self.planned(bits), self.backend)
+        return Widths(bits, self.noise + more, size, found.gap)
+
+
+def _bytes(model: ir.Model, plan: QuantPlan, backend: Backend) -> int:
+    """Return the bytes of the file that a plan leads to."""
+    return backend.size(InsertQdq(plan)(model.clone()).model)

@@ -1,0 +1,59 @@
+"""Budgets: bounds that the user sets on what the artifact takes, absolute or in parts of float."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Self
+
+from qcompile.core.errors import UsageError
+
+#: Bytes, and microseconds, of a unit.
+UNITS = {
+    "--max-size": {"B": 1.0, "KB": 1024.0, "MB": 1024.0**2, "GB": 1024.0**3},
+    "--max-latency": {"us": 1.0, "ms": 1e3, "s": 1e6},
+}
+EXAMPLES = {"--max-size": "0.2x of float, or 5MB", "--max-latency": "0.6x of float, or 12ms"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound.
+
+    Parameters
+    ----------
+    text : str
+        As the user wrote it.
+    amount : float
+        Bytes or microseconds, or parts of what float takes.
+    relative : bool
+        Whether it is the latter.
+    """
+
+    text: str
+    amount: float
+    relative: bool
+
+    @classmethod
+    def parse(cls, text: str, flag: str) -> Self:
+        """Read ``0.2x``, or a number with a unit.
+
+        Raises
+        ------
+        UsageError
+            If it is none.
+        """
+        found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+        units = {"x": 1.0, **UNITS[flag]}
+        try:
+            number = float(found[1]) if found else math.nan
+        except ValueError:
+            number = math.nan
+        if not found or found[2] not in units or not 0.0 < number < math.inf:
+            raise UsageError(f"{flag} {text}", "is not a budget", f"give {EXAMPLES[flag]}")
+        return cls(text, number * units[found[2]], found[2] == "x")
+
+    def of(self, whole: float) -> float:
+        """Return the bound on something of which float takes `whole`."""
+        return self.amount * whole if self.relative else self.amount
