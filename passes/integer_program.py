@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
-from qcompile.passes.candidates import LOSS, Allocation, Candidate, InfeasibleError, Pair, measures
+import numpy as np
+
+from qcompile.passes.candidates import LOSS, Allocation, Array, Candidate, InfeasibleError, Pair, measures
 from qcompile.passes.greedy import descend
-from qcompile.passes.multiple_choice import Answer, Program
+from qcompile.passes.multiple_choice import Program, Relaxation
 
 __all__ = ["Allocation", "Candidate", "InfeasibleError", "Pair", "allocate", "least"]
 
@@ -66,7 +69,7 @@ def allocate(
     answer = _optimum(program, objective, limits, descend(found, objective, limits), deadline)
     if answer is None:
         _explain(program, limits, deadline)
-    choice = _untie(program, objective, limits, answer.choice, deadline) if answer.proven else answer.choice
+    choice = _untie(program, objective, limits, answer, deadline) if answer.proven else answer.choice
     return found.allocation(choice, program.base[objective] + answer.bound, minimize)
 
 
@@ -94,53 +97,67 @@ def _limits(budgets: Sequence[float], most_loss: float) -> tuple[float, ...]:
     return limits
 
 
+@dataclass(frozen=True, eq=False)
+class _Optimum:
+    """A choice, a bound of the objective above its base, whether that is final, and the floors of a relaxation."""
+
+    choice: tuple[int, ...]
+    bound: float
+    proven: bool
+    floors: Array
+
+
 def _optimum(
     program: Program, objective: int, limits: Sequence[float], start: tuple[int, ...] | None, deadline: float
-) -> Answer | None:
+) -> _Optimum | None:
     """Search with ever finer scales until the objective is a good part of its scale; None where bounds cannot hold.
 
     Losses span twelve powers of ten, and HiGHS's tolerances are absolute: a bound on the objective, from the choice
     in hand, removes what is too large to matter, and the rest is scaled anew.
     """
-    within, base, bound = list(limits), program.base[objective], 0.0
-    best = _better(program, objective, limits, start)
+    relaxation = program.relax(program.coefficients[objective], limits)
+    if relaxation is None:
+        return None
+    within, floors = list(limits), relaxation.floors
+    bound = max(0.0, float(floors.min()))
+    best = _better(program, objective, limits, start, relaxation)
     while True:
         if best is not None:
             within[objective] = min(within[objective], program.found.totals(best)[objective])
-        most = program.slack(objective, within[objective])
+        allowed = program.allowed(within) & (floors <= program.slack(objective, within[objective]))
         try:
-            answer = program.search(program.coefficients[objective], within, limits, deadline, most)
+            answer = program.search(program.coefficients[objective], within, limits, deadline, allowed)
         except TimeoutError:
             if best is None:
                 raise
-            return Answer(best, bound, False)
+            return _Optimum(best, bound, False, floors)
         if answer is None:
-            return None if best is None else Answer(best, bound, False)
+            return None if best is None else _Optimum(best, bound, False, floors)
         best, bound = answer.choice, max(bound, answer.bound)
-        excess = program.found.totals(best)[objective] - base
+        excess = program.found.totals(best)[objective] - program.base[objective]
         if not answer.proven or excess >= ZOOM * answer.scale or excess <= program.rounding(objective):
-            return Answer(best, bound, answer.proven)
+            return _Optimum(best, bound, answer.proven, floors)
 
 
 def _better(
-    program: Program, objective: int, limits: Sequence[float], start: tuple[int, ...] | None
+    program: Program, objective: int, limits: Sequence[float], start: tuple[int, ...] | None, relaxation: Relaxation
 ) -> tuple[int, ...] | None:
     """Return the better of a choice and the one nearest to the solution in fractions, made to hold the limits."""
-    nearest = program.nearest(program.coefficients[objective], limits)
+    nearest = relaxation.nearest
     repaired = None if nearest is None else descend(program.found, objective, limits, nearest)
     known = [choice for choice in (start, repaired) if choice is not None]
     return min(known, key=lambda choice: program.found.totals(choice)[objective], default=None)
 
 
 def _untie(
-    program: Program, objective: int, limits: Sequence[float], best: tuple[int, ...], deadline: float
+    program: Program, objective: int, limits: Sequence[float], optimum: _Optimum, deadline: float
 ) -> tuple[int, ...]:
     """Return the first, in lexicographic order, of all choices that are equal in the objective.
 
     Each measure in turn becomes least while those before it stay; it ends where the choice is shown to be the only
     one, mostly at once. Where time ends, the best until then is returned.
     """
-    held = list(limits)
+    held, best = list(limits), optimum.choice
     try:
         for measure in (objective, *(other for other in range(program.found.count) if other != objective)):
             if measure != objective:
@@ -149,8 +166,8 @@ def _untie(
                     return best
                 best = better.choice
             held[measure] = min(held[measure], program.ceiling(measure, best))
-            weights, most = program.coefficients[objective], program.slack(objective, held[objective])
-            if program.search(weights, held, limits, deadline, most, other_than=best) is None:
+            allowed = program.allowed(held) & (optimum.floors <= program.slack(objective, held[objective]))
+            if program.search(np.zeros(program.columns), held, limits, deadline, allowed, best) is None:
                 return best
         return _lowest(program, held, limits, best, deadline)
     except TimeoutError:
@@ -164,7 +181,7 @@ def _lowest(
     allowed = program.allowed(held)
     for digits in program.digits(allowed):
         weights = program.numbered(digits)
-        answer = program.search(weights, held, limits, deadline, allowed=allowed)
+        answer = program.search(weights, held, limits, deadline, allowed)
         if answer is None or not answer.proven:
             return best
         best = answer.choice

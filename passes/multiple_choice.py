@@ -6,13 +6,18 @@ and the removal of what cannot be part of an answer.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import math
+import os
+import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -38,18 +43,49 @@ RADIX = 10**5
 #: What `scipy.optimize.milp` says of how it ended.
 FINISHED, STOPPED, IMPOSSIBLE = 0, 1, 2
 
+#: One search at a time: standard output belongs to the process.
+_SILENT = threading.Lock()
+
 #: Coefficients of all columns, and the most that their sum may be.
 _Row = tuple[Array, float]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A choice among kept candidates, a lower bound of the objective above its base, and whether that is final."""
+    """What a search found.
+
+    Attributes
+    ----------
+    choice
+        Among kept candidates.
+    bound
+        A lower bound of the weight.
+    proven
+        The search came to its end: no choice has less.
+    scale
+        What the weights were scaled by.
+    """
 
     choice: tuple[int, ...]
     bound: float
     proven: bool
     scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    """The solution in fractions.
+
+    Attributes
+    ----------
+    nearest
+        The choice nearest to it, which breaks limits, but by a few tensors' worth; None where there is no solution.
+    floors
+        By column, a lower bound of the weight of all choices that have it.
+    """
+
+    nearest: tuple[int, ...] | None
+    floors: Array
 
 
 class Program:
@@ -129,13 +165,40 @@ class Program:
             place *= len(columns)
         return weights
 
-    def nearest(self, weights: Array, limits: Sequence[float]) -> tuple[int, ...] | None:
-        """Return the choice nearest to the solution in fractions: it breaks limits, but by a few tensors' worth."""
+    def relax(self, weights: Array, limits: Sequence[float]) -> Relaxation | None:
+        """Solve in fractions; None where even these break the limits.
+
+        For any prices of the rows (none negative for a row with a bound) the least of each tensor and pair at weights
+        plus prices, summed up, is a bound of the weight, and so is that sum with one column instead of its least. So
+        the floors hold whatever the tolerance of the solver; its prices make them good ones.
+        """
         allowed = self.allowed(limits)
         if not self._possible(allowed):
             return None
-        result = self._relax(weights, allowed, [*self._bounds(limits, allowed), *self.orders])
-        return None if result.x is None else self._chosen(result.x)
+        rows = [*self._bounds(limits, allowed), *self.orders]
+        weights = np.where(allowed, weights, 0.0)
+        scale = float(weights.max()) or 1.0
+        bounds = np.stack([np.zeros(self.columns), allowed.astype(np.float64)], axis=1)
+        matrix = scipy.sparse.csr_array(np.stack([row for row, _ in rows])) if rows else None
+        sides = np.array([side for _, side in rows])
+        result = scipy.optimize.linprog(
+            weights * (SCALE / scale),
+            matrix,
+            None if matrix is None else sides,
+            self.choices.A,
+            self.choices.lb,
+            bounds,
+        )
+        if result.status != FINISHED:
+            return None if result.status == IMPOSSIBLE else Relaxation(None, np.zeros(self.columns))
+        prices, marginals = np.minimum(result.ineqlin.marginals, 0.0), result.eqlin.marginals
+        priced = weights * (SCALE / scale) - self.choices.A.T @ marginals
+        if matrix is not None:
+            priced -= matrix.T @ prices
+        lows = np.minimum.reduceat(np.where(allowed, priced, math.inf), self.starts[:-1])
+        offset = float(marginals @ self.choices.lb + prices @ sides)
+        floors = priced + np.repeat(lows.sum() - lows, np.diff(self.starts)) + (offset - TIE * SCALE)
+        return Relaxation(self._chosen(result.x), np.where(allowed, floors * (scale / SCALE), math.inf))
 
     def search(
         self,
@@ -143,7 +206,6 @@ class Program:
         limits: Sequence[float],
         exact: Sequence[float],
         deadline: float,
-        most: float = math.inf,
         allowed: npt.NDArray[np.bool_] | None = None,
         other_than: Sequence[int] | None = None,
     ) -> Answer | None:
@@ -159,8 +221,6 @@ class Program:
             Held to the last bit: what breaks one is cut off and searched again.
         deadline : float
             On the clock of `time.monotonic`.
-        most : float
-            Choices of more weight are of no interest.
         allowed : ndarray or None
             Columns that may be chosen; None leaves it to the limits.
         other_than : sequence of int or None
@@ -175,13 +235,12 @@ class Program:
         if not self._possible(allowed):
             return None
         rows = [*self._bounds(limits, allowed), *self.orders]
-        allowed = self._within(weights, most, allowed, rows)
-        if not self._possible(allowed):
-            return None
         weights = np.where(allowed, weights, 0.0)
         scale, bound = float(weights.max()) or 1.0, 0.0
         if other_than is not None:
-            rows.append((self._one_hot(self.starts[: len(other_than)] + other_than), len(other_than) - 1.0))
+            rows.append(
+                (self._one_hot(self.starts[: len(other_than)] + np.array(other_than, np.intp)), len(other_than) - 1.0)
+            )
         for attempt in itertools.count():
             margin = 0.0 if attempt <= CUTS else TOLERANCE * 2.0 ** (attempt - CUTS)
             tried = [(row, side - margin * (side == SCALE)) for row, side in rows] + list(self._cuts(exact))
@@ -201,38 +260,6 @@ class Program:
     def _chosen(self, values: Array) -> tuple[int, ...]:
         return tuple(int(np.argmax(values[self.block(at)])) for at in range(len(self.found.alone)))
 
-    def _relax(self, weights: Array, allowed: npt.NDArray[np.bool_], rows: Sequence[_Row]) -> Any:
-        """Solve in fractions."""
-        bounds = np.stack([np.zeros(self.columns), allowed.astype(np.float64)], axis=1)
-        matrix = scipy.sparse.csr_array(np.stack([row for row, _ in rows])) if rows else None
-        sides = [side for _, side in rows] if rows else None
-        equal = {"A_eq": self.choices.A, "b_eq": self.choices.lb}
-        return scipy.optimize.linprog(weights, matrix, sides, bounds=bounds, method="highs", **equal)
-
-    def _within(
-        self, weights: Array, most: float, allowed: npt.NDArray[np.bool_], rows: Sequence[_Row]
-    ) -> npt.NDArray[np.bool_]:
-        """Return the columns that can be part of a choice of at most this weight.
-
-        For any prices of the rows (none negative for a row with a bound) the least of each tensor and pair at weights
-        plus prices, summed up, is a bound of the weight, and so is that sum with one column instead of the least. The
-        prices from the solution in fractions make it a good one.
-        """
-        scale = float(np.where(allowed, weights, 0.0).max())
-        if most == math.inf or not scale:
-            return allowed
-        result = self._relax(weights * (SCALE / scale), allowed, rows)
-        if result.status != FINISHED:
-            return allowed
-        priced = weights * (SCALE / scale) - self.choices.A.T @ result.eqlin.marginals
-        offset = math.fsum(result.eqlin.marginals * self.choices.lb)
-        for (row, side), marginal in zip(rows, np.minimum(result.ineqlin.marginals, 0.0), strict=False):
-            priced -= row * marginal
-            offset += side * marginal
-        lows = np.minimum.reduceat(np.where(allowed, priced, math.inf), self.starts[:-1])
-        rest = np.repeat(lows.sum() - lows, np.diff(self.starts))
-        return np.asarray(allowed & (rest + priced + offset <= (most / scale + TIE) * SCALE))
-
     def _bounds(self, limits: Sequence[float], allowed: npt.NDArray[np.bool_]) -> Iterator[_Row]:
         """Yield the rows of the limits, each slack scaled to one number."""
         for measure, limit in enumerate(limits):
@@ -250,7 +277,7 @@ class Program:
         """Forbid a choice that breaks a budget, and with it all that are nowhere cheaper."""
         totals = self.found.totals(choice)
         measure = next(m for m, total in enumerate(totals) if total > exact[m])
-        columns = self.starts[: len(choice)] + choice
+        columns = self.starts[: len(choice)] + np.array(choice, np.intp)
         if not any(table[measure].any() for _, _, table in self.found.pairs):
             costs = self.coefficients[measure]
             columns = np.concatenate([
@@ -301,6 +328,30 @@ class Program:
             yield from itertools.pairwise(group)
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what native code writes to standard output.
+
+    HiGHS, as scipy 1.17 has it, writes a line there whenever it repairs a solution, whatever its options say.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # There is no standard output.
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _: None
+    sys.stdout.flush()
+    flush(None)
+    with Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _milp(
     weights: Array,
     whole: int,
@@ -317,13 +368,11 @@ def _milp(
     integrality = (np.arange(len(weights)) < whole).astype(np.int64)
     for presolve in (True, False):
         options = {"mip_rel_gap": 0.0, "presolve": presolve, "time_limit": max(deadline - time.monotonic(), 0.0)}
-        result = scipy.optimize.milp(
-            weights,
-            integrality=integrality,
-            bounds=(0.0, allowed.astype(np.float64)),
-            constraints=constraints,
-            options=options,
-        )
+        bounds = (0.0, allowed.astype(np.float64))
+        with _SILENT, _silence():
+            result = scipy.optimize.milp(
+                weights, integrality=integrality, bounds=bounds, constraints=constraints, options=options
+            )
         if result.status in (FINISHED, STOPPED, IMPOSSIBLE):
             return result
     raise RuntimeError(f"HiGHS: {result.message}")
