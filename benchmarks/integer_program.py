@@ -29,10 +29,10 @@ HEAD = """# How long the integer program takes
 
 Written by `python benchmarks/integer_program.py`; do not edit. [allocation.md](allocation.md) has the formulation.
 
-Made-up models; six of each size: budgets at 15 % and 40 % of the way from their least to their most, three seeds. Time
-is the processor's, includes what tells ties apart, and is capped at {seconds:g} s by the clock; the gap is what was not proven by then. Greedy: its loss
-over the integer program's, where it found a choice; without pairs it is the classic rule, with pairs a step counts with
-what it does to them.
+Made-up models; six of each size: budgets at 15 % and 40 % of the way from their least to their most, three seeds.
+Seconds are the processor's and include what tells ties apart; a search is capped at {seconds:g} s by the clock, and the
+gap is what was not proven by then. Greedy: its loss over the integer program's, where it found a choice; with pairs, a
+step counts with what it does to them.
 
 | tensors | candidates | budgets | pairs | seconds, median | most | proven | largest gap | greedy, median | most |
 |---|---|---|---|---|---|---|---|---|---|
