@@ -9,7 +9,7 @@ noise that a bound on fidelity leaves. docs/allocation.md has the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -39,8 +39,6 @@ from qcompile.pricing import SIZE, WORTH
 EIGHT, FOUR = 8, 4
 #: Bytes that the nodes take which unpack a tensor.
 UNPACKING = 900
-#: Weights fewer than these are not worth them.
-FEWEST = 4096
 #: By so much, in dB, more than a bound on fidelity is asked of the prediction: it is for other samples.
 MARGIN = 0.5
 #: So often a budget is lowered by what the file was larger than reckoned.
@@ -81,13 +79,13 @@ class Widths:
 
 def packable(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
     """Return how many numbers the weights have that can be stored in four bits, by name."""
-    found = {}
-    for name, quant in plan.tensors.items():
-        value = model.graph.initializers.get(name)
-        if quant.role is Role.WEIGHT and quant.dtype == "int8" and value is not None and value.const_value is not None:
-            if value.const_value.size >= FEWEST:
-                found[name] = int(value.const_value.size)
-    return found
+    weights = {name: structure.constant_tensor(value) for name, value in model.graph.initializers.items()}
+    sizes = {name: weight.size for name, weight in weights.items() if weight is not None}
+    return {
+        name: sizes[name]
+        for name, quant in plan.tensors.items()
+        if quant.role is Role.WEIGHT and quant.dtype == "int8" and sizes.get(name, 0) >= packing.FEWEST
+    }
 
 
 def measure_losses(job: Job, canonical: ir.Model, planned: Planned) -> dict[str, dict[int, float]]:
@@ -99,15 +97,25 @@ def measure_losses(job: Job, canonical: ir.Model, planned: Planned) -> dict[str,
     plain = planned({})
     names = packable(canonical, plain)
     fit, others = job.evidence.calibration.split(HELD_OUT)
-    rounded = {
-        EIGHT: round_to_codes(canonical, plain),
-        FOUR: _rounded(job, canonical, planned(dict.fromkeys(names, FOUR)), fit),
-    }
-    weights = {name: (name,) for name in names}
-    found = {bits: weights_alone(canonical, model, weights, others, job.track) for bits, model in rounded.items()}
+    packed = _rounded(job, canonical, planned(dict.fromkeys(names, FOUR)), fit)
+    weights, found = {name: (name,) for name in names}, {}
+    for bits, model in ((EIGHT, round_to_codes(canonical, plain)), (FOUR, packed)):
+        found[bits] = weights_alone(canonical, model, weights, others, job.track)
     if not all(found.values()):
-        found = {bits: {name: _own_error(canonical, model, name) for name in names} for bits, model in rounded.items()}
+        return own_errors(canonical, planned, names)
     return {name: {bits: losses[name] for bits, losses in found.items()} for name in names}
+
+
+def own_errors(canonical: ir.Model, planned: Planned, names: Iterable[str]) -> dict[str, dict[int, float]]:
+    """Return what stands in for losses where the model cannot be run: the weights' own noise over signal."""
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    for bits in (EIGHT, FOUR):
+        rounded = round_to_codes(canonical, planned(dict.fromkeys(found, bits)))
+        for name, losses in found.items():
+            weight, other = (structure.constant(model.graph.initializers[name]) for model in (canonical, rounded))
+            assert weight is not None and other is not None
+            losses[bits] = float(10.0 ** (-numerics.sqnr(weight, other) / 10.0)) / len(found)
+    return found
 
 
 def _rounded(job: Job, canonical: ir.Model, plan: QuantPlan, data: Dataset) -> ir.Model:
@@ -121,12 +129,6 @@ def _rounded(job: Job, canonical: ir.Model, plan: QuantPlan, data: Dataset) -> i
         real = plan.tensors[name].dequantize(round_weights(operator, moments))
         model.graph.initializers[name].const_value = ir.tensor(real, name=name)
     return model
-
-
-def _own_error(model: ir.Model, rounded: ir.Model, name: str) -> float:
-    weight, other = (structure.constant(one.graph.initializers[name]) for one in (model, rounded))
-    assert weight is not None and other is not None
-    return float(10.0 ** (-numerics.sqnr(weight, other) / 10.0)) / len(model.graph.initializers)
 
 
 def choose_widths(
@@ -150,23 +152,34 @@ def choose_widths(
     UsageError
         If what weights lose was not measured.
     """
-    if options.weights != "4" and not options.mixed:
-        return Widths()
-    names = packable(canonical, planned({}))
-    if options.weights == "4":
-        bits = dict.fromkeys(names, FOUR)
-        return Widths(bits, bytes=_bytes(canonical, planned(bits), backend))
-    if names and not calibration.losses:
-        fact = "has no measurement of what weights lose in fewer bits, which these options need"
+    plain = planned({})
+    names = packable(canonical, plain)
+    budget = Budget.parse(options.max_size, "--max-size") if options.max_size is not None else None
+    limit = math.inf if budget is None else budget.of(calibration.float_bytes)
+    if not options.mixed:
+        bits = dict.fromkeys(names, FOUR) if options.weights == "4" else {}
+        size = _bytes(canonical, planned(bits), backend) if bits or budget else 0
+        _require(size, limit, options)
+        return Widths(bits, bytes=size)
+    losses = calibration.losses
+    if not losses and not calibration.statistics.samples:
+        losses = own_errors(canonical, planned, names)
+    elif missing := sorted(set(names) - set(losses)):
+        fact = f"has no measurement of what weights '{missing[0]}' lose in fewer bits, which these options need"
         raise UsageError("calibration", fact, "calibrate again with --weights mixed")
-    # The program's losses are what weights add to the noise that there is with all of them in eight bits.
-    losses = {name: calibration.losses[name] for name in names}
     program = Program(canonical, names, losses, calibration.choice.noise, planned, backend)
-    if options.max_size is not None:
-        return program.within(Budget.parse(options.max_size, "--max-size").of(calibration.float_bytes), options)
-    if "sqnr" in options.min_fidelity:
+    if budget is not None:
+        _require(program.fewest.bytes, limit, options)
+        return program.within(limit)
+    if "sqnr" in options.min_fidelity and calibration.calibrated:
         return program.faithful(options.min_fidelity["sqnr"])
     return program.worthwhile(calibration.float_bytes)
+
+
+def _require(size: int, limit: float, options: Options) -> None:
+    if size > limit:
+        fact = f"cannot be met: with weights in as few bits as they may have the file takes {size} of {limit:.0f} bytes"
+        raise BudgetError(f"--max-size {options.max_size}", fact, "give a larger budget")
 
 
 @dataclass(frozen=True)
@@ -193,21 +206,18 @@ class Program:
     planned: Planned
     backend: Backend
 
-    def within(self, budget: float, options: Options) -> Widths:
-        """Return what loses least in a file of so many bytes."""
+    def within(self, budget: float) -> Widths:
+        """Return what loses least in a file of so many bytes, which `fewest` fits."""
         limit = budget
         for _ in range(ATTEMPTS):
             try:
-                found = allocate(self._candidates(), (limit - self.fixed,))
-            except InfeasibleError as error:
-                least = _bytes(self.model, self.planned(dict.fromkeys(self.numbers, FOUR)), self.backend)
-                fact = f"cannot be met: with all weights in {FOUR} bits the file takes {least} of {budget:.0f} bytes"
-                raise BudgetError(f"--max-size {options.max_size}", fact, "give a larger budget") from error
-            widths = self._widths(found)
+                widths = self._widths(allocate(self._candidates(), (limit - self.fixed,)))
+            except InfeasibleError:
+                break
             if widths.bytes <= budget:
                 return widths
             limit -= widths.bytes - budget
-        raise BudgetError(f"--max-size {options.max_size}", "is not met by what was written", "give a larger budget")
+        return self.fewest
 
     def faithful(self, decibel: float) -> Widths:
         """Return the smallest file whose noise is expected to stay below a bound."""
@@ -237,6 +247,11 @@ class Program:
         return [self._widths(one) for one in found.values()]
 
     @cached_property
+    def fewest(self) -> Widths:
+        """All weights in as few bits as they may have."""
+        return self._of(dict.fromkeys(self.numbers, FOUR), 0.0)
+
+    @cached_property
     def fixed(self) -> int:
         """The bytes of the file that do not depend on the choice."""
         return _bytes(self.model, self.planned({}), self.backend) - sum(self.numbers.values())
@@ -244,16 +259,21 @@ class Program:
     def _candidates(self) -> list[list[Candidate]]:
         found = []
         for name, count in self.numbers.items():
-            more = self.losses[name][FOUR] - self.losses[name][EIGHT]
             packed = count * packing.BITS / 8.0 + UNPACKING
-            found.append([Candidate(0.0, (float(count),)), Candidate(max(0.0, more), (packed,))])
+            found.append([Candidate(0.0, (float(count),)), Candidate(self._more(name), (packed,))])
         return found
 
+    def _more(self, name: str) -> float:
+        """Return what a weight loses by being packed; what it may seem to gain is chance."""
+        return max(0.0, self.losses[name][FOUR] - self.losses[name][EIGHT])
+
     def _widths(self, found: Allocation) -> Widths:
-        bits = {name: (EIGHT, FOUR)[choice] for name, choice in zip(self.numbers, found.choice, strict=True)}
-        more = sum(of[choice].loss for of, choice in zip(self._candidates(), found.choice, strict=True))
-        size = _bytes(self.model, self.planned(bits), self.backend)
-        return Widths(bits, self.noise + more, size, found.gap)
+        choices = zip(self.numbers, found.choice, strict=True)
+        return self._of({name: (EIGHT, FOUR)[choice] for name, choice in choices}, found.gap)
+
+    def _of(self, bits: Mapping[str, int], gap: float) -> Widths:
+        noise = self.noise + sum(self._more(name) for name, width in bits.items() if width == FOUR)
+        return Widths(bits, noise if self.noise else 0.0, _bytes(self.model, self.planned(bits), self.backend), gap)
 
 
 def _bytes(model: ir.Model, plan: QuantPlan, backend: Backend) -> int:

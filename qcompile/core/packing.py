@@ -19,6 +19,8 @@ from qcompile.core.numerics import FloatArray, IntArray, symmetric_scale
 BLOCK = 16
 #: What is stored of a code, and of a block.
 LOWEST, HIGHEST, MOST = -8, 7, 15
+#: Fewer codes than this save less than what unpacks them takes in a file.
+FEWEST = 4096
 #: Bits of a packed weight, its part of the block's multiple included.
 BITS = 4.0 + 4.0 / BLOCK
 

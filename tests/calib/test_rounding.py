@@ -11,7 +11,7 @@ from qcompile.calib import rounding
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.rounding import Operator, gptq, round_weights, second_moments
 from qcompile.core import model as models
-from qcompile.core import runtime
+from qcompile.core import packing, runtime
 from qcompile.core.plan import Role, TensorQuant
 from qcompile.pipeline import untracked
 
@@ -71,6 +71,23 @@ def test_what_is_computed_changes_less_and_blocks_do_not_show(
     whole = gptq(weights, step, moments, BYTE)
     np.testing.assert_array_equal(narrow, whole)
     assert error(whole) < 0.5 * error(np.rint(weights / step))
+
+
+def test_packed_codes_stay_packed_and_compute_more_nearly_the_same(random: np.random.Generator) -> None:
+    weights, rows = random.normal(size=(64, 48)).astype(np.float32), correlated(random, 500, 64)
+    scale = packing.packed_scale(np.abs(weights).max(axis=0))
+    packed = TensorQuant(Role.WEIGHT, "int8", tuple(map(float, scale)), (0,) * 48, 1, packing.BLOCK)
+    model = ir.from_proto(proto_from_text("(float[1,64] x) => (float[1,48] y) { y = MatMul (x, w) }", w=weights))
+    (node,) = model.graph
+    codes = round_weights(Operator(node, packed), (rows.T @ rows / len(rows))[None])
+    assert codes.dtype == np.int8 and packing.unpacked(codes, 1) is not None
+    multiple = packing.multiples(weights / scale, 1)
+    assert not (codes % multiple).any()
+
+    def error(found: np.ndarray) -> float:
+        return float(np.square(rows @ (packed.dequantize(found) - weights)).sum())
+
+    assert error(codes) < 0.5 * error(packed.quantize(weights))
 
 
 def test_a_dead_input_leaves_codes_to_nearest() -> None:

@@ -70,11 +70,12 @@ def test_bytes_do_not_depend_on_the_order_of_tensors() -> None:
 def test_the_text_of_a_plan_is_fixed() -> None:
     plan = QuantPlan({"x": activation()}, {"conv": OpPlan("Conv", Precision.INTEGER, output="é")})
     assert plan.to_json() == (
-        '{\n "schema_version": 1,\n "options": {},\n "guessed": false,\n'
+        '{\n "schema_version": 1,\n "options": {},\n "guessed": false,\n "allocation": {},\n'
         ' "rotation": {\n  "folded": [],\n  "inputs": [],\n  "refused": []\n },\n "smoothing": {},\n'
         ' "tensors": {\n  "x": {\n'
         '   "role": "activation",\n   "dtype": "uint8",\n'
-        '   "scale": [\n    0.5\n   ],\n   "zero_point": [\n    3\n   ],\n   "axis": null\n  }\n },\n'
+        '   "scale": [\n    0.5\n   ],\n   "zero_point": [\n    3\n   ],\n   "axis": null,\n'
+        '   "block_size": 0\n  }\n },\n'
         ' "ops": {\n  "conv": {\n   "op_type": "Conv",\n   "precision": "integer",\n   "reason": "",\n'
         '   "output": "é"\n  }\n }\n}\n'
     )

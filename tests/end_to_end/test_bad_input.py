@@ -302,7 +302,7 @@ def test_a_command_line_that_cannot_be_parsed(qcompile, small, words):
 def test_the_python_interface_checks_its_options_too():
     from qcompile import Options, QcompileError
 
-    with pytest.raises(QcompileError, match="--weights: there is no choice '3'; use one of 8, none"):
+    with pytest.raises(QcompileError, match="--weights: there is no choice '3'; use one of auto, 8, 4, mixed, none"):
         Options("cpu", weights="3")
 
 

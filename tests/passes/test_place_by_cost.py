@@ -16,7 +16,7 @@ from qcompile.core.target import Target
 from qcompile.passes import structure
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.place import Placement, place
-from qcompile.passes.place_by_cost import Conversion, Prices, cheapest_in_float
+from qcompile.passes.place_by_cost import Conversion, Prices, Source, cheapest_in_float, quietest_in_float
 
 Build = Callable[..., Any]
 
@@ -103,6 +103,37 @@ def test_no_choice_is_cheaper(data: st.DataObject, network: ir.Model, placement:
     choices = [dict(zip(FREE, bits, strict=True)) for bits in product((False, True), repeat=len(FREE))]
     least = min(spent(network, prices, choice) for choice in choices if allowed(choice))
     assert spent(network, prices, chosen) == pytest.approx(least, abs=0.02)
+
+
+@given(data=st.data())
+def test_within_a_budget_no_choice_is_quieter(data: st.DataObject, network: ir.Model, placement: Placement) -> None:
+    names = [structure.node_name(node) for node in network.graph]
+    values = [*(v.name for v in network.graph.inputs), *(v.name for node in network.graph for v in node.outputs)]
+    prices = Prices(
+        {name: data.draw(TIMES) for name in names},
+        {name: data.draw(TIMES) for name in names},
+        {str(value): Conversion(data.draw(TIMES), data.draw(TIMES)) for value in values},
+    )
+    some = st.lists(st.sampled_from(FREE), min_size=1, max_size=3, unique=True).map(tuple)
+    sources = [Source(data.draw(st.floats(0.01, 1.0)), data.draw(some)) for _ in range(5)]
+    choices = [dict(zip(FREE, bits, strict=True)) for bits in product((False, True), repeat=len(FREE))]
+    everything_in_float = spent(network, prices, dict.fromkeys(FREE, False))
+    # What the program pays for a choice that does not depend on it is not in its budget.
+    times = {index: spent(network, prices, one) - everything_in_float for index, one in enumerate(choices)}
+
+    def noise(choice: Mapping[str, bool]) -> float:
+        return sum(source.noise for source in sources if any(choice[name] for name in source.operators))
+
+    budget = data.draw(st.floats(-60.0, 20.0)) + 0.005  # no sum of rounded prices is as near to it as tolerances are
+    fitting = [one for index, one in enumerate(choices) if allowed(one) and times[index] <= budget]
+    found = quietest_in_float(network, placement, prices, sources, budget)
+    if not fitting:
+        assert found is None
+        return
+    assert found is not None
+    chosen = {name: name not in found for name in FREE}
+    assert allowed(chosen) and times[choices.index(chosen)] <= budget + 0.01
+    assert noise(chosen) <= min(map(noise, fitting)) + 1e-3
 
 
 def free_of_conversions(network: ir.Model, as_float: float, as_integer: float) -> Prices:

@@ -17,8 +17,6 @@ from qcompile.core.contract import Effect
 from qcompile.core.numerics import IntArray
 from qcompile.passes import structure
 
-#: Fewer codes than this save less than the nodes take that unpack them.
-FEWEST = 2048
 #: The opset that four-bit types came with.
 OPSET = 21
 
@@ -40,7 +38,7 @@ class PackWeights(ir.passes.InPlacePass):
         modified = False
         for value in list(model.graph.initializers.values()):
             codes = value.const_value
-            if codes is None or codes.dtype is not ir.DataType.INT8 or codes.size < FEWEST or not value.uses():
+            if codes is None or codes.dtype is not ir.DataType.INT8 or codes.size < packing.FEWEST or not value.uses():
                 continue
             if value.is_graph_output() or value.is_graph_input():
                 continue
