@@ -5,7 +5,7 @@ All that is read is structure, the target's table, and what is wished for single
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -118,9 +118,7 @@ def code_readers(model: ir.Model, placement: Placement) -> dict[str, frozenset[s
     }  # fmt: skip
 
 
-def sparing(
-    model: ir.Model, placement: Placement, names: Mapping[str, str], rounding: Collection[str] = ()
-) -> dict[str, Wish]:
+def sparing(model: ir.Model, placement: Placement, names: Mapping[str, str]) -> dict[str, Wish]:
     """Return what to wish for so that these values keep their float values; weights stay stored as integers.
 
     Parameters
@@ -130,8 +128,6 @@ def sparing(
         In which they are measured.
     names : mapping of str to str
         By value name, the reason, as the plan is to say it of the operators that read or write the value's codes.
-    rounding : collection of str
-        Operator types whose kernel for integer weights rounds activations to codes as well: they get wide weights.
     """
     values = ir.convenience.create_value_mapping(model.graph)
     same: dict[str, list[str]] = {}
@@ -145,8 +141,7 @@ def sparing(
             nodes += [node for node, op in placement.ops.items() if op.output == value.name]
             for node in nodes:
                 if placement.ops[node].precision is Precision.INTEGER:
-                    wide = placement.ops[node].op_type in rounding
-                    found.setdefault(node, Wish(Precision.WEIGHT_ONLY, reason, wide))
+                    found.setdefault(node, Wish(Precision.WEIGHT_ONLY, reason))
     return found
 
 

@@ -98,9 +98,8 @@ def _noise(sources: Collection[Source], in_float: Collection[str]) -> float:
 
 def _wishes(pricer: Pricer, placement: Placement, names: Collection[str], reason: str) -> dict[str, Wish]:
     """Return what to wish for so that these operators, and the activations that they absorb, are in float."""
-    rounding = {op_type for op_type, rule in pricer.target.ops.items() if rule.rounds}
     return {
-        node: Wish(Precision.WEIGHT_ONLY, reason, placement.ops[node].op_type in rounding)
+        node: Wish(Precision.WEIGHT_ONLY, reason)
         for group in pricer.groups(placement, names).values()
         for node in group
     }

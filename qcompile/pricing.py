@@ -214,7 +214,6 @@ class Pricer:
         # What drives an output to infinity is as bad as can be, and still to be reckoned with.
         alone = {(name, False): min(error, WORST) for name, error in choice.alone.items()}
         alone |= {(name, True): min(weights[name], WORST) for name in names if name in weights}
-        rounding = {op_type for op_type, rule in self.target.ops.items() if rule.rounds}
         worst, total = sorted(alone, key=lambda source: -alone[source]), sum(alone.values())
         best, least = dict[str, Wish](), self.worth(spared, choice, noise)
         everywhere = {name: Wish(Precision.WEIGHT_ONLY, _spoils(noise, "codes everywhere")) for name in names}
@@ -225,7 +224,7 @@ class Pricer:
             if WORTH * (noise - rest) < GAIN:
                 continue
             tensors = {name: _spoils(choice.alone[name]) for name, of_weights in worst[:count] if not of_weights}
-            wishes = sparing(self.model, placement, tensors, rounding) | {
+            wishes = sparing(self.model, placement, tensors) | {
                 name: Wish(Precision.WEIGHT_ONLY, _spoils(weights[name], "codes of its weights"), wide=True)
                 for name, of_weights in worst[:count] if of_weights
             }  # fmt: skip

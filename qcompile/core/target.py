@@ -14,9 +14,6 @@ from qcompile.core.capabilities import Capability
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
 
-#: Kernels of integer weights and float activations that turn these into codes block by block.
-ROUNDING = ("MatMulNBits",)
-
 
 class OpKind(StrEnum):
     """How an operator takes part in integer arithmetic."""
@@ -51,10 +48,8 @@ class OpRule:
         With fewer, integers gain too little to be worth their error.
     dynamic : bool
         The integer kernel also reads codes whose range is taken when the model runs, and leaves in float then.
-    rounds : bool
-        With weights alone stored as integers, its kernel rounds activations to codes as well.
 
-    `quantized_output`, `fuses`, `dynamic` and `rounds` follow from the capabilities of the target's cost table where it
+    `quantized_output`, `fuses` and `dynamic` follow from the capabilities of the target's cost table where it
     has them.
     """
 
@@ -64,7 +59,6 @@ class OpRule:
     weight_only: bool = False
     fewest_weights: int = 0
     dynamic: bool = False
-    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,8 +189,6 @@ def derived(
     absent: dict[str, str] = {}
     fitting = [row for row in capabilities if _fits(row, types)]
     dynamic = {row.op for row in fitting if row.dynamic and row.integer and not row.behind}
-    alone = [row for row in capabilities if _fits(replace(row, activation=types.activation), types)]
-    rounding = {row.op for row in alone if row.activation == "float" and row.kernel in ROUNDING}
     for op_type, rule in rules.items():
         rows = {(row.behind, row.zero_point, row.output): row
                 for row in fitting if row.op == op_type and not row.dynamic}  # fmt: skip
@@ -207,7 +199,7 @@ def derived(
             absent[op_type] = f"for {types.activation} the runtime has {kernels} in float"
         else:
             seen = _as_seen(rule, rows)
-            found[op_type] = replace(seen, dynamic=op_type in dynamic, rounds=op_type in rounding)
+            found[op_type] = replace(seen, dynamic=op_type in dynamic)
     return found, absent
 
 

@@ -37,7 +37,7 @@ def test_the_rules_of_the_target_follow() -> None:
     target, _ = find_target("cpu")
     assert target.ops["Conv"] == OpRule(OpKind.LINEAR, fuses=("Relu", "Clip"), weight_only=True)
     assert target.ops["Gemm"] == OpRule(OpKind.LINEAR, False, ("Relu", "Clip"), weight_only=True, fewest_weights=4096)
-    matmul = OpRule(OpKind.LINEAR, False, (), weight_only=True, fewest_weights=4096, dynamic=True, rounds=True)
+    matmul = OpRule(OpKind.LINEAR, False, (), weight_only=True, fewest_weights=4096, dynamic=True)
     assert target.ops["MatMul"] == matmul
     assert target.ops["Add"] == OpRule(OpKind.ELEMENTWISE, fuses=("Relu", "Clip"))
     for op in ("AveragePool", "GlobalAveragePool", "Concat"):

@@ -284,6 +284,27 @@ def test_what_the_runtime_infers_is_not_written(random: np.random.Generator) -> 
     same(model, slim, random.normal(size=(1, 5, 4)).astype(np.float32))
 
 
+def test_where_others_have_codes_a_product_in_float_keeps_its_activation(
+    random: np.random.Generator, tmp_path: Path
+) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> f (float[2,5,4] x) => (float[2,5,3] y, float[2,5,4] v)
+        <float t = {0.5}, uint8 o = {9}> { w = DequantizeLinear <axis = 1> (q, s, z) y = MatMul (x, w)
+        c = QuantizeLinear (x, t, o) v = DequantizeLinear (c, t, o) }"""
+    proto = onnx.parser.parse_model(text)
+    arrays = {"q": random.integers(-127, 128, (4, 3)).astype(np.int8), "z": np.zeros(3, np.int8),
+              "s": random.uniform(0.01, 0.02, 3).astype(np.float32)}  # fmt: skip
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    model = ir.from_proto(proto)
+    for index, node in enumerate(model.graph):
+        node.name = f"n{index}"
+    models.save(model, tmp_path / "as_is.onnx")
+    assert "MatMulNBits" in [node.op_type for node in runtime.optimized_nodes(tmp_path / "as_is.onnx")]
+    models.save(legalize(model), tmp_path / "m.onnx")
+    kernels = [node.op_type for node in runtime.optimized_nodes(tmp_path / "m.onnx")]
+    assert "MatMul" in kernels and "MatMulNBits" not in kernels
+    same(model, legalize(model), random.normal(size=(2, 5, 4)).astype(np.float32), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("dtype", "shape", "kernel"),
     [("int16", (4, 3), "MatMul"), ("int8", (2, 4, 3), "MatMul"), ("int8", (4, 3), "MatMulNBits")],

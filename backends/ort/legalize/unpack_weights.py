@@ -15,6 +15,8 @@ from qcompile.passes import structure
 
 #: Types of weights; int32 is for biases.
 WEIGHTS = (ir.DataType.INT8, ir.DataType.INT16)
+#: What makes codes of activations.
+QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class UnpackWeightsAtLoad(ir.passes.InPlacePass):
     ONNX Runtime leaves a DequantizeLinear of a constant alone, so that Q/DQ patterns can be recognised, and then
     computes it anew in every run: a Conv with integer weights and float activations takes 1.4 times float's time. A
     Cast and a Mul of constants are folded into plain float weights once: float's speed, integer's size on disk.
+
+    Of a MatMul with float activations it makes MatMulNBits, which rounds these to codes. Where other operators have
+    codes, this one was left in float so as not to have them, and its weights are unpacked too.
     """
 
     effect: ClassVar[Effect] = Effect.EXACT
@@ -31,33 +36,33 @@ class UnpackWeightsAtLoad(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
         modified = False
+        spared = any(structure.is_standard(node, *QUANTIZERS) for node in model.graph)
         for node in list(model.graph):
-            if structure.is_standard(node, "DequantizeLinear") and _feeds_float_operators(node):
+            if structure.is_standard(node, "DequantizeLinear") and _feeds_float_operators(node, spared):
                 _unpack(model.graph, node)
                 modified = True
         common_passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified)
 
 
-def _feeds_float_operators(node: ir.Node) -> bool:
-    """Tell whether a DequantizeLinear unpacks constant weights for operators whose other operands are float."""
+def _feeds_float_operators(node: ir.Node, spared: bool) -> bool:
+    """Tell whether a DequantizeLinear unpacks constant weights for operators whose other operands are to stay float."""
     codes = structure.constant_tensor(node.inputs[0])
     zero_point = structure.constant(node.inputs[2]) if len(node.inputs) > 2 else None
     # Shifted codes belong to integer operators.
     if codes is None or codes.dtype not in WEIGHTS or zero_point is None or np.any(zero_point):
         return False
     readers = structure.readers(node.outputs[0])
-    return bool(readers) and all(_is_float_operator(reader, codes) for reader in readers)
+    return bool(readers) and all(_is_float_operator(reader, codes, spared) for reader in readers)
 
 
-def _is_float_operator(node: ir.Node, codes: ir.TensorProtocol) -> bool:
-    """Tell whether the runtime has no kernel for an operator that would read its weights as codes."""
+def _is_float_operator(node: ir.Node, codes: ir.TensorProtocol, spared: bool) -> bool:
+    """Tell whether an operator is to have weights in float: no kernel reads codes of them, or it rounds more."""
     if codes.dtype is not ir.DataType.INT8:
         return True
-    if node.op_type == "MatMul" and len(codes.shape) == 2:
-        return False  # MatMulNBits, or an integer kernel
+    product = node.op_type == "MatMul" and len(codes.shape) == 2
     if not any(_is_dequantized_activation(value) for value in node.inputs):
-        return True
+        return spared or not product
     return node.op_type == "Conv" and not leaves_as_codes(node.outputs[0])
 
 
