@@ -41,7 +41,7 @@ class Reader:
     spread : ChannelSpread
         Of what it reads.
     classes : ndarray of int, shape (channels,)
-        Which factor divides each channel; 0 is none.
+        Which factor divides each channel; 0 is none, and -c multiplies by the factor of c.
     weight : ndarray of float32
     axis : int
         The axis of the weights that counts output channels.
@@ -100,7 +100,7 @@ class Reader:
         per_channel : bool
             Whether weights have a scale per output channel.
         """
-        by_channel = factors[self.classes]
+        by_channel = by_class(factors, self.classes)
         low, high = np.min(self.spread.low / by_channel), np.max(self.spread.high / by_channel)
         step = float(numerics.affine_scale([low], [high], dtype)[0][0])
         power = self.spread.power / by_channel**2
@@ -120,7 +120,7 @@ class Writer:
     power : ndarray of float64
         The mean square of what each weight multiplies; broadcasts with the weights.
     classes : ndarray of int
-        Which factor divides each weight; 0 is none. Broadcasts with the weights.
+        Which factor divides each weight; 0 is none, and -c multiplies by the factor of c. Broadcasts with the weights.
     weight : ndarray of float32
     """
 
@@ -135,9 +135,15 @@ class Writer:
 
     def noise(self, factors: Numbers, weight_dtype: str) -> float:
         """Return the noise power that rounding W/s with one scale adds, once its readers have taken s back."""
-        divisors = factors[self.classes].astype(np.float32)
+        divisors = by_class(factors, self.classes).astype(np.float32)
         lost = np.square(rounding(self.weight / divisors, None, weight_dtype) * divisors)
         return float(np.sum(lost * self.power))
+
+
+def by_class(factors: Numbers, classes: npt.NDArray[np.int64]) -> Numbers:
+    """Return the factors of classes, of a negative one the reciprocal."""
+    found: Numbers = factors[np.abs(classes)] ** np.where(classes < 0, -1.0, 1.0)
+    return found
 
 
 def rounding(weight: npt.NDArray[Any], others: tuple[int, ...] | None, dtype: str) -> npt.NDArray[Any]:
@@ -195,7 +201,7 @@ class Sides:
     @property
     def count(self) -> int:
         """How many factors there are, with that of channels that are not scaled."""
-        return max(int(reader.classes.max()) for reader in self.readers) + 1
+        return max(int(np.abs(reader.classes).max()) for reader in self.readers) + 1
 
 
 @dataclass(frozen=True)
@@ -225,17 +231,21 @@ def smoothing_log2(sides: Sides, rule: Rule) -> Numbers:
         Their logarithms. The first is 0, for channels that are not scaled; so is that of channels that are dead. A
         factor that all have in common changes nothing, so it is taken out.
     """
-    reach, weights, alpha = np.zeros(sides.count), np.zeros(sides.count), rule.alpha
+    # Those of the classes, and behind them those of their reciprocals, counted back from the end.
+    reach, weights, alpha = *np.zeros((2, 2 * sides.count)), rule.alpha
     for reader in sides.readers:
         if not rule.equalizes:
             np.maximum.at(reach, reader.classes, reader.spread.absmax)
         np.maximum.at(weights, reader.classes, reader.reach)
     for writer in sides.writers if rule.equalizes else ():
         np.maximum.at(reach, np.broadcast_to(writer.classes, writer.weight.shape), np.abs(writer.weight))
-    alive = (reach > 0.0) & (weights > 0.0)
-    alive[0] = False
-    log2 = np.zeros(sides.count)
-    log2[alive] = alpha * np.log2(reach[alive]) - (1.0 - alpha) * np.log2(weights[alive])
+    asked = (reach > 0.0) & (weights > 0.0)
+    wish = np.zeros(asked.size)
+    wish[asked] = alpha * np.log2(reach[asked]) - (1.0 - alpha) * np.log2(weights[asked])
+    classes = np.arange(sides.count)
+    alive = (asked[classes] | asked[-classes]) & (classes > 0)
+    # A factor that is asked for on both sides of a product is the mean of what each asks.
+    log2 = np.where(alive, (wish[classes] - wish[-classes]) / np.maximum(1, asked[classes] + 1 * asked[-classes]), 0.0)
     if alive.any():
         log2[alive] -= np.median(log2[alive])
     return _rounded(log2, STEPS)

@@ -126,6 +126,7 @@ class Trials:
         repeats: int,
         track: Track[tuple[str, OutputError]],
         threads: int,
+        expected: Sequence[runtime.Outputs] | None = None,
     ) -> dict[str, OutputError]:
         """Quantize all tensors and weights, by one choice of parameters after another; return the outputs' error.
 
@@ -140,11 +141,11 @@ class Trials:
         track : callable
             Shows progress.
         threads : int
+        expected : sequence of Outputs, optional
+            What `expected` returned for these samples, where somebody has it.
         """
-        outputs, session = (
-            self._outputs(samples),
-            runtime.Session(self._quantized(self.rounded, self.names)[0], integer_kernels=False),
-        )
+        outputs = self.expected(samples) if expected is None else expected
+        session = runtime.Session(self._quantized(self.rounded, self.names)[0], integer_kernels=False)
         with ThreadPoolExecutor(threads) as pool:
             errors = pool.map(partial(_together, session, samples, outputs, repeats), choices.values())
             return dict(track(zip(choices, errors, strict=True), len(choices), "comparing observers"))
@@ -161,7 +162,7 @@ class Trials:
         quantization and repeat. Every part of the samples has candidates of its own, for the same tensors.
         """
         names = list(parts[0].candidates)
-        outputs = [self._outputs(part.samples) for part in parts]
+        outputs = [self.expected(part.samples) for part in parts]
         with ThreadPoolExecutor(threads) as pool:
             errors = pool.map(partial(self._alone, parts, outputs), names)
             found = dict(track(zip(names, errors, strict=True), len(names), "choosing ranges"))
@@ -170,11 +171,12 @@ class Trials:
     def weights(self, samples: Sequence[Sample]) -> OutputError:
         """Return the outputs' error with the weights rounded and no tensor quantized."""
         error, session = OutputError(), runtime.Session(self.rounded)
-        for feeds, expected in zip(samples, self._outputs(samples), strict=True):
+        for feeds, expected in zip(samples, self.expected(samples), strict=True):
             error.add(expected, session.run(feeds))
         return error
 
-    def _outputs(self, samples: Sequence[Sample]) -> list[runtime.Outputs]:
+    def expected(self, samples: Sequence[Sample]) -> list[runtime.Outputs]:
+        """Return what the samples come to in float."""
         session = runtime.Session(self.model)
         return [session.run(feeds) for feeds in samples]
 

@@ -1,7 +1,8 @@
 """Classes of channels that must be scaled alike, and how they stand in the tensors of a graph.
 
-An array of labels stands for a tensor: equal labels are scaled by the same factor. Where an operator mixes or repeats
-elements, their labels are joined. Axes that hold one label throughout have length 1; so have axes of open length.
+An array of labels stands for a tensor: equal labels are scaled by the same factor, and -c by one over that of c, which
+the other side of a product takes. Where an operator mixes or repeats elements, their labels are joined. Axes that hold
+one label throughout have length 1; so have axes of open length.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FIXED = 0
 
 
 class Classes:
-    """A union of labels (Tarjan 1975), over arrays.
+    """A union of labels (Tarjan 1975), over arrays; what is joined with its own reciprocal is fixed.
 
     Parameters
     ----------
@@ -44,8 +45,8 @@ class Classes:
         return labels
 
     def of(self, labels: Labels) -> Labels:
-        """Return the least label of each one's class."""
-        found: Labels = self._parent[labels]
+        """Return the least label of each one's class, negative where it is that one's reciprocal."""
+        found: Labels = self._parent[np.abs(labels)] * np.sign(labels)
         return found
 
     def join(self, one: Labels, other: Labels) -> None:
@@ -54,10 +55,12 @@ class Classes:
         differ = one != other
         pairs = np.unique(np.stack([one[differ], other[differ]], axis=1), axis=0)
         fixed = pairs[(pairs == FIXED).any(axis=1)]
-        self._parent[np.isin(self._parent, fixed)] = FIXED
+        self._parent[np.isin(np.abs(self._parent), np.abs(fixed))] = FIXED
         for pair in pairs[(pairs != FIXED).all(axis=1)]:
-            low, high = sorted(int(self._parent[label]) for label in pair)
-            self._parent[self._parent == high] = low
+            low, high = sorted(map(int, self.of(pair)), key=abs)
+            low = FIXED if low == -high else low
+            for sign in (1, -1):
+                self._parent[self._parent == sign * high] = sign * low
 
     def flat(self, labels: Labels, axes: Iterable[int]) -> Labels:
         """Join the labels along some axes, counted from the last, which then have length 1."""
@@ -84,16 +87,19 @@ class Classes:
         ends: tuple[int, ...] = tuple(labels.shape)
         return labels if all(end in (1, n) for end, n in zip(ends[::-1], shape[::-1], strict=False)) else None
 
-    def ahead(self, node: ir.Node, labels: Labels) -> list[Labels] | None:
+    def ahead(self, node: ir.Node, value: ir.Value, labels: Labels) -> list[Labels] | None:
         """Carry labels through an operator of `index_maps.MOVES`; None if where elements go is not known."""
-        shape = lengths(node.inputs[0])
+        shape = lengths(value)
         if shape is None or math.prod(shape) > MANY:
             return None
         results = moved(node, np.broadcast_to(labels, shape))
         return None if results is None else [narrow(result) for result in results]
 
-    def back(self, node: ir.Node, index: int, labels: Labels) -> Labels | None:
-        """Carry the labels of a result back; elements that are not in it are fixed, those repeated there are joined."""
+    def back(self, node: ir.Node, index: int, labels: Labels, known: Labels) -> Labels | None:
+        """Carry the labels of a result back; those repeated there are joined.
+
+        Elements that are not in it keep the labels that are known of them.
+        """
         shape = lengths(node.inputs[0])
         if shape is None or math.prod(shape) > MANY:
             return None
@@ -104,10 +110,42 @@ class Classes:
             there = np.broadcast_to(labels, places[index].shape).reshape(-1)
         except ValueError:  # lengths that the graph does not tell do not fit one another
             return None
-        source = np.full(math.prod(shape), FIXED, np.int64)
+        source = np.broadcast_to(known, shape).reshape(-1).copy()
         source[places[index].reshape(-1)] = there
         self.join(source[places[index].reshape(-1)], there)
         return narrow(source.reshape(shape))
+
+    def apart(self, node: ir.Node, labels: Labels) -> list[Labels] | None:
+        """Return the labels of a Concat's parts; None if how long these are is not known."""
+        axis, ends = _parts(node)
+        if -axis > labels.ndim or labels.shape[axis] == 1:
+            return [labels] * len(node.inputs)
+        return None if ends is None else np.split(labels, np.cumsum(ends)[:-1], axis)
+
+    def joined(self, node: ir.Node, value: ir.Value, labels: Labels) -> list[Labels] | None:
+        """Carry labels of one part through a Concat; None if how long the parts are is not known.
+
+        Along the axis that it joins, the other parts have factors of their own.
+        """
+        axis, ends = _parts(node)
+        if -axis > labels.ndim or labels.shape[axis] == 1:
+            return [labels]
+        if ends is None:
+            return None
+        parts = [labels if x is value else np.broadcast_to(
+            self.fresh(end).reshape([-1] + [1] * (-axis - 1)),
+            [end if at == axis + labels.ndim else length for at, length in enumerate(labels.shape)],
+        ) for x, end in zip(node.inputs, ends, strict=True)]  # fmt: skip
+        return [np.concatenate(parts, axis)]
+
+
+def _parts(node: ir.Node) -> tuple[int, list[int] | None]:
+    """Return along which axis, counted from the last, a Concat joins its parts, and how long they are there."""
+    rank = next(len(found) for value in (*node.inputs, *node.outputs) if (found := lengths(value)) is not None)
+    axis = node.attributes.get_int("axis", 0)
+    axis = axis if axis < 0 else axis - rank
+    ends = [None if value is None or value.shape is None else value.shape[axis] for value in node.inputs]
+    return axis, [end for end in ends if isinstance(end, int)] if all(isinstance(end, int) for end in ends) else None
 
 
 def lengths(value: ir.Value | None) -> tuple[int, ...] | None:

@@ -44,6 +44,9 @@ _HOMOGENEOUS = frozenset(
 #: f(s · x, s · y) = s · f(x, y): all operands are scaled, from the index that is given.
 _JOINT = {"Add": 0, "Max": 0, "Min": 0, "Sub": 0, "Sum": 0, "Where": 1}
 _PRODUCTS = ("Div", "MatMul", "Mul")
+#: Of a MatMul of two activations both factors are scaled, by s and 1/s along the axis that it sums over.
+_BOTH = 2
+_VECTOR = "it multiplies by a vector"
 #: Normalizations of ONNX with a scale and a shift per channel on axis 1.
 _CHANNEL_NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")
 #: Of each product one factor is tried after the other; more of them in a row are not.
@@ -224,7 +227,8 @@ class Closure:
         elif is_standard(node, "Concat"):
             self._apart(node, labels)
         elif is_standard(node, *MOVES):
-            source = self.classes.back(node, value.index() or 0, labels)
+            known = self.labels.get(input_of(node, 0), np.full(1, FIXED))
+            source = self.classes.back(node, value.index() or 0, labels, known)
             if source is None:
                 self._stop(labels, node, f"where this {node.op_type} moves its elements is not known")
             else:
@@ -254,6 +258,8 @@ class Closure:
                 self._into_factor(node, 1 - index, labels)
         elif node.op_type == "Div":
             self._into_factor(node, 0, labels)
+        elif node.op_type == "MatMul" and not _of_matrices(node):
+            self._stop(labels, node, _VECTOR)
         elif node.op_type == "MatMul" and labels.ndim and labels.shape[-1] > 1:
             self._into_factor(node, 1, labels)
         elif node.op_type == "MatMul" and labels.ndim > 1 and labels.shape[-2] > 1:
@@ -277,20 +283,11 @@ class Closure:
 
     def _apart(self, node: ir.Node, labels: Labels) -> None:
         """Give the parts of a Concat their labels."""
-        shapes = [lengths(value) for value in node.inputs]
-        rank = len(shapes[0] or ())
-        axis = node.attributes.get_int("axis", 0)
-        axis = axis if axis < 0 else axis - rank
-        start = 0
-        for index, (value, shape) in enumerate(zip(node.inputs, shapes, strict=True)):
-            part = labels
-            if -axis <= labels.ndim and labels.shape[axis] > 1:
-                if shape is None or not isinstance(input_of(node, index).shape[axis], int):  # type: ignore[index]
-                    self._stop(labels, node, "the lengths of its parts are not known")
-                    return
-                part = labels.take(range(start, start + shape[axis]), axis)
-                start += shape[axis]
-            if constant_tensor(value) is not None:
+        parts = self.classes.apart(node, labels)
+        if parts is None:
+            self._stop(labels, node, "the lengths of its parts are not known")
+        for index, part in enumerate(parts or ()):
+            if constant_tensor(node.inputs[index]) is not None:
                 self._fold(node, index, part, -1)
             else:
                 self.put(input_of(node, index), part)
@@ -348,12 +345,12 @@ class Closure:
             self.put(node.outputs[0], labels)  # from there it goes to the other operands
         elif is_standard(node, *_PRODUCTS):
             self._into_product(node, value, labels)
-        elif is_standard(node, "Concat"):
-            self._into_concat(node, value, labels)
-        elif is_standard(node, *MOVES) and node.inputs[0] is value:
-            results = self.classes.ahead(node, labels)
+        elif is_standard(node, "Concat") or (is_standard(node, *MOVES) and node.inputs[0] is value):
+            joins = node.op_type == "Concat"  # from its result it goes to the other parts
+            results = (self.classes.joined if joins else self.classes.ahead)(node, value, labels)
             if results is None:
-                self._stop(labels, node, f"where this {node.op_type} moves its elements is not known")
+                reason = "the lengths of its parts are" if joins else f"where this {node.op_type} moves its elements is"
+                self._stop(labels, node, f"{reason} not known")
             for output, result in zip(node.outputs, results or (), strict=results is not None):
                 self.put(output, result)
         elif is_standard(node, *_HOMOGENEOUS) and node.inputs[0] is value:
@@ -368,32 +365,34 @@ class Closure:
             self._stop(labels, node, "no factor passes this square" if other is value else "it divides by it")
         elif node.op_type == "Mul" and constant_tensor(other) is not None and scalar(other) is None:
             self._fold(node, 1 - index, labels, 1)
+        elif node.op_type == "MatMul":
+            self._into_matrices(node, index, labels)
         elif self._chosen.setdefault(node, index) != index:
             self._stop(labels, node, "both of its factors would be scaled")
-        elif node.op_type == "MatMul":
-            # The axis that is summed over is joined; the other one's place is that of the other factor.
-            self.put(node.outputs[0], self.classes.flat(labels, (-2 if index else -1,)))
         else:
             self.put(node.outputs[0], labels)
 
-    def _into_concat(self, node: ir.Node, value: ir.Value, labels: Labels) -> None:
-        """Go on behind a Concat: along the axis that it joins, the other parts have factors of their own."""
-        shapes = [lengths(x) for x in node.inputs]
-        axis = node.attributes.get_int("axis", 0)
-        axis = axis if axis < 0 else axis - len(shapes[0] or ())
-        if -axis > labels.ndim or labels.shape[axis] == 1:
-            self.put(node.outputs[0], labels)  # from there it goes to the other parts
-            return
-        rank, parts = len(shapes[0] or ()), []
-        for x, shape in zip(node.inputs, shapes, strict=True):
-            if x is None or shape is None or not isinstance(x.shape[axis], int):  # type: ignore[index]
-                self._stop(labels, node, "the lengths of its parts are not known")
-                return
-            full = labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
-            other = self.classes.fresh(shape[axis]).reshape([-1] + [1] * (-axis - 1))
-            parts.append(full if x is value else np.broadcast_to(other, [
-                shape[axis] if at == axis + rank else length for at, length in enumerate(full.shape)]))  # fmt: skip
-        self.put(node.outputs[0], np.concatenate(parts, axis))
+    def _into_matrices(self, node: ir.Node, index: int, labels: Labels) -> None:
+        """Go on behind a MatMul of two activations, or into the other one along the axis that is summed over."""
+        summed, kept = (-2, -1) if index else (-1, -2)
+        contracted = -summed <= labels.ndim and labels.shape[summed] > 1
+        scaled = _BOTH if contracted else index
+        if not _of_matrices(node):
+            self._stop(labels, node, _VECTOR)
+        elif self._chosen.setdefault(node, scaled) != scaled:
+            self._stop(labels, node, "both of its factors would be scaled")
+        elif contracted and constant_tensor(node.inputs[1 - index]) is not None:
+            self._stop(labels, node, "its first factor is constant")
+        elif contracted:
+            rows = self.classes.flat(np.atleast_2d(labels), (kept,))
+            self.put(input_of(node, 1 - index), -rows.swapaxes(-1, -2))
+        else:
+            self.put(node.outputs[0], labels)
+
+
+def _of_matrices(node: ir.Node) -> bool:
+    """Tell whether both factors of a MatMul are known to have rows and columns."""
+    return all(len(lengths(value) or ()) > 1 for value in node.inputs)
 
 
 def _alive(closure: Closure) -> int:

@@ -33,7 +33,7 @@ class Fold:
     node, index
         Who reads it, and as which input.
     classes
-        Which factor each element takes; broadcasts with the constant.
+        Which factor each element takes, -c the reciprocal of c's; broadcasts with the constant.
     exponent
         1 multiplies, -1 divides.
     """
@@ -57,7 +57,7 @@ class Reading:
     axis
         Where the channels of that are, counted from the last.
     classes
-        The factor of each channel, shape (channels,).
+        The factor of each channel, -c the reciprocal of c's, shape (channels,).
     """
 
     node: ir.Node
@@ -77,7 +77,8 @@ class ScaleGroup:
     root, axis
         The tensor that was asked for, and where its channels are, counted from the last.
     classes
-        The factor of each of its channels, shape (channels,), numbered from 1; `FIXED` is no factor.
+        The factor of each of its channels, shape (channels,), numbered from 1, -c the reciprocal of c's; `FIXED` is no
+        factor.
     folds
         What takes the factors in.
     readings
@@ -101,9 +102,8 @@ class ScaleGroup:
 
     def per_class(self, per_channel: Numbers) -> Numbers:
         """Return the factor of each class, that of `FIXED` first, from those of the root's channels."""
-        found = np.ones(self.factors + 1)
-        found[self.classes] = per_channel
-        found[FIXED] = 1.0
+        found, own = np.ones(self.factors + 1), self.classes > FIXED
+        found[self.classes[own]] = per_channel[own]
         return found
 
 
@@ -139,7 +139,9 @@ def scale_group(root: ir.Value, axis: int, patterns: Patterns, how: How) -> Scal
         closure.put(root, labels)
         closure = closure.closed()
     if not closure.alive or not closure.readings:
-        return closure.obstacles[0] if closure.obstacles else Refusal(name_of(root), "no linear operator reads it")
+        tied = "it cannot be scaled apart from what shares its channels"
+        reason = "no linear operator reads it" if closure.alive else tied
+        return closure.obstacles[0] if closure.obstacles else Refusal(name_of(root), reason)
     if how is How.RESTORE and not closure.spared:
         return Refusal(name_of(root), "nothing is to be restored")
     return _group(closure, how)
@@ -148,12 +150,13 @@ def scale_group(root: ir.Value, axis: int, patterns: Patterns, how: How) -> Scal
 def _group(closure: Closure, how: How) -> ScaleGroup:
     """Return what a closure found, its classes numbered by what is left."""
     found = closure.classes.of(closure.labels[closure.root].reshape(-1))
-    kept = np.unique(np.append(found, FIXED))
+    kept = np.unique(np.append(np.abs(found), FIXED))
 
     def numbered(labels: Labels) -> Labels:
         # What is no channel of the root has no factor.
         classes = closure.classes.of(labels)
-        return np.where(np.isin(classes, kept), np.searchsorted(kept, classes), FIXED)
+        places = np.sign(classes) * np.searchsorted(kept, np.abs(classes))
+        return np.where(np.isin(np.abs(classes), kept), places, FIXED)
 
     width = (lengths(closure.root) or ())[closure.axis]
     folds = [Fold(node, index, numbered(labels), exponent)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.calib.smoothing import by_class
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.plan import ChannelFactors, How
 from qcompile.passes import structure
@@ -57,7 +58,7 @@ class Smooth(ir.passes.InPlacePass):
                 obstacle = set_aside(graph, group, self.smoothing[structure.name_of(group.root)])
                 refusals += [] if obstacle is None else [obstacle]
             elif group.how in (How.RESTORE, How.BRANCH):
-                _multiply(graph, group, factors[group.classes])
+                _multiply(graph, group, by_class(factors, group.classes))
         graph.sort()
         return Rewritten(model, bool(groups), tuple(refusals))
 
@@ -75,7 +76,7 @@ class Smooth(ir.passes.InPlacePass):
         factors = chosen.factors
         if factors.shape != group.classes.shape:
             return Refusal(name, f"it has {group.classes.size} channels, not the {factors.size} that have factors")
-        if not np.array_equal(factors, group.per_class(factors)[group.classes]):
+        if not np.allclose(factors, by_class(group.per_class(factors), group.classes), 1e-9, 0.0):
             return Refusal(name, "channels that are scaled together have different factors")
         return group
 
@@ -91,7 +92,7 @@ def _fold(fold: Fold, factors: npt.NDArray[np.float64]) -> None:
     array = structure.constant(value)
     assert array is not None, "groups take constants alone"
     # In the constant's own type: factors that are powers of two change no digit.
-    scaled = array * (factors**fold.exponent).astype(array.dtype)[fold.classes]
+    scaled = array * by_class(factors**fold.exponent, fold.classes).astype(array.dtype)
     if len(value.uses()) == 1 and scaled.shape == array.shape:
         value.const_value = ir.tensor(scaled, name=value.name)
         return

@@ -237,7 +237,10 @@ class _Search:
 
     def _outcome(self, candidate: _Candidate) -> Outcome:
         model, chosen = self._built(candidate)
-        added = adds_nodes(chosen.smoothing) or bool(candidate.inputs)
+        # By other factors the same nodes are added.
+        ways = tuple((name, one.how, len(one.channels)) for name, one in chosen.smoothing.items())
+        adds = adds_nodes(chosen.smoothing) or bool(candidate.inputs)
+        added = (candidate.folded, ways, candidate.inputs) if adds else None
         return self.judge.outcome(model, chosen.kept(model), added)
 
     def _built(self, candidate: _Candidate) -> tuple[ir.Model, Equivalences]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.sections import at_scores, typed
 from qcompile.calib.trials import Trials, quantizations
+from qcompile.core.runtime import Outputs
 from qcompile.decision import choose_operators, pricer_for
 from qcompile.job import Job
 from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
@@ -53,6 +55,10 @@ class Judge:
         What ranges are measured on.
     judge : sequence of Sample
         What is run.
+    expected : dict
+        What they come to in float, by the names of the outputs: candidates differ by rounding alone.
+    ratios : dict
+        How much longer candidates take, by what they add.
     """
 
     job: Job
@@ -60,8 +66,10 @@ class Judge:
     pricer: Pricer | None
     fit: Dataset
     judge: Sequence[Sample]
+    expected: dict[tuple[str | None, ...], list[Outputs]] = field(default_factory=dict)
+    ratios: dict[Hashable, float] = field(default_factory=dict)
 
-    def outcome(self, model: ir.Model, kept: Mapping[str, Wish], added: bool) -> Outcome:
+    def outcome(self, model: ir.Model, kept: Mapping[str, Wish], added: Hashable) -> Outcome:
         """Quantize a model and run it.
 
         Parameters
@@ -69,8 +77,9 @@ class Judge:
         model : onnx_ir.Model
         kept : mapping of str to Wish
             What more stays in float.
-        added : bool
-            Whether it has more nodes than the canonical one; otherwise it takes the same time.
+        added : hashable
+            What tells its nodes from those of other candidates; None if it has those of the canonical model, and takes
+            the same time.
         """
         target, options, track, judge = self.job.target, self.job.options, self.job.track, self.judge
         placement = choose_operators(model, target, options, True, {**self.dear, **kept})
@@ -86,16 +95,24 @@ class Judge:
         ranges = {name: quantizations(seen, among, target.activation_dtype)
                   for name, seen in statistics.histograms.items()}  # fmt: skip
         choices = {observer.value: {name: found[observer] for name, found in ranges.items()} for observer in among}
-        errors = trials.together(judge, choices, 1, track, options.threads)
+        outputs = tuple(value.name for value in trials.model.graph.outputs)
+        if outputs not in self.expected:
+            self.expected[outputs] = trials.expected(judge)
+        errors = trials.together(judge, choices, 1, track, options.threads, self.expected[outputs])
         error = min(errors.values(), key=lambda one: one.value)
         return Outcome(error, self._slower(model, kept, added) * (error.total + NEGLIGIBLE) ** NOISE)
 
-    def _slower(self, model: ir.Model, kept: Mapping[str, Wish], added: bool) -> float:
+    def _slower(self, model: ir.Model, kept: Mapping[str, Wish], added: Hashable) -> float:
         """Return how much longer a run takes with added nodes, over the time without."""
-        other = pricer_for(self.job, model, kept) if added else None
-        if self.pricer is None or other is None:
-            return 1.0
-        return other.latency(other.placed(self.dear)) / self.pricer.latency(self.pricer.placed(self.dear))
+        other = pricer_for(self.job, model, kept) if added is not None and added not in self.ratios else None
+        if self.pricer is not None and other is not None:
+            self.ratios[added] = other.latency(other.placed(self.dear)) / self._latency
+        return self.ratios.get(added, 1.0)
+
+    @cached_property
+    def _latency(self) -> float:
+        assert self.pricer is not None
+        return self.pricer.latency(self.pricer.placed(self.dear))
 
 
 def halves(data: Dataset, most: int) -> tuple[Dataset, list[Sample]]:

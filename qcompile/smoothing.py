@@ -156,7 +156,8 @@ class Smoothable:
                 continue
             log2 = smoothing_log2(one.sides, one.rule if candidate.alpha is None else Rule(candidate.alpha))
             log2 = preferably_whole(one.sides, log2, self.scheme)
-            found[name] = ChannelFactors(one.group.how, tuple(map(float, log2[one.group.classes])))
+            classes = one.group.classes
+            found[name] = ChannelFactors(one.group.how, tuple(map(float, log2[np.abs(classes)] * np.sign(classes))))
         return found
 
     def _spread(self, data: Dataset) -> Mapping[str, ChannelSpread]:

@@ -234,6 +234,18 @@ def test_repeats_are_averaged_and_differ_by_their_roundings_alone() -> None:
     assert once.value != often.value and often.value == pytest.approx(once.value, rel=0.1)
 
 
+def test_what_samples_come_to_in_float_may_be_known() -> None:
+    model = parse("f (float[1,200] x) => (float[1,200] y) { h = Identity(x) y = Neg(h) }")
+    sample = {"x": np.random.default_rng(0).uniform(0, 1, (1, 200)).astype(np.float32)}
+    trials = Trials(model, model, ["h"], "uint8", {}, sample)
+    parameters = {"all": {"h": (np.asarray(1 / 255, np.float32), np.asarray(0, np.uint8))}}
+    known, twice = trials.expected([sample]), [{"y": 2.0 * trials.expected([sample])[0]["y"]}]
+    measured, given, other = (
+        trials.together([sample], parameters, 1, track, 1, expected)["all"] for expected in (None, known, twice)
+    )
+    assert measured == given and other.value > 100.0 * given.value
+
+
 def test_a_model_of_much_work_gets_one_observer_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model = parse(f"f (float[1,20000] x) => (float[1,20000] z) {{ h = Identity(x) {NEEDS_OUTLIERS} }}")
     monkeypatch.setattr(sensitivity, "ALONE", 1.0)

@@ -66,6 +66,20 @@ def test_factors_of_all_readers_and_of_shared_channels_are_one(random: np.random
     np.testing.assert_array_equal(8 * both[1:], np.rint(8 * (exact - np.median(exact))))
 
 
+@given(seeds, st.floats(0.0, 1.0))
+def test_factors_of_both_sides_of_a_product_are_the_mean_of_what_they_ask(seed: int, alpha: float) -> None:
+    """Queries are divided by what keys are multiplied by."""
+    random = np.random.default_rng(seed)
+    x, k, weight = outliers(random), outliers(random), random.normal(size=(16, 5))
+    queries, keys = dense(x, weight), dense(k, weight, -np.arange(1, 17))
+    log2 = smoothing_log2(Sides([queries, keys]), Rule(alpha))
+    weights = (1 - alpha) * np.log2(np.abs(weight.astype(np.float32)).max(1))
+    exact = (alpha * np.log2(np.abs(x).max(0)) - weights - (alpha * np.log2(np.abs(k).max(0)) - weights)) / 2
+    np.testing.assert_allclose(log2[1:], exact - np.median(exact), atol=1 / 16 + 1e-9)
+    swapped = dense(k, weight).noise(np.exp2(-log2), "uint8", "int8", True)
+    np.testing.assert_allclose(keys.noise(np.exp2(log2), "uint8", "int8", True), swapped, rtol=1e-9)
+
+
 def test_dead_channels_and_extreme_ones_have_bounded_factors(random: np.random.Generator) -> None:
     x, weight = outliers(random), random.normal(size=(16, 5))
     x[:, 3], weight[4] = 0.0, 0.0

@@ -144,3 +144,42 @@ def test_nothing_is_smoothed_without_data_or_without_integers(qcompile, small, t
         given = (*words, "--data", small.data) if words else ()
         content = report(qcompile(small.model, "--target", "cpu", *given, "--json", "-o", tmp_path / f"out{index}"))
         assert smooth_step(content) is None
+
+
+#: The keys are what the norm makes: what divides them multiplies the queries.
+SCORES = """
+<ir_version: 10, opset_import: ["": 17]>
+scores (float[1, 64, 64] x) => (float[1, 64, 64] y)
+{
+    n = LayerNormalization (x, g, b)
+    q = MatMul (n, wq)
+    t = Transpose <perm = [0, 2, 1]> (n)
+    a = MatMul (q, t)
+    p = Softmax (a)
+    v = MatMul (n, wv)
+    y = MatMul (p, v)
+}
+"""
+
+
+def test_factors_of_keys_go_to_the_queries(qcompile, tmp_path):
+    random = np.random.default_rng(7)
+    proto = parser.parse_model(SCORES)
+    weights = {name: random.normal(0, 0.1, (64, 64)) for name in ("wq", "wv")}
+    weights |= {"g": np.exp(random.normal(0, 0.3, 64)), "b": random.normal(0, 0.1, 64)}
+    weights["g"][[3, 40]] *= 50.0
+    for name in ("wq", "wv"):
+        weights[name] = weights[name] / weights["g"][:, None] ** 0.8
+    weights["wq"] = weights["wq"] / weights["g"]
+    for name, array in weights.items():
+        proto.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    onnx.save(proto, tmp_path / "scores.onnx")
+    np.savez(tmp_path / "data.npz", x=random.normal(size=(12, 1, 64, 64)).astype(np.float32))
+    words = (tmp_path / "scores.onnx", "--target", "cpu", "--data", tmp_path / "data.npz", "--json")
+    plain = report(qcompile(*words, "--smoothing", "none", "-o", tmp_path / "plain"))
+    smoothed = report(qcompile(*words, "-o", tmp_path / "smoothed"))
+    step = smooth_step(smoothed)
+    assert step["nodes_before"] == step["nodes_after"] and step["relative_error"] <= 1e-4
+    plan = json.loads((tmp_path / "smoothed/plan.json").read_text())
+    assert plan["smoothing"]["n"]["how"] == "fold" and len(set(plan["smoothing"]["n"]["log2"])) > 8
+    assert sqnr(smoothed) > sqnr(plain) + 3.0

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qcompile.core import model as models
 from qcompile.core import runtime
@@ -164,6 +166,41 @@ def test_factors_fold(row: str, built: Build, random: np.random.Generator) -> No
                if name not in other.graph.initializers or not np.array_equal(
                    value.const_value.numpy(), other.graph.initializers[name].const_value.numpy())]  # fmt: skip
     assert len(changed) >= 2, "something is divided and something multiplied"
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 8]))
+def test_a_norm_and_what_reads_it_compute_the_same(model_of: Build, seed: int, steps: int) -> None:
+    """In float64, with random factors s: (γ/s, β/s) and s · W are (γ, β) and W; codes are those of a scale per channel.
+
+    That is the reparameterization of RepQ-ViT (Li et al. 2023, equations 6 to 10) without its shift.
+    """
+    random = np.random.default_rng(seed)
+    constants = {name: random.normal(size=SHAPES[name]).astype(np.float32) for name in ("g", "b", "w", "w1")}
+    model = model_of(
+        "(float[2,3,8] x) => (y, z) { n = LayerNormalization(x, g, b) y = MatMul(n, w) z = MatMul(n, w1) }", 21,
+        **constants,
+    )  # fmt: skip
+    InferShapes()(model)
+    FixNames()(model)
+    log2 = random.integers(-4 * steps, 4 * steps + 1, 8) / steps
+    result = Smooth({"n": ChannelFactors(How.FOLD, tuple(map(float, log2)))})(model.clone())
+    assert result.refusals == ()
+    x = random.normal(size=(6, 8))
+    normal = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+
+    def computed(by: ir.Model) -> tuple[Array, list[Array]]:
+        g, b, *weights = (by.graph.initializers[name].const_value.numpy().astype(np.float64) for name in constants)
+        return normal * g + b, [(normal * g + b) @ weight for weight in weights]
+
+    (before, outputs), (behind, others) = computed(model), computed(result.model)
+    terms = np.abs(normal * constants["g"]) + np.abs(constants["b"])
+    for name, one, other in zip(("w", "w1"), outputs, others, strict=True):
+        # Whole powers of two change no digit; other factors, and what takes them in, are rounded to float32 once each.
+        bound = 0.0 if steps == 1 else 2.0**-22 * terms @ np.abs(constants[name])
+        assert (np.abs(other - one) <= bound).all()
+    if steps == 1:
+        scale = np.abs(behind).max() / 127
+        np.testing.assert_array_equal(np.rint(behind / scale), np.rint(before / (scale * np.exp2(log2))))
 
 
 def test_query_heads_that_share_values_share_factors(built: Build, random: np.random.Generator) -> None:

@@ -24,7 +24,15 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "w": (8, 8), "w1": (8, 8), "w2": (8, 8), "wide": (8, 16), "b": (8,), "g": (8,), "var": (8,), "mean": (8,),
     "c": (8, 8, 1, 1), "c1": (8, 8, 1, 1), "stack": (2, 8, 8), "up": (8, 4, 2, 2),
 }  # fmt: skip
-INTEGERS = {"order": [3, 1, 0, 2, 7, 6, 5, 4], "last": [-1], "heads": [0, 0, 2, 4], "merged": [0, 0, 8]}
+INTEGERS = {
+    "order": [3, 1, 0, 2, 7, 6, 5, 4],
+    "last": [-1],
+    "zero": [0],
+    "one": [1],
+    "middle": [1],
+    "heads": [0, 0, 2, 4],
+    "merged": [0, 0, 8],
+}
 NUMBERS = {"_epsilon": 0.001, "_two": 2.0}
 
 
@@ -59,6 +67,8 @@ FIRES = {
     "Gather of channels": f"{TEXT} {{ h = MatMul(x, w) n = Gather <axis = 2> (h, order) y = MatMul(n, w1) }}",
     "Transpose to channels first": "(float[1,6,8] x) => (y) { h = MatMul(x, w) n = Transpose <perm = [0, 2, 1]> (h) "
     "z = Transpose <perm = [0, 2, 1]> (n) y = MatMul(z, w1) }",
+    "some of the tokens too": f"""{TEXT} {{ n = LayerNormalization(x, g, b) t = Slice(n, zero, one, middle)
+        f = MatMul(t, w) z = MatMul(n, w1) y = Add(z, f) }}""",
     "sum of three": f"""{TEXT} {{ a = MatMul(x, w) k = MatMul(x, w1) n = Sum(a, k, b) y = MatMul(n, w2) }}""",
     "Abs": f"{TEXT} {{ h = MatMul(x, w) n = Abs(h) y = MatMul(n, w1) }}",
 }
