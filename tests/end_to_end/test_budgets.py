@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from end_to_end.outcomes import report, settled
+from end_to_end.outcomes import KILLED, report, settled
 
 
 @pytest.fixture
@@ -154,3 +156,21 @@ def test_time_that_is_left_buys_fidelity(qcompile, words, tmp_path):
     assert fast["predicted_latency"]["ratio"] < slow["predicted_latency"]["ratio"] <= 0.905
     assert sqnr(slow) > sqnr(fast)
     assert any("--max-latency 0.9x" in (op["reason"] or "") for op in slow["operators"])
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 9])
+def test_killed_and_run_again_it_goes_on_to_the_same_bytes(small, proto_of, random, count):
+    text = "(float[2,64] x) => (float[2,96] y) { a = MatMul (x, v) b = Relu (a) y = MatMul (b, w) }"
+    weights = {"v": random.normal(size=(64, 128)), "w": random.normal(size=(128, 96))}
+    model = small.save(proto_of(text, 21, **{name: array.astype(np.float32) for name, array in weights.items()}))
+    data = small.feed(x=random.normal(size=(16, 2, 64)).astype(np.float32))
+    output, words = small.folder / "out", ["--target", "cpu", "--data", data, "--max-size", "0.22x", "--quiet"]
+    cached = [*words, "--cache", small.folder / "cache", "-o", output]
+    assert subprocess.run([sys.executable, "-c", KILLED, str(count), model, *cached]).returncode == -9
+    assert not output.exists()
+    assert subprocess.run([sys.executable, "-c", KILLED, "0", model, *cached]).returncode == 0
+    fresh = [sys.executable, "-m", "qcompile", model, *words, "-o", small.folder / "fresh"]
+    assert subprocess.run(fresh).returncode == 0
+    assert settled(output) == settled(small.folder / "fresh")
+    bits = json.loads((output / "plan.json").read_text())["allocation"]["bits"]
+    assert sorted(bits.values()) == [4, 8]

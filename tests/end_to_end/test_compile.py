@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from end_to_end.outcomes import KILLED
 
 SCHEMAS = Path(__file__).parents[2] / "docs/schemas"
 UNSETTLED = {"measurements.json", "report.html"}
@@ -122,28 +123,6 @@ def test_same_inputs_same_bytes(artifact, resnet8, tmp_path):
     environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "123"}
     subprocess.run([sys.executable, "-m", "qcompile", *words.split()], cwd=tmp_path, env=environment, check=True)
     assert settled(tmp_path / "other/place") == settled(artifact)
-
-
-KILLED = """
-import os, signal, sys
-from qcompile import artifact, cache, cli
-count = int(sys.argv.pop(1))
-calls = 0
-
-def dying(function):
-    def wrapper(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapper
-
-cache.Cache.put = dying(cache.Cache.put)
-artifact.write = dying(artifact.write)
-artifact._publish = dying(artifact._publish)
-cli.main()
-"""
 
 
 @pytest.mark.parametrize("count", range(1, 9))
