@@ -152,21 +152,33 @@ def choose_widths(
     """
     if options.weights != "4" and not options.mixed:
         return Widths()
-    names = packable(canonical, planned({}))
     if options.weights == "4":
-        bits = dict.fromkeys(names, FOUR)
+        bits = dict.fromkeys(packable(canonical, planned({})), FOUR)
         return Widths(bits, bytes=_bytes(canonical, planned(bits), backend))
-    if names and not calibration.losses:
-        fact = "has no measurement of what weights lose in fewer bits, which these options need"
-        raise UsageError("calibration", fact, "calibrate again with --weights mixed")
-    # The program's losses are what weights add to the noise that there is with all of them in eight bits.
-    losses = {name: calibration.losses[name] for name in names}
-    program = Program(canonical, names, losses, calibration.choice.noise, planned, backend)
+    program = program_of(canonical, calibration, planned, backend)
     if options.max_size is not None:
         return program.within(Budget.parse(options.max_size, "--max-size").of(calibration.float_bytes), options)
     if "sqnr" in options.min_fidelity:
         return program.faithful(options.min_fidelity["sqnr"])
     return program.worthwhile(calibration.float_bytes)
+
+
+def program_of(canonical: ir.Model, calibration: Calibration, planned: Planned, backend: Backend) -> Program:
+    """Return the choice that there is, by what was measured.
+
+    Raises
+    ------
+    UsageError
+        If what weights lose was not measured.
+    """
+    names = packable(canonical, planned({}))
+    if names and not calibration.losses:
+        fact = "has no measurement of what weights lose in fewer bits, which these options need"
+        raise UsageError("calibration", fact, "calibrate again, on data, with --weights mixed")
+    losses = {name: calibration.losses[name] for name in names}
+    # Where no activation is in codes, nothing was measured with all weights in eight bits: each was alone.
+    noise = calibration.choice.noise or sum(loss[EIGHT] for loss in losses.values())
+    return Program(canonical, names, losses, noise, planned, backend)
 
 
 @dataclass(frozen=True)
@@ -231,10 +243,16 @@ class Program:
         least, most = (sum(pick(one.costs[0] for one in of) for of in self._candidates()) for pick in (min, max))
         found = {}
         for step in range(points):
-            budget = least + (most - least) * step / max(1, points - 1)
-            choice = allocate(self._candidates(), (budget,)).choice
-            found[choice] = allocate(self._candidates(), (budget,))
+            one = allocate(self._candidates(), (least + (most - least) * step / max(1, points - 1),))
+            found[one.choice] = one
         return [self._widths(one) for one in found.values()]
+
+    def of(self, bits: Mapping[str, int], gap: float = 0.0) -> Widths:
+        """Return what is expected of a choice; weights that it does not name are in eight bits."""
+        bits = {name: bits.get(name, EIGHT) for name in self.numbers}
+        more = sum(max(0.0, self.losses[name][chosen] - self.losses[name][EIGHT]) for name, chosen in bits.items())
+        size = _bytes(self.model, self.planned(bits), self.backend)
+        return Widths(bits, self.noise + more, size, gap)
 
     @cached_property
     def fixed(self) -> int:
@@ -251,9 +269,7 @@ class Program:
 
     def _widths(self, found: Allocation) -> Widths:
         bits = {name: (EIGHT, FOUR)[choice] for name, choice in zip(self.numbers, found.choice, strict=True)}
-        more = sum(of[choice].loss for of, choice in zip(self._candidates(), found.choice, strict=True))
-        size = _bytes(self.model, self.planned(bits), self.backend)
-        return Widths(bits, self.noise + more, size, found.gap)
+        return self.of(bits, found.gap)
 
 
 def _bytes(model: ir.Model, plan: QuantPlan, backend: Backend) -> int:
