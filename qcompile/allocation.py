@@ -161,13 +161,7 @@ def choose_widths(
         size = _bytes(canonical, planned(bits), backend) if bits or budget else 0
         _require(size, limit, options)
         return Widths(bits, bytes=size)
-    losses = calibration.losses
-    if not losses and not calibration.statistics.samples:
-        losses = own_errors(canonical, planned, names)
-    elif missing := sorted(set(names) - set(losses)):
-        fact = f"has no measurement of what weights '{missing[0]}' lose in fewer bits, which these options need"
-        raise UsageError("calibration", fact, "calibrate again with --weights mixed")
-    program = Program(canonical, names, losses, calibration.choice.noise, planned, backend)
+    program = program_of(canonical, calibration, planned, backend)
     if budget is not None:
         _require(program.fewest.bytes, limit, options)
         return program.within(limit)
@@ -182,6 +176,25 @@ def _require(size: int, limit: float, options: Options) -> None:
         raise BudgetError(f"--max-size {options.max_size}", fact, "give a larger budget")
 
 
+def program_of(canonical: ir.Model, calibration: Calibration, planned: Planned, backend: Backend) -> Program:
+    """Return the choice that there is, by what was measured, or without data by the weights' own errors.
+
+    Raises
+    ------
+    UsageError
+        If what weights lose was not measured.
+    """
+    names, losses = packable(canonical, planned({})), calibration.losses
+    if not losses and not calibration.statistics.samples:
+        return Program(canonical, names, own_errors(canonical, planned, names), 0.0, planned, backend)
+    if missing := sorted(set(names) - set(losses)):
+        fact = f"has no measurement of what weights '{missing[0]}' lose in fewer bits, which these options need"
+        raise UsageError("calibration", fact, "calibrate again, on data, with --weights mixed")
+    # Where no activation is in codes, nothing was measured with all weights in eight bits: each was alone.
+    noise = calibration.choice.noise or sum(losses[name][EIGHT] for name in names)
+    return Program(canonical, names, losses, noise, planned, backend)
+
+
 @dataclass(frozen=True)
 class Program:
     """The choice of one model's weights.
@@ -194,7 +207,7 @@ class Program:
         By name of a weight, how many numbers it has.
     losses : Losses
     noise : float
-        Noise over signal at the outputs with all weights in eight bits.
+        Noise over signal at the outputs with all weights in eight bits; 0 where it is not known.
     planned : callable
     backend : Backend
     """
@@ -241,15 +254,22 @@ class Program:
         least, most = (sum(pick(one.costs[0] for one in of) for of in self._candidates()) for pick in (min, max))
         found = {}
         for step in range(points):
-            budget = least + (most - least) * step / max(1, points - 1)
-            choice = allocate(self._candidates(), (budget,)).choice
-            found[choice] = allocate(self._candidates(), (budget,))
+            one = allocate(self._candidates(), (least + (most - least) * step / max(1, points - 1),))
+            found[one.choice] = one
         return [self._widths(one) for one in found.values()]
+
+    def of(self, bits: Mapping[str, int], gap: float = 0.0) -> Widths:
+        """Return what is expected of a choice; weights that it does not name are in eight bits."""
+        bits = {name: bits.get(name, EIGHT) for name in self.numbers}
+        noise = self.noise + sum(self._more(name) for name, width in bits.items() if width == FOUR)
+        # Without data nothing is known of the noise that there is.
+        size = _bytes(self.model, self.planned(bits), self.backend)
+        return Widths(bits, noise if self.noise else 0.0, size, gap)
 
     @cached_property
     def fewest(self) -> Widths:
         """All weights in as few bits as they may have."""
-        return self._of(dict.fromkeys(self.numbers, FOUR), 0.0)
+        return self.of(dict.fromkeys(self.numbers, FOUR))
 
     @cached_property
     def fixed(self) -> int:
@@ -268,12 +288,8 @@ class Program:
         return max(0.0, self.losses[name][FOUR] - self.losses[name][EIGHT])
 
     def _widths(self, found: Allocation) -> Widths:
-        choices = zip(self.numbers, found.choice, strict=True)
-        return self._of({name: (EIGHT, FOUR)[choice] for name, choice in choices}, found.gap)
-
-    def _of(self, bits: Mapping[str, int], gap: float) -> Widths:
-        noise = self.noise + sum(self._more(name) for name, width in bits.items() if width == FOUR)
-        return Widths(bits, noise if self.noise else 0.0, _bytes(self.model, self.planned(bits), self.backend), gap)
+        bits = {name: (EIGHT, FOUR)[choice] for name, choice in zip(self.numbers, found.choice, strict=True)}
+        return self.of(bits, found.gap)
 
 
 def _bytes(model: ir.Model, plan: QuantPlan, backend: Backend) -> int:

@@ -103,6 +103,12 @@ FLAGS = {
         metavar="MEASURE=NUMBER",
         help="Fail below this: sqnr=20 (dB), cosine=0.99, top1=0.95. Repeatable.",
     ),
+    "pareto": click.option(
+        "--pareto",
+        is_flag=True,
+        default=None,
+        help="Write the best bits for every size, each as a plan.",
+    ),
     "cache": click.option(
         "--cache", type=click.Path(path_type=Path), help="Keep finished stages here and go on from them."
     ),
@@ -140,7 +146,8 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
 @cli.command("compile")
 @takes(
     "target", "data", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "min_fidelity", "recipe", "cache", "seed", "threads",
+    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "min_fidelity", "pareto", "recipe", "cache", "seed",
+    "threads",
 )  # fmt: skip
 def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
@@ -171,21 +178,24 @@ def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug
 @cli.command("plan")
 @takes("target", "costs", "max_size", "min_fidelity", "recipe")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="What 'qcompile calibrate' wrote.")
+@click.option("--pareto", type=click.Path(path_type=Path), help="Folder for the best bits for every size, as plans.")
 @written_to("plan.json", "the plan")
 def plan_command(
-    model: Path, calibration: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any
-) -> None:
+    model: Path, calibration: Path, pareto: Path | None, file: Path, as_json: bool, quiet: bool, debug: bool,
+    **flags: Any,
+) -> None:  # fmt: skip
     """Decide what becomes of each operator of MODEL, and with which scales: the second stage of a compile."""
     from qcompile import stages, terminal
     from qcompile.calibration import Calibration
 
     earlier = Calibration.read(calibration).options
     chosen = options(stages.settled(given(flags), earlier, calibration, free=("overrides", "weights", "max_size")))
-    decided = stages.plan(model, chosen, calibration, file)
+    done = stages.plan(model, chosen, calibration, file, pareto)
     if as_json:
-        click.echo(json.dumps({"output": str(file), "plan": json.loads(decided.to_json())}, indent=1))
+        content = {"output": str(file), "plan": json.loads(done.plan.to_json())}
+        click.echo(json.dumps(content | ({"front": done.front} if done.front else {}), indent=1))
     elif not quiet:
-        terminal.show_plan(Console(), decided, file)
+        terminal.show_plan(Console(), done, file, pareto)
 
 
 @cli.command("apply")
@@ -247,8 +257,8 @@ def show(result: CompileResult, as_json: bool, quiet: bool) -> None:
     from qcompile import report, terminal
 
     if as_json:
-        click.echo(json.dumps({"output": str(result.output), "report": result.report,
-                               "measurements": result.measurements}, indent=1))  # fmt: skip
+        content = {"output": str(result.output), "report": result.report, "measurements": result.measurements}
+        click.echo(json.dumps(content | ({"front": result.front} if result.front else {}), indent=1))
     elif quiet:
         for warning in report.warnings(result.report, result.measurements):
             click.echo(f"warning: {warning}", err=True)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from qcompile import verify
-from qcompile.allocation import choose_widths, measure_losses
+from qcompile.allocation import Planned, Widths, choose_widths, measure_losses
 from qcompile.backends.base import Backend
 from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.moments import Moments, known_moments
@@ -75,9 +75,9 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
         else:
             best = _spare(job, canonical, pricer, weights, best)
     calibration = _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
-    if not job.options.mixed or is_quantized(canonical):
+    if not (job.options.mixed or job.options.pareto) or is_quantized(canonical):
         return calibration
-    planned = partial(_planned, canonical, calibration, job.target, job.options)
+    planned = planner(canonical, calibration, job.target, job.options)
     losses = job.pipeline.measure("losses", LOSSES, lambda: measure_losses(job, canonical, planned))
     return replace(calibration, losses=losses)
 
@@ -149,8 +149,17 @@ def decide(
     UsageError
         If the options need a measurement that was not made.
     """
-    planned = partial(_planned, canonical, calibration, target, options)
-    widths = choose_widths(canonical, calibration, planned, backend, options)
+    planned = planner(canonical, calibration, target, options)
+    return told(planned, choose_widths(canonical, calibration, planned, backend, options), calibration, options)
+
+
+def planner(canonical: ir.Model, calibration: Calibration, target: Target, options: Options) -> Planned:
+    """Return what plans a model with weights in given bits."""
+    return partial(_planned, canonical, calibration, target, options)
+
+
+def told(planned: Planned, widths: Widths, calibration: Calibration, options: Options) -> QuantPlan:
+    """Return the plan with weights in the bits that were chosen, and with what it was decided by."""
     return replace(
         planned(widths.bits),
         options=options.as_recipe(),

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile import artifact, report, timing, verify
+from qcompile import artifact, pareto, report, timing, verify
 from qcompile.compensation import compensate
 from qcompile.core.contract import Track
 from qcompile.core.plan import QuantPlan
@@ -23,6 +23,7 @@ from qcompile.decision import calibrate, decide
 from qcompile.equivalence import rewrite
 from qcompile.job import Job, Source
 from qcompile.options import Options
+from qcompile.pareto import Front
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.lower_opset import LowerOpset
@@ -43,12 +44,15 @@ class CompileResult:
         What ``report.json`` holds; docs/schemas/report.schema.json describes it.
     measurements : mapping
         What was seen on this machine: latency, and the seconds that stages took.
+    front : mapping, optional
+        What ``pareto/front.json`` holds, where it was asked for.
     """
 
     output: Path
     plan: QuantPlan
     report: Mapping[str, Any]
     measurements: Mapping[str, Any]
+    front: Mapping[str, Any] | None = None
 
 
 def compile(source: Source, options: Options, track: Track[Any] = untracked) -> CompileResult:
@@ -72,11 +76,16 @@ def compile(source: Source, options: Options, track: Track[Any] = untracked) -> 
     job = Job.begin(source, options, track)
     # Only float rewrites stand before the measurements: what is measured must be what is quantized.
     canonical = canonicalize(job)
+    if options.pareto:
+        pareto.require_choice(canonical, job.evidence.calibrated)
     canonical, chosen = rewrite(job, canonical)
     calibration = chosen.noted(calibrate(job, canonical, chosen.kept(canonical)))
     plan = decide(canonical, calibration, job.target, job.backend, options)
+    front = None
+    if options.pareto:
+        front = pareto.sweep(canonical, calibration, job.target, job.backend, options, plan)
     quantized = quantize(job, canonical, plan)
-    return deliver(job, canonical, quantized, plan, output)
+    return deliver(job, canonical, quantized, plan, output, front)
 
 
 def canonicalize(job: Job) -> ir.Model:
@@ -94,7 +103,9 @@ def quantize(job: Job, canonical: ir.Model, plan: QuantPlan) -> ir.Model:
     return compensate(job, canonical, job.pipeline.apply(InsertQdq(plan), canonical), plan)
 
 
-def deliver(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, output: Path) -> CompileResult:
+def deliver(
+    job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, output: Path, front: Front | None = None
+) -> CompileResult:
     """Lower, verify on what calibration did not see, and write the artifact."""
     evidence, quantized = job.evidence.told(plan), deploy(job, quantized)
     with artifact.staged(output) as folder:
@@ -107,8 +118,9 @@ def deliver(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan,
             job.model, job.target, job.options, evidence, plan, job.pipeline.steps, lowered, proof, folder
         ) | report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
         measurements = report.measurements(content, latency, job.pipeline)
+        drawn = pareto.write(folder / pareto.FOLDER, front, job.model.graph.name or "model") if front else None
         artifact.write(folder, plan, content, measurements)
-    return CompileResult(output, plan, content, measurements)
+    return CompileResult(output, plan, content, measurements, drawn)
 
 
 def deploy(job: Job, quantized: ir.Model) -> ir.Model:

@@ -65,6 +65,8 @@ class Options:
         What a run may take by the cost table: in parts of float's, ``0.6x``, or with a unit, ``12ms``.
     min_fidelity : mapping of str to float
         Bounds on ``sqnr`` (dB), ``cosine`` or ``top1``; missed is an error.
+    pareto : bool
+        Whether the best choices of weights' bits for all sizes are to be written beside the artifact.
     cache : Path, optional
         Folder where finished stages are kept, so that a compile that was cut off goes on.
     seed : int
@@ -95,6 +97,7 @@ class Options:
     max_size: str | None = None
     max_latency: str | None = None
     min_fidelity: Mapping[str, float] = field(default_factory=dict)
+    pareto: bool = False
     cache: Path | None = None
     seed: int = 0
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
@@ -128,6 +131,8 @@ class Options:
         for flag, text in (("--max-size", self.max_size), ("--max-latency", self.max_latency)):
             if text is not None:
                 Budget.parse(text, flag)
+        if self.pareto and self.weights == "none":
+            raise UsageError("--pareto", "leaves nothing to choose with --weights none", "leave out one of them")
         if self.threads < 1:
             raise UsageError("--threads", f"{self.threads} is not a number of threads", "give 1 or more")
 
@@ -165,7 +170,7 @@ class Options:
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that the artifact's bytes depend on, JSON-ready; where things lie is not among them."""
-        placeless = {"data", "eval", "output", "cache", "threads", "costs"}
+        placeless = {"data", "eval", "output", "cache", "threads", "costs", "pareto"}
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in placeless}
         return chosen | {
             "shape": {name: list(shape) for name, shape in self.shape.items()},

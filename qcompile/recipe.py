@@ -184,6 +184,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "min_fidelity": ("a table of numbers, such as sqnr = 20", _bounds),
     "max_size": ("a text, such as 0.2x or 5MB", _text),
     "max_latency": ("a text, such as 0.6x or 12ms", _text),
+    "pareto": ("true or false", _switch),
     "cache": ("a path", _path),
     "seed": ("a whole number", _whole),
     "threads": ("a whole number", _whole),

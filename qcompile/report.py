@@ -52,7 +52,7 @@ def build(
         "qcompile": cache.versions()["qcompile"],
         "warnings": [],
         "target": target.name,
-        "model": _model(model),
+        "model": describe(model),
         "data": {
             "sha256": cache.key(evidence.digest),
             "evaluated_on": evidence.source,
@@ -153,7 +153,8 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
     return warnings
 
 
-def _model(model: ir.Model) -> dict[str, Any]:
+def describe(model: ir.Model) -> dict[str, Any]:
+    """Return what a report and a manifest say of the model that came in."""
     return {
         "sha256": models.content_hash(model),
         "opset": models.opset(model),

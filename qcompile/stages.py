@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qcompile import artifact, decision, driver, equivalence, recipe
+import onnx_ir as ir
+
+from qcompile import artifact, cache, decision, driver, equivalence, pareto, recipe, report
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Track
@@ -72,7 +74,22 @@ def calibrate(source: Source, options: Options, output: Path, track: Track[Any] 
     return Written(output, calibration, evidence.caveat)
 
 
-def plan(source: Source, options: Options, measured: Path, output: Path) -> QuantPlan:
+@dataclass(frozen=True)
+class Planned:
+    """What `plan` wrote.
+
+    Parameters
+    ----------
+    plan : QuantPlan
+    front : mapping, optional
+        What front.json holds, where it was asked for.
+    """
+
+    plan: QuantPlan
+    front: Mapping[str, Any] | None = None
+
+
+def plan(source: Source, options: Options, measured: Path, output: Path, front: Path | None = None) -> Planned:
     """Decide, by what a calibration file holds, and write the plan to a file. Nothing is run.
 
     Parameters
@@ -83,6 +100,8 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     measured : Path
         The calibration file.
     output : Path
+    front : Path, optional
+        A folder for the Pareto front.
 
     Raises
     ------
@@ -90,6 +109,8 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
         Nothing is written then.
     """
     artifact.check_own(output, read_plan)
+    if front is not None:
+        artifact.check_replaceable(front)
     calibration = Calibration.read(measured)
     target, backend = chosen_target(options)
     model = take(source).model
@@ -97,8 +118,29 @@ def plan(source: Source, options: Options, measured: Path, output: Path) -> Quan
     canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
     canonical = Equivalences(calibration.rotation, calibration.smoothing).applied(canonical)
     decided = decision.decide(canonical, calibration, target, backend, options)
-    artifact.write_file(output, decided.to_json().encode())
-    return decided
+    if front is None:
+        artifact.write_file(output, decided.to_json().encode())
+        return Planned(decided)
+    pareto.require_choice(canonical, calibration.calibrated)
+    found = pareto.sweep(canonical, calibration, target, backend, options, decided)
+    with artifact.staged(front) as folder:
+        drawn = pareto.write(folder, found, model.graph.name or "model")
+        artifact.write_manifest(folder, _origin(model, calibration, options))
+        artifact.write_file(output, decided.to_json().encode())
+    return Planned(decided, drawn)
+
+
+def _origin(model: ir.Model, calibration: Calibration, options: Options) -> dict[str, Any]:
+    """Return what a manifest says of where the files beside it come from."""
+    caveat = "What is expected by the calibration: nothing was run."
+    return {
+        "qcompile": cache.versions()["qcompile"],
+        "target": options.target,
+        "model": report.describe(model),
+        "data": {"sha256": calibration.data, "evaluated_on": "no samples", "caveat": caveat},
+        "options": options.decisive(),
+        "versions": cache.versions(),
+    }
 
 
 def apply(source: Source, options: Options, planned: Path, track: Track[Any] = untracked) -> CompileResult:

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qcompile.core.plan import QuantPlan, Role
+from qcompile.core.plan import Role
 from qcompile.core.target import Target
 from qcompile.driver import CompileResult
 from qcompile.inspection import by_fate
 from qcompile.report import warnings
-from qcompile.stages import Written
+from qcompile.stages import Planned, Written
 
 T = TypeVar("T")
 
@@ -60,6 +60,8 @@ def show_result(console: Console, result: CompileResult) -> None:
     console.print(_operators(report))
     if report["refusals"]:
         console.print(_refusals(report))
+    if result.front is not None:
+        console.print(_front(result.front))
     console.print(f"wrote {_plain(str(result.output))}/", highlight=False, soft_wrap=True)
 
 
@@ -177,12 +179,26 @@ def show_calibration(console: Console, done: Written) -> None:
     console.print(f"{measured}; wrote {_plain(str(done.output))}", highlight=False, soft_wrap=True)
 
 
-def show_plan(console: Console, plan: QuantPlan, output: Path) -> None:
+def show_plan(console: Console, done: Planned, output: Path, folder: Path | None) -> None:
     """Print what was decided, and why."""
+    plan = done.plan
     console.print(_fates("operators", by_fate(plan.ops)))
+    if done.front is not None:
+        console.print(_front(done.front))
     roles = Counter(quant.role for quant in plan.tensors.values())
     scales = f"scales for {roles[Role.ACTIVATION]} activations and {roles[Role.WEIGHT]} weights"
-    console.print(f"{scales}; wrote {_plain(str(output))}", highlight=False, soft_wrap=True)
+    where = f"{output} and {folder}/" if folder is not None else str(output)
+    console.print(f"{scales}; wrote {_plain(where)}", highlight=False, soft_wrap=True)
+
+
+def _front(content: Mapping[str, Any]) -> Table:
+    table = _table("best bits for every size", "size", "SQNR expected, dB", "weights in 4 bits", "plan")
+    rows = [(row, row["plan"]) for row in content["points"]]
+    rows += [(row, f"all in {bits} bits") for bits, row in content["uniform"].items()]
+    for row, name in (*rows, (content["chosen"], "chosen")):
+        few = f"{row['in_four_bits']} of {row['weights']}"
+        table.add_row(f"{row['size']:.3f}x", _number(row["sqnr"], ".1f"), few, name)
+    return table
 
 
 def _fates(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
