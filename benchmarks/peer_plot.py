@@ -58,8 +58,8 @@ def place(row: Row) -> float:
 
 
 def name(result: Result, row: Row) -> str:
-    """Return what is written beside a row's mark: nothing beside the star."""
-    if row.peer == OURS:
+    """Return what is written beside a row's mark: nothing beside the default's star."""
+    if row is result.ours:
         return ""
     number, ratio = numbers(result)[row.name], row.ratio
     return number if ratio <= SLOWEST else f"{number}: {ratio:.1f}x"

@@ -82,7 +82,7 @@ class Result:
     calibrated, evaluated, rounds : int
         Samples of either kind, and how often each contender was timed.
     rows : tuple of Row
-        qcompile's first.
+        qcompile's default first.
     """
 
     model: str
@@ -149,5 +149,5 @@ def judge(result: Result) -> Verdict:
     ours = result.ours
     if ours.latency is None:
         return Verdict(ours.failure or "was not measured", False, ())
-    better = tuple(row for row in result.rows[1:] if is_better(row, ours))
+    better = tuple(row for row in result.rows[1:] if row.peer != OURS and is_better(row, ours))
     return Verdict(None, ours.latency * FASTER > 1.0, better)

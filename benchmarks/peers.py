@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import peer_page
@@ -50,6 +51,13 @@ MODELS = (
     "resnet8",
     "ds-cnn",
 )
+DEFAULT = "default"
+#: What else qcompile is asked for.
+BUDGETS = {
+    "minilm-l6": ("--max-latency 0.43x", "--max-size 0.2x", "--max-size 0.17x", "--max-size 0.155x"),
+    "efficientnet-lite0": ("--max-size 0.16x",),
+    "ppocr-rec": ("--max-size 0.26x",),
+}
 #: Seconds of timing per contender, after which no round begins.
 PATIENCE = 3.0
 
@@ -69,15 +77,23 @@ class Candidate:
     model: Path | None
 
 
-def compiled(paths: Sequence[Path], folder: Path) -> Candidate:
-    """Compile with all defaults, and without a cache of stages: what it takes stands beside what peers take."""
+def compiled(paths: Sequence[Path], folder: Path, setting: str) -> Candidate:
+    """Compile with all defaults, or under a budget.
+
+    The default keeps no stages, so that what it takes stands beside what peers take; budgets share theirs.
+    """
     model, calibration, evaluation = map(str, paths)
-    start = time.perf_counter()
+    output, start = folder / setting, time.perf_counter()
+    options = Options("cpu", data=calibration, eval=evaluation, output=output)
+    if setting != DEFAULT:
+        flag, budget = setting.split()
+        given: dict[str, Any] = {flag.strip("-").replace("-", "_"): budget}
+        options = replace(options, cache=folder / "cache", **given)
     try:
-        compile(model, Options("cpu", data=calibration, eval=evaluation, output=folder / "out"))
+        compile(model, options)
     except QcompileError as error:
-        return Candidate(Row(OURS, "default", failure=str(error)), None)
-    return Candidate(Row(OURS, "default", seconds=time.perf_counter() - start), folder / "out" / "model.onnx")
+        return Candidate(Row(OURS, setting, failure=str(error)), None)
+    return Candidate(Row(OURS, setting, seconds=time.perf_counter() - start), output / "model.onnx")
 
 
 def attempted(peers: Sequence[Peer], workshop: Workshop, material: Material) -> Iterator[Candidate]:
@@ -126,8 +142,11 @@ def compare(name: str, paths: Sequence[Path], peers: Sequence[Peer], workshop: W
     material = Material.lay_out(source, list(open_data(str(calibration), specs)), workshop.folder / "samples" / name)
     samples = list(open_data(str(evaluation), specs))
     with tempfile.TemporaryDirectory() as folder:
-        candidates = [compiled(paths, Path(folder))]
-        say(f"{OURS}: {candidates[0].row.failure or f'{candidates[0].row.seconds:.0f} s'}")
+        candidates = []
+        for setting in (DEFAULT, *BUDGETS.get(name, ())):
+            candidates.append(compiled(paths, Path(folder), setting))
+            row = candidates[-1].row
+            say(f"{row.name}: {row.failure or f'{row.seconds:.0f} s'}")
         candidates += attempted(peers, workshop, material)
         reference = Session(source)
         expected = [reference.run(feeds) for feeds in samples]
