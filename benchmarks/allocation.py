@@ -73,13 +73,13 @@ class Judge:
         return [self.point(way, bits) for way, bits in found.items()]
 
     def random(self) -> list[Point]:
-        """Return choices by chance: each weight in four bits with a chance that is drawn first."""
-        generator, found = np.random.default_rng(0), []
-        for _ in range(RANDOM):
+        """Return choices by chance, no two alike: each weight in four bits with a chance that is drawn first."""
+        generator, count = np.random.default_rng(0), len(self.subject.program.numbers)
+        drawn: dict[tuple[int, ...], None] = {}
+        while len(drawn) < min(RANDOM, 2**count):
             chance = generator.uniform()
-            choice = (generator.uniform(size=len(self.subject.program.numbers)) < chance).astype(int)
-            found.append(self.point("random", self.subject.bits(list(choice))))
-        return found
+            drawn[tuple(map(int, generator.uniform(size=count) < chance))] = None
+        return [self.point("random", self.subject.bits(choice)) for choice in drawn]
 
 
 def in_order(subject: Subject, budget: float) -> dict[str, int]:
@@ -177,11 +177,11 @@ Written by `python benchmarks/allocation.py`; do not edit. [allocation.md](alloc
 
 SQNR in dB in front of a last Softmax, which is where losses are measured and expected: *expected* by the program,
 *held out* on the quarter of the calibration data that weights were not rounded by, *evaluation* on data that
-calibration did not see, at most {samples} samples each; *outputs* is evaluation data behind the Softmax, as in reports.
-All are of the QDQ model in ONNX Runtime with all optimizations, weights rounded with regard to one another
-([rounding.md](rounding.md)) by three quarters of the calibration data, biases not corrected. A compile rounds by all of
-them, and corrects biases, where that helps. Losses were measured once; nothing was measured for the choices that are
-compared here.
+calibration did not see, at most {samples} samples each. Noise over signal of several outputs is added up in these;
+*outputs* is evaluation data behind the Softmax and the worst of several outputs, as in reports. All are of the QDQ
+model in ONNX Runtime with all optimizations, weights rounded with regard to one another ([rounding.md](rounding.md)) by
+three quarters of the calibration data, biases not corrected. A compile rounds by all of them, and corrects biases,
+where that helps. Losses were measured once; nothing was measured for the choices that are compared here.
 
 - *program*: least expected loss in so many bytes. *greedy*: the same losses, step by step.
 - *uniform*: all in 8 bits or all in 4; between, as many weights in the graph's order in 4 bits as are needed, and one
@@ -191,7 +191,8 @@ compared here.
 
 The program over the uniform setting within the same budget, in dB on evaluation data: the least and the most over all
 sizes, and at how many it is 2 dB or more; the same over greedy; Spearman's coefficient between expected and measured
-noise of {random} random choices, on samples held out and on evaluation data.
+noise of {random} random choices, no two alike (all 16 of a model with four weights), on samples held out and on
+evaluation data.
 
 | model | over uniform, least | most | 2 dB or more | over greedy, least | most | Spearman, held out | evaluation |
 |---|---|---|---|---|---|---|---|

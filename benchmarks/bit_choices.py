@@ -19,7 +19,7 @@ from qcompile.calib.sensitivity import spread
 from qcompile.calibration import Calibration
 from qcompile.compensation import HELD_OUT
 from qcompile.core import model as models
-from qcompile.core import packing, runtime
+from qcompile.core import numerics, packing, runtime
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import QuantPlan
 from qcompile.decision import planner
@@ -160,7 +160,7 @@ class Subject:
         codes = {name: self.codes[chosen.get(name, EIGHT)][name] for name in self.codes[EIGHT]}
         found = self.noise(RoundWeights(codes)(self.quantized(self.program.planned(bits))).model)
         outputs = [structure.name_of(value) for value in self.canonical.graph.outputs]
-        held_out, scores = (min(of[name] for name in self.scores) for of in found)
+        held_out, scores = map(self._summed, found)
         return Measured(held_out, scores, min(found[1][name] for name in outputs))
 
     def in_codes(self, bits: Bits, nearest: bool) -> tuple[float, float]:
@@ -173,7 +173,7 @@ class Subject:
             codes = None if nearest else self.codes[FOUR].get(quantized_name(name))
             real = quant.dequantize(quant.quantize(weight) if codes is None else codes)
             value.const_value = ir.tensor(real, name=name)
-        held_out, scores = (min(of[name] for name in self.scores) for of in self.noise(copy))
+        held_out, scores = map(self._summed, self.noise(copy))
         return held_out, scores
 
     def noise(self, model: ir.Model) -> list[dict[str, float]]:
@@ -187,3 +187,7 @@ class Subject:
                     sums.setdefault(name, Comparison()).add(array, after[name])
             found.append({name: one.sqnr for name, one in sums.items()})
         return found
+
+    def _summed(self, found: Mapping[str, float]) -> float:
+        """Return the SQNR of all outputs' noise over signal summed up, in which losses are measured."""
+        return numerics.decibel(1.0, sum(10.0 ** (-found[name] / 10.0) for name in self.scores))
