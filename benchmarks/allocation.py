@@ -216,6 +216,7 @@ or not, are of the same six photographs. Rounding to nearest fits nothing, and l
 With all weights in eight bits less is lost than expected: the program starts from the noise before weights are rounded
 with regard to one another, and weighs what they lose in eight bits without that, but in four bits with it. Where the
 two are near, as in PP-OCR rec, it takes four bits too easily, and falls behind all weights in eight.
+
 ## Model by model
 """
 TABLE = """
