@@ -19,7 +19,7 @@ import onnx_ir as ir
 from qcompile.backends.base import Backend
 from qcompile.budget import Budget
 from qcompile.calib.data import Dataset
-from qcompile.calib.rounding import round_weights, second_moments
+from qcompile.calib.rounding import Operator, round_weights, second_moments
 from qcompile.calib.sensitivity import weights_alone
 from qcompile.calibration import Calibration
 from qcompile.compensation import HELD_OUT
@@ -91,19 +91,39 @@ def packable(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
 def measure_losses(job: Job, canonical: ir.Model, planned: Planned) -> dict[str, dict[int, float]]:
     """Measure what each weight that has a choice loses at the outputs, in each number of bits and alone.
 
-    Those of four bits are rounded with regard to one another first, on other samples than they are judged by, as they
-    will be. Of a model too large to be run with each, it is the weights' own squared error that tells.
+    They are rounded with regard to one another first, on other samples than they are judged by, as they may be in the
+    end. Of a model too large to be run with each, it is the weights' own squared error that tells.
     """
-    plain = planned({})
-    names = packable(canonical, plain)
+    names = packable(canonical, planned({}))
     fit, others = job.evidence.calibration.split(HELD_OUT)
-    packed = _rounded(job, canonical, planned(dict.fromkeys(names, FOUR)), fit)
+    plans = {bits: planned(dict.fromkeys(names, bits)) for bits in (EIGHT, FOUR)}
     weights, found = {name: (name,) for name in names}, {}
-    for bits, model in ((EIGHT, round_to_codes(canonical, plain)), (FOUR, packed)):
+    for bits, model in _rounded(job, canonical, plans, fit).items():
         found[bits] = weights_alone(canonical, model, weights, others, job.track)
     if not all(found.values()):
         return own_errors(canonical, planned, names)
     return {name: {bits: losses[name] for bits, losses in found.items()} for name in names}
+
+
+def _rounded(job: Job, canonical: ir.Model, plans: Mapping[int, QuantPlan], data: Dataset) -> dict[int, ir.Model]:
+    """Return for each plan the model with the values that its weights then have; inputs are weighed once for all."""
+    models = {bits: round_to_codes(canonical, plan) for bits, plan in plans.items()}
+    operators = {bits: _operators(canonical, plan) for bits, plan in plans.items()}
+    (first, *_) = operators.values()
+    names = {operator: name for name, operator in first.items()}
+    for operator, moments in second_moments(canonical, list(names), data, job.track):
+        name = names[operator]
+        for bits, model in models.items():
+            real = plans[bits].tensors[name].dequantize(round_weights(operators[bits][name], moments))
+            model.graph.initializers[name].const_value = ir.tensor(real, name=name)
+    return models
+
+
+def _operators(canonical: ir.Model, plan: QuantPlan) -> dict[str, Operator]:
+    """Return the operators whose codes can be chosen, by the name of their weights."""
+    found, _ = roundable(canonical, InsertQdq(plan)(canonical.clone()).model, plan)
+    weights = {quantized_name(name): name for name in plan.tensors}
+    return {weights[codes]: operator for codes, operator in found.items()}
 
 
 def own_errors(canonical: ir.Model, planned: Planned, names: Iterable[str]) -> dict[str, dict[int, float]]:
@@ -116,19 +136,6 @@ def own_errors(canonical: ir.Model, planned: Planned, names: Iterable[str]) -> d
             assert weight is not None and other is not None
             losses[bits] = float(10.0 ** (-numerics.sqnr(weight, other) / 10.0)) / len(found)
     return found
-
-
-def _rounded(job: Job, canonical: ir.Model, plan: QuantPlan, data: Dataset) -> ir.Model:
-    """Return the model with the values that its weights have in four bits."""
-    model = round_to_codes(canonical, plan)
-    operators, _ = roundable(canonical, InsertQdq(plan)(canonical.clone()).model, plan)
-    names = {quantized_name(name): name for name in plan.tensors}
-    codes = {operator: names[name] for name, operator in operators.items() if operator.quant.block_size}
-    for operator, moments in second_moments(canonical, list(codes), data, job.track):
-        name = codes[operator]
-        real = plan.tensors[name].dequantize(round_weights(operator, moments))
-        model.graph.initializers[name].const_value = ir.tensor(real, name=name)
-    return model
 
 
 def choose_widths(

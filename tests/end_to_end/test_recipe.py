@@ -66,6 +66,7 @@ def test_every_option_is_a_key(small, recipe):
         no_added_nodes = true
         max_size = "0.2x"
         max_latency = "12ms"
+        pareto = true
         costs = "costs.json"
         cache = "../cache"
         seed = 7
@@ -99,6 +100,7 @@ def test_every_option_is_a_key(small, recipe):
         shape={"x": (1, 3, 8, 8)},
         max_size="0.2x",
         max_latency="12ms",
+        pareto=True,
         min_fidelity={"sqnr": 20.0, "cosine": 0.9},
         cache=small.folder / "../cache",
         seed=7,
