@@ -57,12 +57,12 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
     kept : mapping of str to Wish
         What stays in float whatever comes of it.
     """
+    text = job.options.max_latency
+    if text is not None:
+        _require_time(job, canonical)
     if not job.evidence.calibrated:
         return _guess(job, canonical)
     pricer = pricer_for(job, canonical, kept)
-    if pricer is None and job.options.max_latency is not None and not is_quantized(canonical):
-        fact = "nothing tells what integers take: the target has no cost table, or activations are to stay in float"
-        raise UsageError(f"--max-latency {job.options.max_latency}", fact, "leave it out, or give --costs")
     dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
     dear |= kept
     if pricer is not None:
@@ -70,7 +70,7 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
         dear |= pricer.spoilt(dear, weights)
     best = _measure(job, canonical, pricer, dear, "")
     if pricer is not None:
-        if (text := job.options.max_latency) is not None:
+        if text is not None:
             best = _within_latency(job, canonical, pricer, weights, best, text)
         else:
             best = _spare(job, canonical, pricer, weights, best)
@@ -78,8 +78,23 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
     if not (job.options.mixed or job.options.pareto) or is_quantized(canonical):
         return calibration
     planned = planner(canonical, calibration, job.target, job.options)
-    losses = job.pipeline.measure("losses", LOSSES, lambda: measure_losses(job, canonical, planned))
+    stage = "losses" if text is None else f"losses {text}"  # which weights have a choice depends on what is spared
+    losses = job.pipeline.measure(stage, LOSSES, lambda: measure_losses(job, canonical, planned))
     return replace(calibration, losses=losses)
+
+
+def _require_time(job: Job, canonical: ir.Model) -> None:
+    """Refuse a budget of time where nothing can be chosen by it."""
+    if is_quantized(canonical):
+        fact, remedy = "has nothing to choose: the model came in quantized", "give the float model, or leave it out"
+    elif not job.evidence.calibrated:
+        fact, remedy = "has nothing to go by: without data nothing tells which codes add noise", "give --data"
+    elif pricer_for(job, canonical) is None:
+        fact = "nothing tells what integers take: the target has no cost table, or activations are to stay in float"
+        remedy = "leave it out, or give --costs"
+    else:
+        return
+    raise UsageError(f"--max-latency {job.options.max_latency}", fact, remedy)
 
 
 @dataclass(frozen=True)

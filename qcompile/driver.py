@@ -81,9 +81,7 @@ def compile(source: Source, options: Options, track: Track[Any] = untracked) -> 
     canonical, chosen = rewrite(job, canonical)
     calibration = chosen.noted(calibrate(job, canonical, chosen.kept(canonical)))
     plan = decide(canonical, calibration, job.target, job.backend, options)
-    front = None
-    if options.pareto:
-        front = pareto.sweep(canonical, calibration, job.target, job.backend, options, plan)
+    front = pareto.sweep(canonical, calibration, job.target, job.backend, options, plan) if options.pareto else None
     quantized = quantize(job, canonical, plan)
     return deliver(job, canonical, quantized, plan, output, front)
 

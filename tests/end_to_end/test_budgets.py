@@ -111,6 +111,16 @@ def test_what_is_no_budget(qcompile, words, more, facts, tmp_path):
     assert done.code == 2 and all(fact in done.err for fact in facts), done.err
 
 
+def test_a_budget_of_time_takes_data_and_a_model_in_float(qcompile, resnet8, compiled, tmp_path):
+    model, data, _ = resnet8
+    target = ("--target", "cpu", "--max-latency", "0.5x", "-o", tmp_path / "out")
+    blind = qcompile(model, *target, costs=None)
+    assert blind.code == 2 and "without data" in blind.err and blind.err.count("\n") == 1
+    compiled("quantized")
+    again = qcompile(tmp_path / "quantized/model.onnx", *target, "--data", data, costs=None)
+    assert again.code == 2 and "came in quantized" in again.err and again.err.count("\n") == 1
+
+
 def test_the_stages_write_what_one_compile_writes(qcompile, words, tmp_path):
     model, *rest = words
     budget = ("--max-size", "0.25x")
