@@ -214,8 +214,7 @@ out are honest about that only where they are other ones: the crops that Efficie
 or not, are of the same six photographs. Rounding to nearest fits nothing, and loses the same on both.
 
 With all weights in eight bits less is lost than expected: the program starts from the noise before weights are rounded
-with regard to one another, and weighs what they lose in eight bits without that, but in four bits with it. Where the
-two are near, as in PP-OCR rec, it takes four bits too easily, and falls behind all weights in eight.
+with regard to one another.
 
 ## Model by model
 """
