@@ -54,7 +54,13 @@ MODELS = (
 DEFAULT = "default"
 #: What else qcompile is asked for.
 BUDGETS = {
-    "minilm-l6": ("--max-latency 0.43x", "--max-size 0.2x", "--max-size 0.17x", "--max-size 0.155x"),
+    "minilm-l6": (
+        "--max-latency 0.4x",
+        "--max-latency 0.6x",
+        "--max-size 0.2x",
+        "--max-size 0.17x",
+        "--max-size 0.155x",
+    ),
     "efficientnet-lite0": ("--max-size 0.16x",),
     "ppocr-rec": ("--max-size 0.26x",),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -59,7 +60,9 @@ def quietest(
         fact = f"cannot be met: the fastest placement is expected to take {least / whole:.2f}x, {least / 1e3:.3g} ms"
         raise BudgetError(f"--max-latency {text}", fact, "give a larger budget")
     integers = [name for name, op in placement.ops.items() if op.precision is Precision.INTEGER and not op.reason]
-    everywhere = pricer.placed({**spared, **_wishes(pricer, placement, integers, "")})
+    # Weights of all in float would be read by kernels that round activations; beside integers they are unpacked.
+    unpacked = {name: replace(wish, wide=True) for name, wish in _wishes(pricer, placement, integers, "").items()}
+    everywhere = pricer.placed({**spared, **unpacked})
     prices = pricer.prices(pricer.kernels(everywhere)[0], pricer.kernels(placement, choice.dynamic)[0])
     sources = _sources(pricer.model, placement, choice, weights)
     aim, best, quiet = limit - pricer.latency(everywhere), dict[str, Wish](), _noise(sources, ())
