@@ -6,18 +6,12 @@ and the removal of what cannot be part of an answer.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
 import math
-import os
-import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +19,7 @@ import scipy.optimize
 import scipy.sparse
 
 from qcompile.passes.candidates import LOSS, Array, Measures
+from qcompile.passes.highs import milp
 
 #: What the slack of a bound is scaled to. HiGHS lets rows be broken, and optima be missed, by 1e-6 absolutely: by
 #: 1e-10 of the slack.
@@ -42,9 +37,6 @@ RADIX = 10**5
 
 #: What `scipy.optimize.milp` says of how it ended.
 FINISHED, STOPPED, IMPOSSIBLE = 0, 1, 2
-
-#: One search at a time: standard output belongs to the process.
-_SILENT = threading.Lock()
 
 #: Coefficients of all columns, and the most that their sum may be.
 _Row = tuple[Array, float]
@@ -328,30 +320,6 @@ class Program:
             yield from itertools.pairwise(group)
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Drop what native code writes to standard output.
-
-    HiGHS, as scipy 1.17 has it, writes a line there whenever it repairs a solution, whatever its options say.
-    """
-    try:
-        kept = os.dup(1)
-    except OSError:  # There is no standard output.
-        yield
-        return
-    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _: None
-    sys.stdout.flush()
-    flush(None)
-    with Path(os.devnull).open("wb") as nothing:
-        os.dup2(nothing.fileno(), 1)
-    try:
-        yield
-    finally:
-        flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
 def _milp(
     weights: Array,
     whole: int,
@@ -369,10 +337,7 @@ def _milp(
     for presolve in (True, False):
         options = {"mip_rel_gap": 0.0, "presolve": presolve, "time_limit": max(deadline - time.monotonic(), 0.0)}
         bounds = (0.0, allowed.astype(np.float64))
-        with _SILENT, _silence():
-            result = scipy.optimize.milp(
-                weights, integrality=integrality, bounds=bounds, constraints=constraints, options=options
-            )
+        result = milp(weights, integrality=integrality, bounds=bounds, constraints=constraints, options=options)
         if result.status in (FINISHED, STOPPED, IMPOSSIBLE):
             return result
     raise RuntimeError(f"HiGHS: {result.message}")

@@ -19,6 +19,7 @@ import scipy.sparse
 
 from qcompile.core.plan import Precision
 from qcompile.passes import structure
+from qcompile.passes.highs import milp
 from qcompile.passes.place import Placement
 
 #: Digits of a microsecond to which prices count.
@@ -261,7 +262,7 @@ class _Problem:
         columns = [self.index[name] for name in names]
         prices = np.round(self.prices, DIGITS)
         prices[columns] += 10.0**-DIGITS / (1 + len(columns))
-        found = scipy.optimize.milp(prices, bounds=(0, 1), constraints=self._constraints())
+        found = milp(prices, bounds=(0, 1), constraints=self._constraints())
         assert found.x is not None, found.message
         return {name for name, column in zip(names, columns, strict=True) if found.x[column] < 0.5}
 
@@ -278,7 +279,7 @@ class _Problem:
         whole = np.zeros(len(prices))
         whole[columns] = 1.0
         constraints = [*self._constraints(), scipy.optimize.LinearConstraint(prices[None, :], -np.inf, budget)]
-        found = scipy.optimize.milp(
+        found = milp(
             objective, integrality=whole, bounds=(0, 1), constraints=constraints, options={"time_limit": SECONDS}
         )
         if found.x is None:
