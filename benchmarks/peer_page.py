@@ -8,7 +8,7 @@ from peer_results import FASTER, MORE_FAITHFUL, Result, Row, Verdict, judge
 
 HEAD = f"""# Beside other quantizers
 
-Written by `python benchmarks/peers.py`; do not edit. qcompile with all defaults, and under some budgets, beside those of
+Written by `python benchmarks/peers.py`; do not edit. qcompile with all defaults, and under budgets, beside settings of
 [benchmarks/peers.toml](../benchmarks/peers.toml), each model quantized with the same calibration samples by all, each
 result run by ONNX Runtime with its default optimizations and held against the float model on evaluation samples by the
 same function. SQNR is that of the output that loses most; argmax is how often the model still says what float says, if
