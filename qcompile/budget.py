@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
-from qcompile.core.errors import UsageError
+from qcompile.core.errors import BudgetError, UsageError
 
 #: Bytes, and microseconds, of a unit.
 UNITS = {
@@ -57,3 +57,16 @@ class Budget:
     def of(self, whole: float) -> float:
         """Return the bound on something of which float takes `whole`."""
         return self.amount * whole if self.relative else self.amount
+
+
+def require_size(text: str | None, float_bytes: int, artifact_bytes: int) -> None:
+    """Hold what was written to its budget: what was added behind the choice of bits (biases) was not in it.
+
+    Raises
+    ------
+    BudgetError
+        If the file is larger.
+    """
+    if text is not None and artifact_bytes > (limit := Budget.parse(text, "--max-size").of(float_bytes)):
+        fact = f"is missed by what was written: {artifact_bytes} of {limit:.0f} bytes"
+        raise BudgetError(f"--max-size {text}", fact, "give a budget that is smaller by as much")

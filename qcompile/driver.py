@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile import artifact, pareto, report, timing, verify
+from qcompile.budget import require_size
 from qcompile.compensation import compensate
 from qcompile.core.contract import Track
 from qcompile.core.plan import QuantPlan
@@ -115,6 +116,7 @@ def deliver(
         content = report.build(
             job.model, job.target, job.options, evidence, plan, job.pipeline.steps, lowered, proof, folder
         ) | report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
+        require_size(job.options.max_size, content["size"]["float_bytes"], content["size"]["artifact_bytes"])
         measurements = report.measurements(content, latency, job.pipeline)
         drawn = pareto.write(folder / pareto.FOLDER, front, job.model.graph.name or "model") if front else None
         artifact.write(folder, plan, content, measurements)

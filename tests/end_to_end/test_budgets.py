@@ -95,6 +95,13 @@ def test_a_budget_that_cannot_be_met_says_what_can(qcompile, words, more, facts,
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_written_is_held_to_its_budget(qcompile, words, tmp_path, monkeypatch):
+    """Were the choice of bits mistaken about the file, the file would not be delivered."""
+    monkeypatch.setattr("qcompile.backends.ort.lower.OrtBackend.size", lambda self, model: 1000)
+    done = qcompile(*words, "--max-size", "0.2x", "--weights", "8", "-o", tmp_path / "out")
+    assert done.code == 5 and "is missed by what was written" in done.err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "facts"),
     [
