@@ -61,26 +61,62 @@ def executed(model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Ker
     return execute(legalize(model), samples)
 
 
-def timed(model: ir.Model, samples: Sequence[runtime.Feeds], beside: float = 0.0, budget: float = BUDGET) -> list[Run]:
-    """Run a model as it is, and return for each sample its kernels with the times that they take undisturbed.
+def timed(
+    models: Sequence[ir.Model], samples: Sequence[runtime.Feeds], beside: float = 0.0, budget: float = BUDGET
+) -> list[list[Run]]:
+    """Run models as they are; return for each, sample by sample, its kernels with the times that they take undisturbed.
 
-    Each is the median over several sessions, all of which stay open so that none gets the memory of another.
+    Each is the median over several sessions, all of which stay open so that none gets the memory of another. What each
+    takes beside the others is measured in turns, run by run: machines are slow for seconds at a time, and what counts
+    is one model's time over another's.
 
     Parameters
     ----------
-    model : onnx_ir.Model
+    models : sequence of onnx_ir.Model
     samples : sequence of Feeds
+        That all of them read.
     beside : float
         Microseconds of a run that no kernel takes.
     budget : float
-        Seconds.
+        Seconds for each model, to time its kernels, and as many for the turns.
     """
-    sessions = [runtime.Session(model)]
-    found = [_session_runs(model, samples, sessions[0], beside, budget / SESSIONS)]
-    for _ in range(SESSIONS - 1):
-        sessions.append(runtime.Session(model))
-        found.append(_session_runs(model, samples, sessions[-1], beside, budget / SESSIONS))
-    return [_median(runs) for runs in zip(*found, strict=True)]
+    sessions: list[runtime.Session] = []
+    found: list[list[Run]] = []
+    for _ in range(SESSIONS):
+        for model in models:
+            sessions.append(runtime.Session(model))
+            found.append(_session_runs(model, samples, sessions[-1], beside, budget / SESSIONS))
+    turns = _in_turns(sessions, samples, budget * len(models))
+    beside_others = [[_scaled(run, total, beside) for run, total in zip(runs, totals, strict=True)]
+                     for runs, totals in zip(found, turns, strict=True)]  # fmt: skip
+    return [
+        [_median(runs) for runs in zip(*beside_others[first :: len(models)], strict=True)]
+        for first in range(len(models))
+    ]
+
+
+def _in_turns(
+    sessions: Sequence[runtime.Session], samples: Sequence[runtime.Feeds], budget: float
+) -> list[list[float]]:
+    """Return the median microseconds of each session's runs, sample by sample, with one run of each after another."""
+    began, times = time.perf_counter(), np.empty((MOST, len(samples), len(sessions)))
+    rounds = 0
+    while rounds < MOST and (rounds < FEWEST or time.perf_counter() - began < budget):
+        for which, feeds in enumerate(samples):
+            for index, session in enumerate(sessions):
+                session.run(feeds)  # what the others left in the caches is none of its own
+                start = time.perf_counter()
+                session.run(feeds)
+                times[rounds, which, index] = 1e6 * (time.perf_counter() - start)
+        rounds += 1
+    medians: list[list[float]] = np.median(times[:rounds], axis=0).T.tolist()
+    return medians
+
+
+def _scaled(run: Run, total: float, beside: float) -> Run:
+    """Return the run as one of `total` microseconds, of which every kernel has the part that it had."""
+    factor = max(OVERHEAD, total - beside) / max(OVERHEAD, run.microseconds - beside)
+    return Run(tuple(replace(kernel, microseconds=factor * kernel.microseconds) for kernel in run.kernels), total)
 
 
 def _session_runs(
@@ -166,7 +202,7 @@ def measure_model(subject: Subject, target: Target, beside: float) -> dict[str, 
     }
     if place(subject.canonical, target, weights=True, activations=True).dynamic:
         forms[DYNAMIC] = legalize(quantized(subject.canonical, target, subject.samples, dynamic=True))
-    return {form: timed(model, subject.samples, beside) for form, model in forms.items()}
+    return dict(zip(forms, timed(list(forms.values()), subject.samples, beside), strict=True))
 
 
 def measure_grid(target: Target, beside: float, track: Track[Any]) -> list[Kernel]:
@@ -185,7 +221,7 @@ def measure_grid(target: Target, beside: float, track: Track[Any]) -> list[Kerne
         found += _measure_task(task, signed, beside, forms=(INTEGERS,))
     models = list(grid.between())
     for _, model in track(models, len(models), "between"):
-        found += _grid_kernels(model, beside)
+        found += _grid_kernels([model], beside)
     return found
 
 
@@ -202,17 +238,17 @@ def _measure_task(
     Canonicalize(target.opset)(model)
     samples = [runtime.synthetic_feeds(model, 0)]
     wishes = {structure.node_name(node): Wish(Precision.INTEGER, "") for node in model.graph}
-    found = list(_grid_kernels(model, beside)) if alone else []
+    variants = [model] if alone else []
     for form in forms:
         integers = form != WEIGHTS
         variant = quantized(model, target, samples, integers, wishes if integers else None, form == DYNAMIC)
-        found += _grid_kernels(legalize(variant), beside)
-    return found
+        variants.append(legalize(variant))
+    return _grid_kernels(variants, beside)
 
 
-def _grid_kernels(model: ir.Model, beside: float) -> Iterable[Kernel]:
-    (run,) = timed(model, [runtime.synthetic_feeds(model, 0)], beside, GRID_BUDGET)
-    return run.kernels
+def _grid_kernels(models: Sequence[ir.Model], beside: float) -> Iterable[Kernel]:
+    for (run,) in timed(models, [runtime.synthetic_feeds(models[0], 0)], beside, GRID_BUDGET):
+        yield from run.kernels
 
 
 def measure(target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:

@@ -42,14 +42,15 @@ def test_what_timing_takes_is_taken_off_each_kernel_alike() -> None:
 
 def test_every_kernel_of_a_model_has_a_time() -> None:
     model, samples = small(grid.Convolution(32, 64, 56))
-    (run,) = probe.timed(model, samples, beside=2.0, budget=0.05)
+    ((run,),) = probe.timed([model], samples, beside=2.0, budget=0.05)
     assert "nchwc.Conv" in {kernel.op_type for kernel in run.kernels}
     assert min(kernel.microseconds for kernel in run.kernels) > 0.0 and run.microseconds > 0.0
 
 
-def test_a_kernel_takes_the_median_over_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_takes_the_median_over_sessions_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = small(grid.Product(4, 8, 8))
-    times = iter((5.0, 1.0, 3.0))
+    times = iter((5.0, 50.0, 1.0, 10.0, 3.0, 30.0))
+    monkeypatch.setattr(probe, "_in_turns", lambda *_: [[time] for time in (12.0, 60.0, 32.0, 90.0, 22.0, 120.0)])
     kernel = probe.execute(model, samples)[0][0]
 
     def session_runs(*_: object) -> list[probe.Run]:
@@ -57,8 +58,10 @@ def test_a_kernel_takes_the_median_over_sessions(monkeypatch: pytest.MonkeyPatch
         return [probe.Run((probe.replace(kernel, microseconds=time),), 10.0 * time)]
 
     monkeypatch.setattr(probe, "_session_runs", session_runs)
-    (run,) = probe.timed(model, samples)
-    assert (run.kernels[0].microseconds, run.microseconds) == (3.0, 30.0)
+    runs = [run for (run,) in probe.timed([model, model], samples, beside=2.0)]
+    kernels = [run.kernels[0].microseconds for run in runs]
+    assert kernels == pytest.approx([3.0 * 20.0 / 28.0, 10.0 * 88.0 / 98.0]), "of 50, 10 and 30 µs, 2 are no kernel's"
+    assert [run.microseconds for run in runs] == [22.0, 90.0]
 
 
 def test_a_run_takes_time_beside_its_kernels() -> None:
@@ -84,7 +87,7 @@ def test_what_stands_between_is_there_in_float_and_on_codes() -> None:
     models = dict(grid.between())
     assert {name.partition(" ")[0] for name in models} == {*grid.BETWEEN, *grid.IN_FLOAT}
     name, model = next((name, model) for name, model in models.items() if name.startswith("Add") and "codes" in name)
-    kernels = [kernel.op_type for kernel in probe._grid_kernels(model, 1.0)]
+    kernels = [kernel.op_type for kernel in probe._grid_kernels([model], 1.0)]
     assert "QLinearAdd" in kernels, name
 
 
