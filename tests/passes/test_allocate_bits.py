@@ -7,7 +7,7 @@ import pytest
 
 from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Histogram, Observer
-from qcompile.core import numerics
+from qcompile.core import halves, numerics
 from qcompile.core.plan import Precision, Role
 from qcompile.core.target import Target
 from qcompile.passes.allocate_bits import allocate_bits
@@ -35,7 +35,7 @@ def test_weights_have_a_scale_per_output_channel(
     quant = quantized(model_of(rows(f"y = {op}"), m=m)).plan.tensors["m"]
     assert (quant.role, quant.dtype, quant.axis, set(quant.zero_point)) == (Role.WEIGHT, "int8", axis, {0})
     expected = np.abs(m).max(axis=1 - axis) / np.float64(127)
-    np.testing.assert_array_equal(quant.scales, expected.astype(np.float32))
+    np.testing.assert_array_equal(quant.scales, halves.above(expected.astype(np.float32)))
 
 
 def test_a_target_may_want_one_scale(m: np.ndarray, eager: Target, model_of: Build, quantized: Build) -> None:
@@ -167,7 +167,7 @@ def test_a_bias_fits_int32_whatever_the_weights(w: np.ndarray, model_of: Build, 
     step = np.float64(result.plan.tensors["x"].scale[0]) * quant.scales
     assert np.all(np.abs(codes * step - b) <= step / 2 + 1e-7 * np.abs(b))
     untouched = np.abs(w).reshape(4, -1).max(axis=1) / np.float64(127)
-    np.testing.assert_array_equal(quant.scales[[0, 2, 3]], untouched.astype(np.float32)[[0, 2, 3]])
+    np.testing.assert_array_equal(quant.scales[[0, 2, 3]], halves.above(untouched.astype(np.float32))[[0, 2, 3]])
 
 
 def test_one_scale_for_all_channels_has_room_for_every_bias(

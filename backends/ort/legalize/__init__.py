@@ -15,6 +15,7 @@ from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
 from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
 from qcompile.backends.ort.legalize.pack_weights import PackWeights
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
+from qcompile.backends.ort.legalize.store_halves import StoreHalves
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
 
@@ -32,6 +33,7 @@ RULES: tuple[ir.passes.PassBase, ...] = (
     KeepFloatConvs(),
     HideSkipAdd(),
     PackWeights(),
+    StoreHalves(),
     DropInferable(),
 )
 
