@@ -114,7 +114,7 @@ def _weight_quant(
         alive = np.where(np.float64(absmax) >= scale, scale, np.float32(0.0))
         scale = _room_for_bias(alive, activation.scale[0], bias)
     channels = axis if scale.size > 1 else None
-    if channels is not None:
+    if scale.size >= halves.FEWEST:
         scale = halves.above(scale)  # half the bytes to store; no step is longer by more than a thousandth
     return TensorQuant(Role.WEIGHT, dtype, tuple(map(float, scale)), (0,) * scale.size, channels, block)
 

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 Single = npt.NDArray[np.float32]
 
+#: Fewer numbers save less than what unpacks them takes in a file.
+FEWEST = 128
 #: The exponent that the largest number gets, as `numpy.frexp` tells it. One more is there for what is rounded up.
 TOP = 15
 #: Powers of two beyond this, up or down, are near the end of what float32 holds.

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
-from qcompile.backends.ort.legalize.store_halves import FEWEST, StoreHalves
+from qcompile.backends.ort.legalize.store_halves import StoreHalves
 from qcompile.core import execution, halves, runtime
 
 Build = Callable[..., ir.Model]
@@ -91,7 +91,7 @@ def test_what_is_read_in_float_keeps_its_digits(model_of: Build, random: np.rand
 
 @pytest.mark.parametrize("text", [CONV, MATMUL])
 def test_few_numbers_are_left_alone(model_of: Build, random: np.random.Generator, text: str) -> None:
-    shape = (FEWEST // 2, 3, 3, 3) if text == CONV else (16, FEWEST // 2)
+    shape = (halves.FEWEST // 2, 3, 3, 3) if text == CONV else (16, halves.FEWEST // 2)
     model = build(model_of, text, shape, random)
     assert not StoreHalves()(model).modified
 

@@ -35,7 +35,16 @@ def test_weights_have_a_scale_per_output_channel(
     quant = quantized(model_of(rows(f"y = {op}"), m=m)).plan.tensors["m"]
     assert (quant.role, quant.dtype, quant.axis, set(quant.zero_point)) == (Role.WEIGHT, "int8", axis, {0})
     expected = np.abs(m).max(axis=1 - axis) / np.float64(127)
-    np.testing.assert_array_equal(quant.scales, halves.above(expected.astype(np.float32)))
+    np.testing.assert_array_equal(quant.scales, expected.astype(np.float32))
+
+
+def test_scales_of_many_channels_have_eleven_digits(model_of: Build, quantized: Build) -> None:
+    weights = np.random.default_rng(0).normal(size=(8, halves.FEWEST)).astype(np.float32)
+    text = f"(float[1,8] x) => (float[1,{halves.FEWEST}] y) {{ y = MatMul (x, m) }}"
+    quant = quantized(model_of(text, m=weights)).plan.tensors["m"]
+    finest = (np.abs(weights).max(axis=0) / np.float64(127)).astype(np.float32)
+    assert halves.packed(quant.scales) is not None and halves.packed(finest) is None
+    assert np.all(quant.scales >= finest) and np.all(quant.scales <= finest * (1.0 + 2.0**-10))
 
 
 def test_a_target_may_want_one_scale(m: np.ndarray, eager: Target, model_of: Build, quantized: Build) -> None:
@@ -167,7 +176,7 @@ def test_a_bias_fits_int32_whatever_the_weights(w: np.ndarray, model_of: Build, 
     step = np.float64(result.plan.tensors["x"].scale[0]) * quant.scales
     assert np.all(np.abs(codes * step - b) <= step / 2 + 1e-7 * np.abs(b))
     untouched = np.abs(w).reshape(4, -1).max(axis=1) / np.float64(127)
-    np.testing.assert_array_equal(quant.scales[[0, 2, 3]], halves.above(untouched.astype(np.float32))[[0, 2, 3]])
+    np.testing.assert_array_equal(quant.scales[[0, 2, 3]], untouched.astype(np.float32)[[0, 2, 3]])
 
 
 def test_one_scale_for_all_channels_has_room_for_every_bias(

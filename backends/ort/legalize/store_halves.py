@@ -12,8 +12,6 @@ from qcompile.core import halves
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
 
-#: Fewer numbers save less than what unpacks them takes in a file.
-FEWEST = 128
 #: Where a MatMulIntegerToFloat has its bias.
 MATMUL_BIAS = 6
 
@@ -34,7 +32,12 @@ class StoreHalves(ir.passes.InPlacePass):
         modified = False
         for value in list(model.graph.initializers.values()):
             tensor = value.const_value
-            if tensor is None or tensor.dtype is not ir.DataType.FLOAT or tensor.size < FEWEST or not value.uses():
+            if (
+                tensor is None
+                or tensor.dtype is not ir.DataType.FLOAT
+                or tensor.size < halves.FEWEST
+                or not value.uses()
+            ):
                 continue
             if value.is_graph_output() or value.is_graph_input():
                 continue
