@@ -5,7 +5,7 @@ Both are tried on three quarters of the samples and judged on the others; what i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -68,11 +68,11 @@ def _useful(
 ) -> list[str]:
     """Return the names of the passes that help.
 
-    Biases are corrected where that leaves less noise. Rounding, with biases corrected behind it or not, must be surely
-    better than what there is without: it fits the samples more closely.
+    Biases are corrected where that leaves less noise. What fits the samples more closely must be surely better than
+    what does so less: rounding than what there is without it, biases corrected behind it than that.
     """
     fit, others = job.evidence.calibration.split(HELD_OUT)
-    trials: list[tuple[Collection[type[Pass]], ir.Model]] = [((), quantized)]
+    trials: list[tuple[tuple[type[Pass], ...], ir.Model]] = [((), quantized)]
     if operators:
         codes = _codes(job, canonical, operators, fit)
         trials.append(((RoundWeights,), RoundWeights(codes)(quantized.clone()).model))
@@ -81,12 +81,12 @@ def _useful(
         trials.append(((*passes, CorrectBias), CorrectBias(drift)(model.clone()).model))
     if len(trials) == 1:
         return []
-    found = zip(losses(canonical, [model for _, model in trials], others, job.track), trials, strict=True)
-    by_error = sorted(((error, passes) for error, (passes, _) in found), key=lambda one: one[0].value)
-    plain = next(one for one in by_error if RoundWeights not in one[1])
-    rounded = next((one for one in by_error if RoundWeights in one[1]), plain)
-    _, passes = rounded if surely_less(rounded[0], plain[0], SURE) else plain
-    return [pass_.__name__ for pass_ in passes]
+    errors = losses(canonical, [model for _, model in trials], others, job.track)
+    found = dict(zip((passes for passes, _ in trials), errors, strict=True))
+    best = min((one for one in found if RoundWeights not in one), key=lambda one: found[one].value)
+    for passes in (one for one in found if RoundWeights in one):
+        best = passes if surely_less(found[passes], found[best], SURE) else best
+    return [pass_.__name__ for pass_ in best]
 
 
 def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], data: Dataset) -> dict[str, IntArray]:
