@@ -134,7 +134,7 @@ class ChannelSpread:
     Parameters
     ----------
     low, high : ndarray of float64, shape (channels,)
-        The least and the greatest value of each, zero included.
+        The least and the greatest value of each.
     power : ndarray of float64, shape (channels,)
         The mean of its squares: over the elements of each sample, then over the samples.
     """
@@ -178,8 +178,9 @@ def collect_spread(
             power = np.mean(np.square(channels, dtype=np.float64), axis=1)
             if not np.isfinite(power).all():
                 raise _not_finite(name, place)
-            low, high, before = sums.get(name, np.zeros((3, channels.shape[0])))
-            sums[name] = np.stack([np.minimum(low, channels.min(1)), np.maximum(high, channels.max(1)), before + power])
+            seen = np.stack([channels.min(1), channels.max(1), power]).astype(np.float64)
+            low, high, before = sums.get(name, seen * [[1.0], [1.0], [0.0]])
+            sums[name] = np.stack([np.minimum(low, seen[0]), np.maximum(high, seen[1]), before + power])
     return {name: ChannelSpread(low, high, power / len(data)) for name, (low, high, power) in sums.items()}
 
 

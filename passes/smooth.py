@@ -22,6 +22,7 @@ from qcompile.passes.canonicalize.editing import add_constant, free_name
 from qcompile.passes.patterns import Patterns, recognise
 from qcompile.passes.scale_groups import Fold, ScaleGroup, linear_readings, scale_group
 from qcompile.passes.set_aside import set_aside
+from qcompile.passes.shift import Shift
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Smooth(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> Rewritten:
         """Apply all factors; what has none, or cannot take them in, is refused."""
-        graph, patterns = model.graph, recognise(model.graph)
+        graph, refusals = model.graph, list[Refusal]()
         every = {structure.node_name(node) for node in graph}
         axes = {structure.name_of(value): (value, axis) for value, axis in linear_readings(graph, every)}
+        shifted = self._shift(graph, axes, refusals)
+        patterns = recognise(graph)
         # All groups are found before the first is changed: a Mul more would be in the way of the next.
-        groups, refusals = [], []
+        groups = []
         for name, chosen in self.smoothing.items():
             group = self._group(axes, name, chosen, patterns)
             if isinstance(group, Refusal):
@@ -60,7 +63,22 @@ class Smooth(ir.passes.InPlacePass):
             elif group.how in (How.RESTORE, How.BRANCH):
                 _multiply(graph, group, by_class(factors, group.classes))
         graph.sort()
-        return Rewritten(model, bool(groups), tuple(refusals))
+        return Rewritten(model, bool(groups) or shifted, tuple(refusals))
+
+    def _shift(self, graph: ir.Graph, axes: Mapping[str, tuple[ir.Value, int]], refusals: list[Refusal]) -> bool:
+        """Take off each tensor's channels what the plan says, in front of their division; tell whether any was."""
+        wanted = {name: chosen.shift for name, chosen in self.smoothing.items() if chosen.shift and name in axes}
+        norms = {norm.result: norm for norm in recognise(graph).norms} if wanted else {}
+        modified = False
+        for name, z in wanted.items():
+            shift = Shift(axes[name][0], np.array(z), norms)
+            obstacle = shift.obstacle()
+            if obstacle is not None:
+                refusals.append(Refusal(name, f"its channels are not shifted: {obstacle.reason} ('{obstacle.node}')"))
+                continue
+            shift.apply()
+            modified = True
+        return modified
 
     def _group(
         self, axes: Mapping[str, tuple[ir.Value, int]], name: str, chosen: ChannelFactors, patterns: Patterns
@@ -105,7 +123,8 @@ def _multiply(graph: ir.Graph, group: ScaleGroup, factors: npt.NDArray[np.float6
     """Put the Mul of a group beside its root: by the factors for those that are spared, by 1/s for those that read."""
     root = group.root
     restores = group.how is How.RESTORE
-    exact = (factors if restores else 1.0 / factors).astype(np.float32)
+    assert root.dtype is not None, "its group is known by its shape and type"
+    exact = (factors if restores else 1.0 / factors).astype(root.dtype.numpy())
     name = free_name(graph, f"{root.name}/{'restored' if restores else 'smoothed'}")
     constant = add_constant(graph, f"{name}/factors", exact.reshape([-1] + [1] * (-group.axis - 1)))
     node = ir.node("Mul", [root, constant], outputs=[ir.val(name, type=root.type, shape=root.shape)], name=name)

@@ -33,7 +33,7 @@ from qcompile.passes.smooth import Smooth, adds_nodes
 from qcompile.pipeline import WISHES, Codec
 from qcompile.pricing import Pricer
 from qcompile.rotation import RotationPlan, input_operators, kept_in_float, plan_inputs, plan_rotations
-from qcompile.smoothing import Candidate, Smoothable, Tuned
+from qcompile.smoothing import Candidate, Smoothable, Tuned, middles, shifted
 
 #: Multiply-accumulates that all trials of smoothing together may take; rotation has at most three more.
 WORK = 1.5e12
@@ -134,17 +134,22 @@ def apply(job: Job, canonical: ir.Model, chosen: Equivalences) -> ir.Model:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """What is rotated, what of the rest is smoothed, and what is rotated behind that."""
+    """What is rotated, whether channels are shifted then, what is smoothed, and what is rotated behind that."""
 
     folded: tuple[Rotation, ...] = ()
+    shifted: bool = False
     smoothing: Candidate = NOTHING
     inputs: tuple[InputRotation, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class _Base:
-    """A model, rotated or not, with its groups of channels that can be smoothed, tuned on some samples."""
+    """A model, rotated or not, with its groups of channels that can be smoothed, tuned on some samples.
 
+    The groups are those of the model with its channels shifted, or not.
+    """
+
+    model: ir.Model
     smoothable: Smoothable
     tuned: Sequence[Tuned]
 
@@ -157,15 +162,12 @@ class _Search:
     model: ir.Model
     dear: Mapping[str, Wish]
     pricer: Pricer | None
-    bases: dict[tuple[Rotation, ...], _Base] = field(default_factory=dict)
+    bases: dict[tuple[tuple[Rotation, ...], bool], _Base] = field(default_factory=dict)
 
     def run(self) -> Equivalences:
         """Choose on samples that had no part in it; what is kept of smoothing is measured on all of them."""
         planned = self._planned()
-        best = _Candidate()
-        if len(self.steps) > 1 or planned.rotations or self._operators(self.model):
-            best = self._best(planned.rotations)
-        return self._settled(best, planned)
+        return self._settled(self._best(planned.rotations), planned)
 
     @cached_property
     def integers(self) -> frozenset[str]:
@@ -211,24 +213,27 @@ class _Search:
     def _best(self, rotations: tuple[Rotation, ...]) -> _Candidate:
         """Return the candidate that costs least on samples held out from it: one thing is added after the other."""
         best = start = _Candidate()
-        least = self._outcome(best)
+        least: Outcome | None = None  # that of the start takes runs, in vain where there is nothing to consider
 
         def consider(candidate: _Candidate) -> None:
             nonlocal best, least
             if not self._same(candidate, best) and not self._same(candidate, start):
+                least = least or self._outcome(start)
                 found = self._outcome(candidate)
                 best, least = (candidate, found) if found.beats(least) else (best, least)
 
         for step in self.steps:
             kinds = step.kinds if step.alpha is None else best.smoothing.kinds
             consider(_Candidate(smoothing=replace(step, kinds=kinds) if kinds else NOTHING))
-        for smoothing in (best.smoothing, NOTHING) if rotations else ():
-            consider(_Candidate(rotations, smoothing))
+        if self.job.options.smoothing == "auto":
+            consider(replace(best, shifted=True))
+        for candidate in (replace(best, folded=rotations), _Candidate(rotations)) if rotations else ():
+            consider(candidate)
         if self._operators(self.model):
             before, model = best, self._built(best)[0]
             for inputs in plan_inputs(model, self._operators(model), self.judge.fit, self.job.track):
                 consider(replace(before, inputs=inputs))
-        return best if least.error.total <= UNUSABLE else start
+        return best if least is None or least.error.total <= UNUSABLE else start
 
     def _same(self, one: _Candidate, other: _Candidate) -> bool:
         """Tell whether two candidates make the same model."""
@@ -246,19 +251,21 @@ class _Search:
     def _built(self, candidate: _Candidate) -> tuple[ir.Model, Equivalences]:
         """Return the model that a candidate makes, and what that does."""
         behind = Equivalences(Rotations(inputs=candidate.inputs), self._factors(candidate))
-        return behind.applied(self._base(candidate.folded).smoothable.model), behind
+        return behind.applied(self._base(candidate).model), behind
 
     def _factors(self, candidate: _Candidate) -> dict[str, ChannelFactors]:
-        base = self._base(candidate.folded)
+        base = self._base(candidate)
         return base.smoothable.factors(base.tuned, candidate.smoothing)
 
-    def _base(self, folded: tuple[Rotation, ...]) -> _Base:
-        if folded not in self.bases:
-            model = Equivalences(Rotations(folded)).applied(self.model)
-            smoothable = Smoothable(self.job, model, self.integers, self.priced)
-            tuned = smoothable.tuned(self.judge.fit) if self.job.options.smoothing == "auto" else []
-            self.bases[folded] = _Base(smoothable, tuned)
-        return self.bases[folded]
+    def _base(self, candidate: _Candidate) -> _Base:
+        key = candidate.folded, candidate.shifted
+        if key not in self.bases:
+            model, fit = Equivalences(Rotations(candidate.folded)).applied(self.model), self.judge.fit
+            shifts = middles(self.job, model, self.integers, fit) if candidate.shifted else {}
+            smoothable = Smoothable(self.job, shifted(model, shifts), self.integers, self.priced, shifts)
+            tuned = smoothable.tuned(fit) if self.job.options.smoothing == "auto" else []
+            self.bases[key] = _Base(model, smoothable, tuned)
+        return self.bases[key]
 
     def _settled(self, best: _Candidate, planned: RotationPlan) -> Equivalences:
         """Return what is done, and why the rest is not."""
@@ -267,6 +274,6 @@ class _Search:
         rotation = Rotations(best.folded, best.inputs, refused)
         if self.job.options.smoothing == "none":
             return Equivalences(rotation)
-        base, data = self._base(best.folded), self.job.evidence.calibration
+        base, data = self._base(best), self.job.evidence.calibration
         why = f"it is not smoothed: {USELESS}"
         return Equivalences(rotation, base.smoothable.chosen(base.tuned, best.smoothing, data, why))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,12 +28,18 @@ from qcompile.core.plan import ChannelFactors, How
 from qcompile.job import Job
 from qcompile.passes import structure
 from qcompile.passes.patterns import recognise
-from qcompile.passes.scale_classes import FIXED, channel_axis, weight_channels
+from qcompile.passes.scale_classes import FIXED, channel_axis, lengths, weight_channels
 from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
 from qcompile.passes.set_aside import aside_obstacle
+from qcompile.passes.shift import Shift
+from qcompile.passes.smooth import Smooth
 
 #: A Mul more is considered where it makes the noise of the operators behind it this much less, by the estimate.
 MUL_GAIN = 2.0
+
+
+#: Channels are shifted where their range becomes this much narrower.
+NARROWER = 0.95
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,15 @@ class Smoothable:
         The linear operators in integers.
     mul : bool
         Whether a Mul may be added, and somebody knows what it takes.
+    shifts : mapping of str to tuple of float
+        What has been taken off the channels of the model's values, by their names.
     """
 
     job: Job
     model: ir.Model
     integers: frozenset[str]
     mul: bool
+    shifts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @cached_property
     def found(self) -> tuple[tuple[ScaleGroup, ...], dict[str, str]]:
@@ -144,21 +153,20 @@ class Smoothable:
         return {name: found[name] for name in order if name in found}
 
     def factors(self, tuned: Sequence[Tuned], candidate: Candidate, why: str = "") -> dict[str, ChannelFactors]:
-        """Return each group's factors if it is one of a candidate's, else why it has none."""
-        found = {}
-        for one in tuned:
-            name = structure.name_of(one.group.root)
-            if one.aside and How.ASIDE in candidate.kinds:
-                found[name] = _aside(one)
-                continue
-            if one.rule is None or one.group.how not in candidate.kinds:
-                found[name] = ChannelFactors(How.NONE, reason=one.reason or why)
-                continue
-            log2 = smoothing_log2(one.sides, one.rule if candidate.alpha is None else Rule(candidate.alpha))
-            log2 = preferably_whole(one.sides, log2, self.scheme)
-            classes = one.group.classes
-            found[name] = ChannelFactors(one.group.how, tuple(map(float, log2[np.abs(classes)] * np.sign(classes))))
-        return found
+        """Return each group's factors if it is one of a candidate's, else why it has none; and all that is shifted."""
+        found = {name: ChannelFactors(How.NONE, reason=self.found[1].get(name, why)) for name in self.shifts}
+        found |= {structure.name_of(one.group.root): self._factors(one, candidate, why) for one in tuned}
+        return {name: replace(factors, shift=self.shifts.get(name, ())) for name, factors in found.items()}
+
+    def _factors(self, one: Tuned, candidate: Candidate, why: str) -> ChannelFactors:
+        if one.aside and How.ASIDE in candidate.kinds:
+            return _aside(one)
+        if one.rule is None or one.group.how not in candidate.kinds:
+            return ChannelFactors(How.NONE, reason=one.reason or why)
+        log2 = smoothing_log2(one.sides, one.rule if candidate.alpha is None else Rule(candidate.alpha))
+        log2 = preferably_whole(one.sides, log2, self.scheme)
+        classes = one.group.classes
+        return ChannelFactors(one.group.how, tuple(map(float, log2[np.abs(classes)] * np.sign(classes))))
 
     def _spread(self, data: Dataset) -> Mapping[str, ChannelSpread]:
         readings = [reading for group in self.found[0] for reading in group.readings]
@@ -215,6 +223,31 @@ class Smoothable:
         return found
 
 
+def middles(job: Job, model: ir.Model, integers: frozenset[str], data: Dataset) -> dict[str, tuple[float, ...]]:
+    """Return the middle of each channel, in four digits, of what those operators read and can be shifted.
+
+    Tensors whose range does not become narrower are left out.
+    """
+    norms = {norm.result: norm for norm in recognise(model.graph).norms}
+    readings = [value for value, axis in linear_readings(model.graph, integers) if axis == -1]
+    widths = {value: shape[-1] for value in readings if (shape := lengths(value)) is not None}
+    shiftable = [value for value, width in widths.items()
+                 if isinstance(width, int) and Shift(value, np.zeros(width), norms).obstacle() is None]  # fmt: skip
+    axes = {structure.name_of(value): -1 for value in shiftable}
+    found = {}
+    for name, spread in (collect_spread(model, axes, data, job.track) if axes else {}).items():
+        whole = max(0.0, float(spread.high.max())) - min(0.0, float(spread.low.min()))
+        if float((spread.high - spread.low).max()) < NARROWER * whole:
+            found[name] = tuple(float(f"{middle:.4g}") for middle in (spread.low + spread.high) / 2.0)
+    return found
+
+
+def shifted(model: ir.Model, shifts: Mapping[str, tuple[float, ...]]) -> ir.Model:
+    """Return the model with that taken off its channels."""
+    only = {name: ChannelFactors(How.NONE, shift=shift) for name, shift in shifts.items()}
+    return Smooth(only)(model.clone()).model if only else model
+
+
 def _written_from(group: ScaleGroup) -> Iterator[tuple[ir.Value, int]]:
     """Yield what the linear operators that write a group read, with the axis of its channels."""
     for node in dict.fromkeys(
@@ -228,5 +261,5 @@ def _written_from(group: ScaleGroup) -> Iterator[tuple[ir.Value, int]]:
 def _aside(one: Tuned) -> ChannelFactors:
     """Set the channels aside that were chosen; the bounds are those of the others."""
     rest = without(one.sides.readers[0], one.aside).spread
-    low, high = (float(np.float32(bound)) for bound in (rest.low.min(), rest.high.max()))
+    low, high = (float(np.float32(bound)) for bound in (min(0.0, rest.low.min()), max(0.0, rest.high.max())))
     return ChannelFactors(How.ASIDE, channels=one.aside, low=low, high=high)

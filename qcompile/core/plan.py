@@ -143,7 +143,7 @@ class How(StrEnum):
 
 @dataclass(frozen=True)
 class ChannelFactors:
-    """What is done to the channels of one tensor: divided by 2 to the power of `log2`, or set aside.
+    """What is done to the channels of one tensor: shifted, and divided by 2 to the power of `log2`, or set aside.
 
     Parameters
     ----------
@@ -156,6 +156,8 @@ class ChannelFactors:
         Those that are set aside.
     low, high : float
         The bounds of the others then.
+    shift : tuple of float
+        What is taken off each channel first. Empty where nothing is.
     """
 
     how: How
@@ -164,6 +166,7 @@ class ChannelFactors:
     channels: tuple[int, ...] = ()
     low: float = 0.0
     high: float = 0.0
+    shift: tuple[float, ...] = ()
 
     @property
     def factors(self) -> npt.NDArray[np.float64]:
@@ -181,7 +184,7 @@ class ChannelFactors:
         Raises
         ------
         ValueError
-            If a factor is beyond what is ever chosen, or a fraction of another kind.
+            If a factor is beyond what is ever chosen, or a fraction of another kind, or a shift is no number.
         """
         log2 = tuple(float(number) for number in entry["log2"])
         if not all(abs(number) <= LARGEST_LOG2 and (8.0 * number).is_integer() for number in log2):
@@ -189,7 +192,10 @@ class ChannelFactors:
         bounds = float(np.float32(entry["low"])), float(np.float32(entry["high"]))
         if not bounds[0] <= 0.0 <= bounds[1] < np.inf or bounds[0] == -np.inf:
             raise ValueError(f"bounds {bounds}")
-        return cls(How(entry["how"]), log2, str(entry["reason"]), tuple(map(int, entry["channels"])), *bounds)
+        shift = tuple(float(number) for number in entry.get("shift", ()))
+        if not np.all(np.isfinite(shift)):
+            raise ValueError("a shift is a number")
+        return cls(How(entry["how"]), log2, str(entry["reason"]), tuple(map(int, entry["channels"])), *bounds, shift)
 
 
 @dataclass(frozen=True)
