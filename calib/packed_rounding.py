@@ -17,6 +17,8 @@ FloatArray = npt.NDArray[np.float64]
 
 #: How often each code is looked at again.
 SWEEPS = 3
+#: How often each block's multiple is.
+FITS = 2
 #: Rows whose moves are passed on at once to all others.
 BLOCK = 128
 
@@ -55,7 +57,7 @@ def fit_multiples(
     codes, multiple : ndarray of float64, shape (n, m)
     """
     codes, multiple, slope = codes.copy(), multiple.copy(), moments @ (codes - scaled)
-    for start in range(0, len(codes), length):
+    for start in [*range(0, len(codes), length)] * FITS:
         rows = slice(start, min(start + length, len(codes)))
         near = moments[rows, rows]
         found, other = _fitted(codes[rows] - np.linalg.solve(near, slope[rows]), near, limits)

@@ -35,8 +35,9 @@ FloatArray = npt.NDArray[np.float64]
 ROWS = 4096
 #: Rows that are multiplied at once.
 AT_ONCE = 512
-#: Added to the diagonal of H, in parts of its mean: what few samples tell of small directions is chance.
-DAMPING = 0.1
+#: Added to the diagonal of H, in parts of its mean: what few samples tell of small directions is chance. Coarse steps
+#: make more of it, so that packed codes have more.
+DAMPING, PACKED_DAMPING = 0.1, 0.3
 #: Rows of weights whose errors are passed on at once to those behind them.
 BLOCK = 128
 #: Multiply-accumulates that collecting the rows may take.
@@ -244,12 +245,14 @@ def round_weights(operator: Operator, moments: FloatArray) -> numerics.IntArray:
         multiples = packing.multiples(weights / scales, quant.axis, quant.block_size)
     matrices = (operator.matrix(array.astype(np.float64)) for array in (weights, scales, multiples))
     rounding = operator.step**2 / 12.0 * np.eye(operator.depth)
+    damping = PACKED_DAMPING if quant.block_size else DAMPING
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
     codes = []
     for part, step, multiple, h in zip(*matrices, moments, strict=True):
-        chosen = gptq(part, step[0], h + rounding, limits, multiple)
+        trusted = damped(h + rounding, damping)
+        chosen = gptq(part, step[0], trusted, limits, multiple)
         if quant.block_size:
-            scaled, trusted = part / step[0], damped(h + rounding)
+            scaled = part / step[0]
             if quant.axis is not None:
                 length = packing.block_length(operator.depth, quant.block_size)
                 chosen, multiple = fit_multiples(chosen, scaled, trusted, limits, multiple, length)
@@ -273,7 +276,7 @@ def gptq(
     step : ndarray of float64, shape (m,)
         What a code stands for, by column.
     moments : ndarray of float64, shape (n, n)
-        E[xᵀx] of the rows that are multiplied by it.
+        E[xᵀx] of the rows that are multiplied by it, `damped`.
     limits : tuple of int
         The lowest and the highest code, of those that have no multiple.
     multiple : float, or ndarray of float64, shape (n, m)
@@ -286,7 +289,7 @@ def gptq(
     """
     diagonal = moments.diagonal()
     order = np.argsort(-diagonal, kind="stable")
-    upper = factor_of_inverse(damped(moments)[np.ix_(order, order)])
+    upper = factor_of_inverse(moments[np.ix_(order, order)])
     left, codes = weights[order] / step, np.empty_like(weights)
     grid = np.broadcast_to(multiple, weights.shape)[order]
     for start in range(0, len(left), BLOCK):
@@ -302,7 +305,7 @@ def gptq(
     return found
 
 
-def damped(moments: FloatArray) -> FloatArray:
+def damped(moments: FloatArray, damping: float = DAMPING) -> FloatArray:
     """Return second moments that trust the samples less in directions of which they tell little."""
-    damping = DAMPING * moments.diagonal().mean() + float(np.finfo(np.float32).tiny)
-    return np.asarray(moments + damping * np.eye(len(moments)))
+    more = damping * moments.diagonal().mean() + float(np.finfo(np.float32).tiny)
+    return np.asarray(moments + more * np.eye(len(moments)))
