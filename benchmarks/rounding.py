@@ -33,16 +33,16 @@ NAMES = ("minilm-l6", "efficientnet-lite0")
 
 
 def rounded(subject: Subject) -> tuple[dict[str, IntArray], float]:
-    """Return the codes of all weights in four bits that can be chosen, and how many seconds that took."""
+    """Return the codes of all weights in four bits that can be chosen, and how many seconds of processors that took."""
     plan = subject.program.planned(dict.fromkeys(subject.program.numbers, FOUR))
     quantized = InsertQdq(plan)(subject.canonical.clone()).model
     operators, _ = roundable(subject.canonical, quantized, plan)
     packed = {quantized_name(name) for name in subject.program.numbers}
     names = {operator: name for name, operator in operators.items() if name in packed}
-    start = time.perf_counter()
+    start = time.process_time()
     moments = second_moments(subject.canonical, list(names), subject.parts[0], untracked)
     codes = {names[operator]: round_weights(operator, found) for operator, found in moments}
-    return codes, time.perf_counter() - start
+    return codes, time.process_time() - start
 
 
 def weights_only(subject: Subject) -> str:
@@ -90,8 +90,8 @@ same bytes: they differ in codes and in multiples of blocks. *Nearest* has the m
 
 Of Conv, Gemm and MatMul, all that can be packed; everything else in float. Codes are found by three quarters of the
 calibration data; *held out* is the rest of these, *evaluation* is data that calibration did not see, at most {samples}
-samples each, in front of a last Softmax, the noise of several outputs added up. *Seconds* are those of weighing inputs
-and rounding, on the machine that ran this.
+samples each, in front of a last Softmax, the noise of several outputs added up. *Seconds* are those of processors, for
+weighing inputs and rounding, all threads added up.
 
 | model | weights | nearest, held out | rounded | gain | nearest, evaluation | rounded | gain | seconds |
 |---|---|---|---|---|---|---|---|---|
