@@ -20,8 +20,9 @@ from unittest import mock
 from bit_choices import SAMPLES, Subject
 from catalog import ROOT, fetch
 
-from qcompile import Options, compensation, compile
+from qcompile import Options, compensation, stages
 from qcompile.calib.rounding import round_weights, second_moments
+from qcompile.calib.sensitivity import SURE
 from qcompile.core.numerics import IntArray
 from qcompile.passes.insert_qdq import InsertQdq, quantized_name
 from qcompile.passes.round_weights import RoundWeights, roundable
@@ -58,25 +59,27 @@ def _gains(nearest: Sequence[float], found: Sequence[float]) -> list[float]:
     return [number for one, other in zip(nearest, found, strict=True) for number in (one, other, other - one)]
 
 
-def compiled(paths: Sequence[Path], nearest: bool) -> Mapping[str, Any]:
-    """Compile with all weights in four bits and return the report."""
+def applied(subject: Subject, paths: Sequence[Path], nearest: bool) -> Mapping[str, Any]:
+    """Compile with all weights in four bits, from the calibration on, and return the report."""
     model, data, evaluation = map(str, paths)
     # Rounding is kept where it is better by more than so many standard errors.
-    sure = math.inf if nearest else compensation.SURE
+    sure = math.inf if nearest else SURE
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(compensation, "SURE", sure):
         options = Options("cpu", data=data, eval=evaluation, weights="4", output=Path(folder) / "out")
-        return compile(model, options).report
+        plan = Path(folder) / "plan.json"
+        stages.plan(model, options, subject.folder / f"{subject.name}.npz", plan)
+        return stages.apply(model, options, plan).report
 
 
-def whole(name: str, paths: Sequence[Path]) -> str:
+def whole(subject: Subject, paths: Sequence[Path]) -> str:
     """Return a model's row of the table of whole compiles."""
-    reports = [compiled(paths, nearest) for nearest in (True, False)]
+    reports = [applied(subject, paths, nearest) for nearest in (True, False)]
     least = [min(one["sqnr"] for one in report["fidelity"]["outputs"].values()) for report in reports]
     sizes = [f"{report['size']['ratio']:.3f}x" for report in reports]
     kept = RoundWeights.__name__ in {step["name"] for step in reports[1]["passes"]}
     kept = kept and RoundWeights.__name__ not in {refusal["stage"] for refusal in reports[1]["refusals"]}
-    gain = f"{least[1] - least[0]:+.1f}"
-    return f"| {name} | {least[0]:.1f} | {least[1]:.1f} | {gain} | {' | '.join(sizes)} | {'yes' if kept else 'no'} |"
+    figures = [f"{least[0]:.1f}", f"{least[1]:.1f}", f"{least[1] - least[0]:+.1f}", *sizes, "yes" if kept else "no"]
+    return f"| {subject.name} | {' | '.join(figures)} |"
 
 
 HEAD = """# Four bits, rounded with regard to one another and to nearest
@@ -119,9 +122,10 @@ def main() -> None:
     alone, compiles = [], []
     for name in words.names or NAMES:
         paths = fetch(name, words.cache)
-        alone.append(weights_only(Subject.load(name, paths, words.measured)))
+        subject = Subject.load(name, paths, words.measured)
+        alone.append(weights_only(subject))
         print(alone[-1], flush=True)
-        compiles.append(whole(name, paths))
+        compiles.append(whole(subject, paths))
         print(compiles[-1], flush=True)
     text = HEAD.format(samples=SAMPLES, alone="\n".join(alone), whole="\n".join(compiles))
     PAGE.write_text(text, encoding="utf-8")
