@@ -105,9 +105,11 @@ def try_choices(
     Returns
     -------
     dict of frozenset of str to float
-        As `Tried`; empty where it would take too long.
+        As `Tried`; empty where it would take too long, or where losses did.
     """
     _, others = job.evidence.calibration.split(HELD_OUT)
+    if not affordable(canonical, len(packable(canonical, planned({}))), others):
+        return {}
     models = (quantized_in(canonical, planned, codes(), bits) for bits in choices)
     found = whole_models(canonical, models, len(choices), others, job.track)
     return dict(zip(map(in_four, choices), found, strict=False))
