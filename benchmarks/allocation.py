@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ import scipy.stats
 from bit_choices import SAMPLES, Bits, Measured, Subject
 from catalog import ROOT, fetch
 
-from qcompile.allocation import EIGHT, FOUR
 from qcompile.core import numerics
 from qcompile.passes import structure
 from qcompile.passes.greedy import greedy
 from qcompile.passes.integer_program import allocate
+from qcompile.weight_losses import EIGHT, FOUR
 
 PAGE = ROOT / "docs/allocation-figures.md"
 NAMES = ("resnet8", "ds-cnn", "efficientnet-lite0", "minilm-l6", "ppocr-rec")
@@ -63,14 +63,21 @@ class Judge:
         return Point(way, size, numerics.decibel(1.0, self.subject.expected(bits)), self.known[key])
 
     def rivals(self, budget: float) -> list[Point]:
-        """Return the choice of the program within so many bytes, and those of others."""
+        """Return the choice of the program within so many bytes, and those of others.
+
+        The first is the one among them that a compile takes: it runs them on samples that are held out.
+        """
         subject = self.subject
         found = {"program": subject.bits(allocate(subject.candidates, (budget,)).choice)}
         steps = greedy(subject.candidates, (budget,))
         if steps is not None:
             found["greedy"] = subject.bits(steps.choice)
         found["in order"] = in_order(subject, budget)
-        return [self.point(way, bits) for way, bits in found.items()]
+        spared = ends_spared(subject)
+        proposed = found | ({"ends spared": spared} if subject.bytes(spared) <= budget else {})
+        points = [self.point(way, bits) for way, bits in proposed.items()]
+        taken = max(points, key=lambda point: point.measured.held_out)
+        return [replace(taken, way="taken"), *(point for point in points if point.way in found)]
 
     def random(self) -> list[Point]:
         """Return choices by chance, no two alike: each weight in four bits with a chance that is drawn first."""
@@ -101,10 +108,6 @@ def ends_spared(subject: Subject) -> dict[str, int]:
     return {name: EIGHT if name in (order[0], order[-1]) else FOUR for name in subject.program.numbers}
 
 
-def _cells(point: Point | None) -> list[str]:
-    return ["", ""] if point is None else [f"{point.expected:.1f}", f"{point.measured.scores:.1f}"]
-
-
 def front(judge: Judge) -> tuple[str, list[list[Point]]]:
     """Return the table of one model, and what is in it, by size."""
     subject = judge.subject
@@ -114,38 +117,38 @@ def front(judge: Judge) -> tuple[str, list[list[Point]]]:
     found.append([*judge.rivals(subject.bytes(spared)), judge.point("ends spared", spared)])
     for points in sorted(found, key=lambda of: of[0].size):
         by_way = {point.way: point for point in points}
-        best, rival = by_way["program"], by_way.get("ends spared", by_way["in order"])
+        best, rival = by_way["taken"], by_way.get("ends spared", by_way["in order"])
         name = {"ends spared": "all but first and last in 4"}.get(rival.way, "in order")
         own = [f"{number:.1f}" for number in (best.measured.held_out, best.measured.outputs)]
-        cells = [f"{best.size:.3f}x", *_cells(best), *own, *_cells(by_way.get("greedy")), *_cells(rival)]
+        ways = (by_way["program"], by_way.get("greedy"), rival)
+        others = ["" if way is None else f"{way.measured.scores:.1f}" for way in ways]
+        cells = [f"{best.size:.3f}x", f"{best.expected:.1f}", f"{best.measured.scores:.1f}", *own, *others]
         rows.append(f"| {' | '.join(cells)} | {name}, {rival.size:.3f}x |")
     return "\n".join(rows), found
 
 
-def ranks(points: Sequence[Point]) -> tuple[float, float]:
-    """Return Spearman's coefficient between expected noise and that on held-out and on evaluation samples."""
+def ranks(name: str, points: Sequence[Point]) -> str:
+    """Return a model's row of Spearman's coefficients, of expected noise and that on both kinds of samples."""
     expected = [point.expected for point in points]
     measured = ([point.measured.held_out for point in points], [point.measured.scores for point in points])
     held_out, evaluation = (float(scipy.stats.spearmanr(expected, of).statistic) for of in measured)
-    return held_out, evaluation
+    return f"| {name} | {held_out:.2f} | {evaluation:.2f} |"
 
 
-def verdict(name: str, sizes: Sequence[Sequence[Point]], chance: Sequence[Point]) -> str:
+def verdict(name: str, sizes: Sequence[Sequence[Point]]) -> str:
     """Return a model's row of the summary."""
-    over: dict[str, list[float]] = {"greedy": [], "uniform": []}
+    over: dict[str, list[float]] = {"program": [], "greedy": [], "uniform": []}
     for points in sizes:
         best = points[0]
         for rival in points[1:]:
-            over["greedy" if rival.way == "greedy" else "uniform"].append(best.measured.scores - rival.measured.scores)
-    uniform, greedily = over["uniform"], over["greedy"]
-    held_out, evaluation = ranks(chance)
+            way = rival.way if rival.way in over else "uniform"
+            over[way].append(best.measured.scores - rival.measured.scores)
+    uniform, greedily, alone = over["uniform"], over["greedy"], over["program"]
     cells = [
         name,
         *(f"{gain:+.1f}" for gain in (min(uniform), max(uniform))),
         f"{sum(gain >= GAIN for gain in uniform)} of {len(uniform)}",
-        *(f"{gain:+.1f}" for gain in (min(greedily), max(greedily))),
-        f"{held_out:.2f}",
-        f"{evaluation:.2f}",
+        *(f"{gain:+.1f}" for gain in (min(greedily), max(greedily), min(alone), max(alone))),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -156,7 +159,7 @@ def causes(subject: Subject) -> str:
     budget = ends[0] + CAUSES * (ends[1] - ends[0])
     bits = subject.bits(allocate(subject.candidates, (budget,)).choice)
     alone = sum(subject.program.losses[name][FOUR] for name, chosen in bits.items() if chosen == FOUR)
-    numbers = [numerics.decibel(1.0, alone), *subject.in_codes(bits, False), *subject.in_codes(bits, True)]
+    numbers = [numerics.decibel(1.0, alone), *subject.in_codes(bits, subject.codes[FOUR]), *subject.in_codes(bits, {})]
     return f"| {subject.name} | {' | '.join(f'{number:.1f}' for number in numbers)} |"
 
 
@@ -175,28 +178,35 @@ HEAD = """# Bits by the integer program, beside other ways to choose them
 
 Written by `python benchmarks/allocation.py`; do not edit. [allocation.md](allocation.md) says what is done.
 
-SQNR in dB in front of a last Softmax, which is where losses are measured and expected: *expected* by the program,
+SQNR in dB in front of a last Softmax, which is where losses are measured: *expected* by losses that add up,
 *held out* on the quarter of the calibration data that weights were not rounded by, *evaluation* on data that
 calibration did not see, at most {samples} samples each. Noise over signal of several outputs is added up in these;
 *outputs* is evaluation data behind the Softmax and the worst of several outputs, as in reports. All are of the QDQ
 model in ONNX Runtime with all optimizations, weights rounded with regard to one another ([rounding.md](rounding.md)) by
 three quarters of the calibration data, biases not corrected. A compile rounds by all of them, and corrects biases,
-where that helps. Losses were measured once; nothing was measured for the choices that are compared here.
+where that helps. Losses were measured once, of each weight alone.
 
 - *program*: least expected loss in so many bytes. *greedy*: the same losses, step by step.
+- *taken*: of these and the uniform ones that fit, the one that loses least on the samples held out, as in a compile,
+  which runs them. What it is then worth is told by evaluation data, of which it knows nothing.
 - *uniform*: all in 8 bits or all in 4; between, as many weights in the graph's order in 4 bits as are needed, and one
   more row with all but the first and the last in 4. Its file may be smaller than the budget, by less than a weight.
 
 ## Summary
 
-The program over the uniform setting within the same budget, in dB on evaluation data: the least and the most over all
-sizes, and at how many it is 2 dB or more; the same over greedy; Spearman's coefficient between expected and measured
-noise of {random} random choices, no two alike (all 16 of a model with four weights), on samples held out and on
-evaluation data.
+What is taken over the uniform setting within the same budget, in dB on evaluation data: the least and the most over
+all sizes, and at how many it is 2 dB or more; the same over greedy, and over the program's own choice.
 
-| model | over uniform, least | most | 2 dB or more | over greedy, least | most | Spearman, held out | evaluation |
+| model | over uniform, least | most | 2 dB or more | over greedy, least | most | over the program, least | most |
 |---|---|---|---|---|---|---|---|
 {summary}
+
+Spearman's coefficient between expected and measured noise of {random} random choices, no two alike (all 16 of a model
+with four weights), on samples held out and on evaluation data:
+
+| model | held out | evaluation |
+|---|---|---|
+{ranks}
 
 ## Where expected and measured noise part
 
@@ -223,8 +233,8 @@ TABLE = """
 
 {weights} weights with a choice. Measured over expected: {far}.
 
-| size | program, expected | evaluation | held out | outputs | greedy, expected | evaluation | uniform | evaluation | |
-|---|---|---|---|---|---|---|---|---|---|
+| size | taken, expected | evaluation | held out | outputs | program | greedy | uniform | |
+|---|---|---|---|---|---|---|---|---|
 {rows}
 """
 
@@ -237,19 +247,25 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, required=True, help="where calibrations and codes are kept")
     words = parser.parse_args()
     words.measured.mkdir(parents=True, exist_ok=True)
-    summary, reasons, tables = [], [], []
+    summary, spearman, reasons, tables = [], [], [], []
     for name in words.names or NAMES:
         start = time.perf_counter()
         judge = Judge(Subject.load(name, fetch(name, words.cache), words.measured))
         table, sizes = front(judge)
         chance = judge.random()
-        summary.append(verdict(name, sizes, chance))
+        summary.append(verdict(name, sizes))
+        spearman.append(ranks(name, chance))
         reasons.append(causes(judge.subject))
         count, points = len(judge.subject.program.numbers), [*(point for of in sizes for point in of), *chance]
         tables.append(TABLE.format(name=name, weights=count, far=far(points), rows=table))
-        print(tables[-1], summary[-1], reasons[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
+        print(tables[-1], summary[-1], spearman[-1], reasons[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
     head = HEAD.format(
-        samples=SAMPLES, random=RANDOM, summary="\n".join(summary), causes="\n".join(reasons), part=CAUSES
+        samples=SAMPLES,
+        random=RANDOM,
+        summary="\n".join(summary),
+        ranks="\n".join(spearman),
+        causes="\n".join(reasons),
+        part=CAUSES,
     )
     PAGE.write_text(head + "".join(tables), encoding="utf-8")
 

@@ -11,9 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import driver, stages
-from qcompile.allocation import EIGHT, FOUR, UNPACKING, Program, program_of
+from qcompile.allocation import UNPACKING, Program, program_of
 from qcompile.calib.data import Dataset, Sample
-from qcompile.calib.rounding import round_weights, second_moments
 from qcompile.calib.sections import at_scores
 from qcompile.calib.sensitivity import spread
 from qcompile.calibration import Calibration
@@ -21,17 +20,16 @@ from qcompile.compensation import HELD_OUT
 from qcompile.core import model as models
 from qcompile.core import numerics, packing, runtime
 from qcompile.core.numerics import IntArray
-from qcompile.core.plan import QuantPlan
 from qcompile.decision import planner
 from qcompile.equivalence import Equivalences
 from qcompile.job import Job
 from qcompile.options import Options
 from qcompile.passes import structure
-from qcompile.passes.insert_qdq import InsertQdq, quantized_name
+from qcompile.passes.insert_qdq import quantized_name
 from qcompile.passes.integer_program import Candidate
-from qcompile.passes.round_weights import RoundWeights, roundable
 from qcompile.pipeline import untracked
 from qcompile.verify import Comparison
+from qcompile.weight_losses import EIGHT, FOUR, find_codes, quantized_in
 
 #: Samples that are run, at most.
 SAMPLES = 24
@@ -128,7 +126,7 @@ class Subject:
         """Codes of weights by GPTQ, by bits and by the name of the initializer, as a compile rounds them."""
         file = self.folder / f"{self.name}-codes.npz"
         if not file.exists():
-            found = self._round()
+            found = find_codes(self.job, self.canonical, self.program.planned)
             names = [f"{bits}/{name}" for bits, of in found.items() for name in of]
             np.savez(file, *(codes for of in found.values() for codes in of.values()), names=np.array(names, np.str_))
         with np.load(file) as archive:
@@ -138,39 +136,24 @@ class Subject:
                 read[int(bits)][name] = archive[f"arr_{index}"]
             return read
 
-    def _round(self) -> dict[int, dict[str, IntArray]]:
-        found: dict[int, dict[str, IntArray]] = {EIGHT: {}, FOUR: {}}
-        operators = {}
-        for bits in (EIGHT, FOUR):
-            plan = self.program.planned(dict.fromkeys(self.program.numbers, bits))
-            operators[bits], _ = roundable(self.canonical, self.quantized(plan), plan)
-        names = {operator: name for name, operator in operators[EIGHT].items()}
-        for operator, moments in second_moments(self.canonical, list(names), self.parts[0], untracked):
-            for bits, of in operators.items():
-                found[bits][names[operator]] = round_weights(of[names[operator]], moments)
-        return found
-
-    def quantized(self, plan: QuantPlan) -> ir.Model:
-        """Return the QDQ model, rounded to nearest."""
-        return InsertQdq(plan)(self.canonical.clone()).model
-
     def measured(self, bits: Bits) -> Measured:
         """Quantize with these bits and run the samples."""
-        chosen = {quantized_name(name): of for name, of in bits.items()}
-        codes = {name: self.codes[chosen.get(name, EIGHT)][name] for name in self.codes[EIGHT]}
-        found = self.noise(RoundWeights(codes)(self.quantized(self.program.planned(bits))).model)
+        found = self.noise(quantized_in(self.canonical, self.program.planned, self.codes, bits))
         outputs = [structure.name_of(value) for value in self.canonical.graph.outputs]
         held_out, scores = map(self._summed, found)
         return Measured(held_out, scores, min(found[1][name] for name in outputs))
 
-    def in_codes(self, bits: Bits, nearest: bool) -> tuple[float, float]:
-        """Return the SQNR with what is in four bits alone in codes, on samples held out and on evaluation data."""
+    def in_codes(self, bits: Bits, given: Mapping[str, IntArray]) -> tuple[float, float]:
+        """Return the SQNR with what is in four bits alone in codes, on samples held out and on evaluation data.
+
+        They are those that are given, by the name of the initializer, or else the nearest.
+        """
         plan, copy = self.program.planned(bits), self.canonical.clone()
         for name in (name for name, chosen in bits.items() if chosen == FOUR):
             value, quant = copy.graph.initializers[name], plan.tensors[name]
             weight = structure.constant(value)
             assert weight is not None
-            codes = None if nearest else self.codes[FOUR].get(quantized_name(name))
+            codes = given.get(quantized_name(name))
             real = quant.dequantize(quant.quantize(weight) if codes is None else codes)
             value.const_value = ir.tensor(real, name=name)
         held_out, scores = map(self._summed, self.noise(copy))

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import scipy.linalg
 
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.drift import position_weights
+from qcompile.calib.packed_rounding import descend, factor_of_inverse, fit_multiples
 from qcompile.calib.sensitivity import MEMORY, SAMPLES, spread
 from qcompile.calib.work import Cost
 from qcompile.core import numerics, packing, runtime
@@ -35,12 +35,11 @@ FloatArray = npt.NDArray[np.float64]
 ROWS = 4096
 #: Rows that are multiplied at once.
 AT_ONCE = 512
-#: Added to the diagonal of H, in parts of its mean: what few samples tell of small directions is chance.
-DAMPING = 0.1
+#: Added to the diagonal of H, in parts of its mean: what few samples tell of small directions is chance. Coarse steps
+#: make more of it, so that packed codes have more.
+DAMPING, PACKED_DAMPING = 0.1, 0.3
 #: Rows of weights whose errors are passed on at once to those behind them.
 BLOCK = 128
-#: How often each code is looked at again.
-SWEEPS = 3
 #: Multiply-accumulates that collecting the rows may take.
 WORK = 1e11
 
@@ -246,13 +245,19 @@ def round_weights(operator: Operator, moments: FloatArray) -> numerics.IntArray:
         multiples = packing.multiples(weights / scales, quant.axis, quant.block_size)
     matrices = (operator.matrix(array.astype(np.float64)) for array in (weights, scales, multiples))
     rounding = operator.step**2 / 12.0 * np.eye(operator.depth)
+    damping = PACKED_DAMPING if quant.block_size else DAMPING
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
-    parts = zip(*matrices, moments, strict=True)
     codes = []
-    for part, step, multiple, h in parts:
-        codes.append(gptq(part, step[0], h + rounding, limits, multiple))
+    for part, step, multiple, h in zip(*matrices, moments, strict=True):
+        trusted = damped(h + rounding, damping)
+        chosen = gptq(part, step[0], trusted, limits, multiple)
         if quant.block_size:
-            codes[-1] = descend(codes[-1], part / step[0], damped(h + rounding), limits, multiple)
+            scaled = part / step[0]
+            if quant.axis is not None:
+                length = packing.block_length(operator.depth, quant.block_size)
+                chosen, multiple = fit_multiples(chosen, scaled, trusted, limits, multiple, length)
+            chosen = descend(chosen, scaled, trusted, limits, multiple)
+        codes.append(chosen)
     return np.ascontiguousarray(operator.weights(np.stack(codes)).astype(quant.dtype))
 
 
@@ -271,7 +276,7 @@ def gptq(
     step : ndarray of float64, shape (m,)
         What a code stands for, by column.
     moments : ndarray of float64, shape (n, n)
-        E[xᵀx] of the rows that are multiplied by it.
+        E[xᵀx] of the rows that are multiplied by it, `damped`.
     limits : tuple of int
         The lowest and the highest code, of those that have no multiple.
     multiple : float, or ndarray of float64, shape (n, m)
@@ -284,7 +289,7 @@ def gptq(
     """
     diagonal = moments.diagonal()
     order = np.argsort(-diagonal, kind="stable")
-    upper = _factor_of_inverse(damped(moments)[np.ix_(order, order)])
+    upper = factor_of_inverse(moments[np.ix_(order, order)])
     left, codes = weights[order] / step, np.empty_like(weights)
     grid = np.broadcast_to(multiple, weights.shape)[order]
     for start in range(0, len(left), BLOCK):
@@ -300,51 +305,7 @@ def gptq(
     return found
 
 
-def damped(moments: FloatArray) -> FloatArray:
+def damped(moments: FloatArray, damping: float = DAMPING) -> FloatArray:
     """Return second moments that trust the samples less in directions of which they tell little."""
-    damping = DAMPING * moments.diagonal().mean() + float(np.finfo(np.float32).tiny)
-    return np.asarray(moments + damping * np.eye(len(moments)))
-
-
-def descend(
-    codes: FloatArray, scaled: FloatArray, moments: FloatArray, limits: tuple[int, int], multiple: FloatArray
-) -> FloatArray:
-    """Move codes to their neighbours as long as what is computed comes nearer to float's by it.
-
-    Coordinate descent on tr(EᵀHE), E = codes - weights: GPTQ never comes back to a row, and four bits leave it more to
-    come back to than eight (the objective of Nagel et al. 2020, AdaRound, without its relaxation).
-
-    Parameters
-    ----------
-    codes : ndarray of float64, shape (n, m)
-        To begin with.
-    scaled : ndarray of float64, shape (n, m)
-        Weights over their scales.
-    moments : ndarray of float64, shape (n, n)
-    limits, multiple
-        As of `gptq`.
-    """
-    codes, slope = codes.copy(), moments @ (codes - scaled)
-    for _ in range(SWEEPS):
-        for start in range(0, len(codes), BLOCK):
-            rows = slice(start, min(start + BLOCK, len(codes)))
-            moved, near, ahead = np.zeros_like(codes[rows]), moments[rows, rows], slope[rows].copy()
-            for row in range(len(moved)):
-                step = -np.sign(ahead[row]) * multiple[start + row]
-                gains = step * (2.0 * ahead[row] + step * near[row, row]) < 0.0
-                number = (codes[start + row] + step) / multiple[start + row]
-                moved[row] = np.where(gains & (number >= limits[0]) & (number <= limits[1]), step, 0.0)
-                ahead += np.outer(near[:, row], moved[row])
-            codes[rows] += moved
-            slope += moments[:, rows] @ moved
-    return codes
-
-
-def _factor_of_inverse(matrix: FloatArray) -> FloatArray:
-    """Return the upper U of H⁻¹ = Uᵀ U for a positive definite H.
-
-    Of H = R Rᵀ with an upper R, which Cholesky's algorithm gives from the last row and column on, U is the inverse.
-    """
-    lower = scipy.linalg.cholesky(matrix[::-1, ::-1], lower=True, check_finite=False)
-    inverse, _ = scipy.linalg.lapack.dtrtri(lower[::-1, ::-1])
-    return np.asarray(inverse)
+    more = damping * moments.diagonal().mean() + float(np.finfo(np.float32).tiny)
+    return np.asarray(moments + more * np.eye(len(moments)))

@@ -6,7 +6,7 @@ what a decision hangs on. Forward runs tell, and need neither labels nor gradien
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -209,6 +209,48 @@ def weights_alone(
         for feeds, outputs in zip(samples, expected, strict=True):
             error.add(outputs, session.run(feeds))
         found[operator] = error.total
+    return found
+
+
+def affordable(model: ir.Model, runs: int, data: Dataset) -> bool:
+    """Tell whether so many runs of one sample are within `ALONE`, for a model that can be judged by its outputs."""
+    return cuttable(model) and Cost.of(model, next(iter(data))).total * runs <= ALONE
+
+
+def whole_models(
+    reference: ir.Model, candidates: Iterable[ir.Model], count: int, data: Dataset, track: Track[Any]
+) -> list[float]:
+    """Return the noise over signal at the outputs of one model after the other, each with everything quantized.
+
+    As in `drift.losses`, they run as they are defined, without a runtime's fusions. Nothing is returned where `FEWEST`
+    samples, or all that there are, cannot be run with each within `TOGETHER`.
+
+    Parameters
+    ----------
+    reference : onnx_ir.Model
+        The float model.
+    candidates : iterable of onnx_ir.Model
+        Each is taken when its turn comes.
+    count : int
+        How many these are.
+    data : Dataset
+        At most `SAMPLES` of it are run, as many as `TOGETHER` allows.
+    track : callable
+        Shows progress.
+    """
+    cost = Cost.of(reference, next(iter(data)))
+    most = TOGETHER / max(1, cost.total) / (1 + count)
+    if most < min(FEWEST, len(data)):
+        return []
+    samples = spread(data, cost.peak_bytes, min(SAMPLES, most))
+    session = runtime.Session(at_scores(reference), optimize=False)
+    expected = [session.run(feeds) for feeds in samples]
+    found = []
+    for model in track(candidates, count, "running choices"):
+        session, error = runtime.Session(at_scores(model), optimize=False), OutputError()
+        for feeds, outputs in zip(samples, expected, strict=True):
+            error.add(outputs, session.run(feeds))
+        found.append(error.total)
     return found
 
 

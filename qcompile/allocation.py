@@ -9,8 +9,8 @@ noise that a bound on fidelity leaves. docs/allocation.md has the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,36 +18,23 @@ import onnx_ir as ir
 
 from qcompile.backends.base import Backend
 from qcompile.budget import Budget
-from qcompile.calib.data import Dataset
-from qcompile.calib.rounding import Operator, round_weights, second_moments
-from qcompile.calib.sensitivity import weights_alone
 from qcompile.calibration import Calibration
-from qcompile.compensation import HELD_OUT
 from qcompile.core import numerics, packing
 from qcompile.core.errors import BudgetError, UsageError
-from qcompile.core.plan import QuantPlan, Role
-from qcompile.job import Job
+from qcompile.core.plan import QuantPlan
 from qcompile.options import Options
-from qcompile.passes import structure
-from qcompile.passes.allocate_bits import round_to_codes
-from qcompile.passes.insert_qdq import InsertQdq, quantized_name
+from qcompile.passes.greedy import greedy
+from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.integer_program import Allocation, Candidate, InfeasibleError, allocate
-from qcompile.passes.round_weights import roundable
 from qcompile.pricing import SIZE, WORTH
+from qcompile.weight_losses import EIGHT, FOUR, Losses, Planned, Tried, in_four, own_errors, packable
 
-#: Bits that weights can be stored in, by what is called so in files: an int8's, and four and a quarter.
-EIGHT, FOUR = 8, 4
 #: Bytes that the nodes take which unpack a tensor.
 UNPACKING = 900
 #: By so much, in dB, more than a bound on fidelity is asked of the prediction: it is for other samples.
 MARGIN = 0.5
 #: So often a budget is lowered by what the file was larger than reckoned.
 ATTEMPTS = 4
-
-#: Noise over signal at the outputs, by the name of a weight and by its bits.
-Losses = Mapping[str, Mapping[int, float]]
-#: What returns the plan with weights in these bits.
-Planned = Callable[[Mapping[str, int]], QuantPlan]
 
 
 @dataclass(frozen=True)
@@ -63,79 +50,22 @@ class Widths:
     bytes : int
         Expected of the model's file.
     gap : float
-        How far, in parts, the choice may be from the best one.
+        How far, in parts, the choice may be from the best one by the losses that are expected.
+    tried : int
+        Of how many choices that were run this one lost least; 0 where it was not run, and its noise is expected.
     """
 
     bits: Mapping[str, int] = field(default_factory=dict)
     noise: float = 0.0
     bytes: int = 0
     gap: float = 0.0
+    tried: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return it JSON-ready."""
         sqnr = round(numerics.decibel(1.0, self.noise), 2) if self.noise > 0.0 else None
-        return {"bits": dict(self.bits), "sqnr": sqnr, "bytes": self.bytes, "gap": float(f"{self.gap:.3g}")}
-
-
-def packable(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
-    """Return how many numbers the weights have that can be stored in four bits, by name."""
-    weights = {name: structure.constant_tensor(value) for name, value in model.graph.initializers.items()}
-    sizes = {name: weight.size for name, weight in weights.items() if weight is not None}
-    return {
-        name: sizes[name]
-        for name, quant in plan.tensors.items()
-        if quant.role is Role.WEIGHT and quant.dtype == "int8" and sizes.get(name, 0) >= packing.FEWEST
-    }
-
-
-def measure_losses(job: Job, canonical: ir.Model, planned: Planned) -> dict[str, dict[int, float]]:
-    """Measure what each weight that has a choice loses at the outputs, in each number of bits and alone.
-
-    They are rounded with regard to one another first, on other samples than they are judged by, as they may be in the
-    end. Of a model too large to be run with each, it is the weights' own squared error that tells.
-    """
-    names = packable(canonical, planned({}))
-    fit, others = job.evidence.calibration.split(HELD_OUT)
-    plans = {bits: planned(dict.fromkeys(names, bits)) for bits in (EIGHT, FOUR)}
-    weights, found = {name: (name,) for name in names}, {}
-    for bits, model in _rounded(job, canonical, plans, fit).items():
-        found[bits] = weights_alone(canonical, model, weights, others, job.track)
-    if not all(found.values()):
-        return own_errors(canonical, planned, names)
-    return {name: {bits: losses[name] for bits, losses in found.items()} for name in names}
-
-
-def _rounded(job: Job, canonical: ir.Model, plans: Mapping[int, QuantPlan], data: Dataset) -> dict[int, ir.Model]:
-    """Return for each plan the model with the values that its weights then have; inputs are weighed once for all."""
-    models = {bits: round_to_codes(canonical, plan) for bits, plan in plans.items()}
-    operators = {bits: _operators(canonical, plan) for bits, plan in plans.items()}
-    (first, *_) = operators.values()
-    names = {operator: name for name, operator in first.items()}
-    for operator, moments in second_moments(canonical, list(names), data, job.track):
-        name = names[operator]
-        for bits, model in models.items():
-            real = plans[bits].tensors[name].dequantize(round_weights(operators[bits][name], moments))
-            model.graph.initializers[name].const_value = ir.tensor(real, name=name)
-    return models
-
-
-def _operators(canonical: ir.Model, plan: QuantPlan) -> dict[str, Operator]:
-    """Return the operators whose codes can be chosen, by the name of their weights."""
-    found, _ = roundable(canonical, InsertQdq(plan)(canonical.clone()).model, plan)
-    weights = {quantized_name(name): name for name in plan.tensors}
-    return {weights[codes]: operator for codes, operator in found.items()}
-
-
-def own_errors(canonical: ir.Model, planned: Planned, names: Iterable[str]) -> dict[str, dict[int, float]]:
-    """Return what stands in for losses where the model cannot be run: the weights' own noise over signal."""
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
-    for bits in (EIGHT, FOUR):
-        rounded = round_to_codes(canonical, planned(dict.fromkeys(found, bits)))
-        for name, losses in found.items():
-            weight, other = (structure.constant(model.graph.initializers[name]) for model in (canonical, rounded))
-            assert weight is not None and other is not None
-            losses[bits] = float(10.0 ** (-numerics.sqnr(weight, other) / 10.0)) / len(found)
-    return found
+        gap = float(f"{self.gap:.3g}")
+        return {"bits": dict(self.bits), "sqnr": sqnr, "bytes": self.bytes, "gap": gap, "tried": self.tried}
 
 
 def choose_widths(
@@ -199,7 +129,7 @@ def program_of(canonical: ir.Model, calibration: Calibration, planned: Planned, 
         raise UsageError("calibration", fact, "calibrate again, on data, with --weights mixed")
     # Where no activation is in codes, nothing was measured with all weights in eight bits: each was alone.
     noise = calibration.choice.noise or sum(losses[name][EIGHT] for name in names)
-    return Program(canonical, names, losses, noise, planned, backend)
+    return Program(canonical, names, losses, noise, planned, backend, calibration.tried)
 
 
 @dataclass(frozen=True)
@@ -217,6 +147,8 @@ class Program:
         Noise over signal at the outputs with all weights in eight bits; 0 where it is not known.
     planned : callable
     backend : Backend
+    tried : Tried
+        What came of choices that were run.
     """
 
     model: ir.Model
@@ -225,19 +157,57 @@ class Program:
     noise: float
     planned: Planned
     backend: Backend
+    tried: Tried = field(default_factory=dict)
 
     def within(self, budget: float) -> Widths:
-        """Return what loses least in a file of so many bytes, which `fewest` fits."""
+        """Return what loses least in a file of so many bytes, which `fewest` fits.
+
+        That is the choice which is expected to; where it was run, with others beside it, the one that did.
+        """
+        proposals = self.proposals(budget)
+        run = [one for one in proposals if in_four(one.bits) in self.tried]
+        if proposals[0] not in run:
+            return proposals[0]
+        return replace(min(run, key=lambda one: one.noise), tried=len(run))
+
+    def proposals(self, budget: float) -> list[Widths]:
+        """Return what is expected to lose least in a file of so many bytes, and what simpler rules choose instead."""
         limit = budget
         for _ in range(ATTEMPTS):
             try:
-                widths = self._widths(allocate(self._candidates(), (limit - self.fixed,)))
+                best = allocate(self._candidates(), (limit - self.fixed,))
             except InfeasibleError:
                 break
+            widths = self._widths(best)
             if widths.bytes <= budget:
-                return widths
+                others = map(self._widths, self._rivals(best, limit - self.fixed))
+                return [widths, *(one for one in others if one.bytes <= budget)]
             limit -= widths.bytes - budget
-        return self.fewest
+        return [self.fewest]
+
+    def _rivals(self, best: Allocation, budget: float) -> list[Allocation]:
+        """Return what simpler rules choose within so many bytes, where that is another choice.
+
+        They are greedy steps, as many weights in the graph's order in four bits as are needed, and all but the first
+        and the last in four.
+        """
+        candidates, count = self._candidates(), len(self.numbers)
+        steps = greedy(candidates, (budget,))
+        in_order = ((1,) * packed + (0,) * (count - packed) for packed in range(count + 1))
+        spared = tuple(int(0 < at < count - 1) for at in range(count))
+
+        def summed(choice: tuple[int, ...]) -> tuple[float, float]:
+            chosen = [of[at] for of, at in zip(candidates, choice, strict=True)]
+            return sum(one.loss for one in chosen), sum(one.costs[0] for one in chosen)
+
+        first = next((choice for choice in in_order if summed(choice)[1] <= budget), best.choice)
+        proposed = dict.fromkeys((best.choice if steps is None else steps.choice, first, spared))
+        rivals = {choice: summed(choice) for choice in proposed if choice != best.choice}
+        return [
+            replace(best, choice=choice, loss=loss, costs=(size,))
+            for choice, (loss, size) in rivals.items()
+            if size <= budget
+        ]
 
     def faithful(self, decibel: float) -> Widths:
         """Return the smallest file whose noise is expected to stay below a bound."""
@@ -269,6 +239,7 @@ class Program:
         """Return what is expected of a choice; weights that it does not name are in eight bits."""
         bits = {name: bits.get(name, EIGHT) for name in self.numbers}
         noise = self.noise + sum(self._more(name) for name, width in bits.items() if width == FOUR)
+        noise = self.tried.get(in_four(bits), noise)
         # Without data nothing is known of the noise that there is.
         size = _bytes(self.model, self.planned(bits), self.backend)
         return Widths(bits, noise if self.noise else 0.0, size, gap)

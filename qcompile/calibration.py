@@ -51,6 +51,8 @@ class Calibration:
         What was rotated before them.
     losses : mapping of str to mapping of int to float
         What each weight loses at the outputs in so many bits, where bits are to be chosen (`qcompile/allocation.py`).
+    tried : mapping of frozenset of str to float
+        What choices of bits lose that were run for the budget, by the weights that they have in four bits.
     float_bytes : int
         What the model's file takes in float.
     """
@@ -65,6 +67,7 @@ class Calibration:
     smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
     rotation: Rotations = field(default_factory=Rotations)
     losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    tried: Mapping[frozenset[str], float] = field(default_factory=dict)
     float_bytes: int = 0
 
     @property
@@ -91,6 +94,7 @@ class Calibration:
             "smoothing": {name: factors.as_json() for name, factors in self.smoothing.items()},
             "rotation": self.rotation.to_json(),
             "losses": self.losses,
+            "tried": [[sorted(names), noise] for names, noise in self.tried.items()],
             "float_bytes": self.float_bytes,
         }
         buffer = io.BytesIO()
@@ -134,6 +138,7 @@ class Calibration:
                 {name: ChannelFactors.from_json(entry) for name, entry in header.get("smoothing", {}).items()},
                 Rotations.from_json(header["rotation"]) if "rotation" in header else Rotations(),
                 {name: {int(bits): float(loss) for bits, loss in of.items()} for name, of in header["losses"].items()},
+                {frozenset(map(str, names)): float(noise) for names, noise in header.get("tried", [])},
                 int(header["float_bytes"]),
             )
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,

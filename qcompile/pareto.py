@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile import artifact
-from qcompile.allocation import EIGHT, FOUR, Widths, program_of
+from qcompile.allocation import Widths, program_of
 from qcompile.backends.base import Backend
 from qcompile.calibration import Calibration
 from qcompile.core.errors import UsageError
@@ -24,6 +24,7 @@ from qcompile.decision import planner, told
 from qcompile.front_picture import draw
 from qcompile.options import Options
 from qcompile.passes.read_plan import is_quantized
+from qcompile.weight_losses import EIGHT, FOUR
 
 #: Raised when the meaning of front.json changes; docs/schemas/front.schema.json describes this version.
 SCHEMA_VERSION = 1
@@ -121,7 +122,8 @@ def sweep(
     # A point stands for itself: it was chosen by its own budget, not by that of the compile.
     options = replace(options, weights="mixed", max_size=None)
     planned = planner(canonical, calibration, target, options)
-    program = program_of(canonical, calibration, planned, backend)
+    # All points by what is expected, though the chosen one may have been run.
+    program = program_of(canonical, replace(calibration, tried={}), planned, backend)
     chosen = {name: FOUR if plan.tensors[name].block_size else EIGHT for name in program.numbers}
     return Front(
         [(widths, told(planned, widths, calibration, options)) for widths in undominated(program.front(POINTS))],

@@ -68,6 +68,14 @@ LOSSES: Codec[dict[str, dict[int, float]]] = Codec(
     lambda losses: json.dumps(losses).encode(),
     lambda content: {name: {int(bits): loss for bits, loss in of.items()} for name, of in json.loads(content).items()},
 )
+TRIED: Codec[dict[frozenset[str], float]] = Codec(
+    lambda tried: json.dumps([[sorted(names), noise] for names, noise in tried.items()]).encode(),
+    lambda content: {frozenset(names): float(noise) for names, noise in json.loads(content)},
+)
+WIDTHS: Codec[dict[int, dict[str, IntArray]]] = Codec(
+    lambda codes: _archive({f"{bits} {name}": array for bits, of in codes.items() for name, array in of.items()}),
+    lambda content: _by_bits(_arrays(content)),
+)
 NAMES: Codec[list[str]] = Codec(
     lambda names: json.dumps(names).encode(), lambda content: [str(name) for name in json.loads(content)]
 )
@@ -230,6 +238,14 @@ def _archive(arrays: dict[str, IntArray]) -> bytes:
 def _arrays(content: bytes) -> dict[str, IntArray]:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
         return {str(name): archive[f"arr_{index}"] for index, name in enumerate(archive["names"])}
+
+
+def _by_bits(arrays: dict[str, IntArray]) -> dict[int, dict[str, IntArray]]:
+    found: dict[int, dict[str, IntArray]] = {}
+    for key, array in arrays.items():
+        bits, _, name = key.partition(" ")
+        found.setdefault(int(bits), {})[name] = array
+    return found
 
 
 def _line(content: dict[str, Any]) -> bytes:

@@ -78,7 +78,8 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     table.add_row("size", _bytes(size["float_bytes"]), _bytes(size["artifact_bytes"]), f"{size['ratio']:.2f}x")
     if (allocation := report["allocation"]) is not None:
         counts = sorted(Counter(allocation["bits"].values()).items(), reverse=True)
-        table.add_row("weights", "", ", ".join(f"{count} in {bits} bits" for bits, count in counts), "")
+        run = f"best of {allocation['tried']} run" if allocation["tried"] else ""
+        table.add_row("weights", "", ", ".join(f"{count} in {bits} bits" for bits, count in counts), run)
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)

@@ -36,6 +36,11 @@ def packed_scale(absmax: npt.ArrayLike) -> npt.NDArray[np.float32]:
     return symmetric_scale(np.asarray(absmax, np.float64) / _REACH, "int8")
 
 
+def block_length(count: int, size: int) -> int:
+    """Return how long blocks of at most `size` are for so many codes: as alike as whole numbers allow."""
+    return -(-count // -(-count // size))
+
+
 def in_blocks(x: npt.NDArray[Any], axis: int | None, size: int) -> npt.NDArray[Any]:
     """Return a tensor as ``[channels, blocks, codes]``, with zeros at the end of each channel where they are needed.
 
@@ -48,8 +53,8 @@ def in_blocks(x: npt.NDArray[Any], axis: int | None, size: int) -> npt.NDArray[A
         Codes of a block at most: blocks are as long as each other, as nearly as whole numbers allow.
     """
     channels = x.reshape(1, -1) if axis is None else np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
-    count = -(-channels.shape[1] // size)
-    length = -(-channels.shape[1] // count)
+    length = block_length(channels.shape[1], size)
+    count = -(-channels.shape[1] // length)
     padded = np.pad(channels, ((0, 0), (0, count * length - channels.shape[1])))
     return padded.reshape(len(channels), count, length)
 

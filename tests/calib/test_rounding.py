@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qcompile.calib import rounding
 from qcompile.calib.data import Dataset, input_specs
-from qcompile.calib.rounding import Operator, descend, gptq, round_weights, second_moments
+from qcompile.calib.rounding import Operator, damped, gptq, round_weights, second_moments
 from qcompile.core import model as models
 from qcompile.core import packing, runtime
 from qcompile.core.plan import Role, TensorQuant
@@ -44,8 +44,9 @@ def test_it_is_optimal_brain_surgery_row_by_row(n: int, m: int, seed: int) -> No
     rows = correlated(generator, 20, n)
     moments = rows.T @ rows / 20
     order = np.argsort(-moments.diagonal(), kind="stable")
-    damped = moments + rounding.DAMPING * moments.diagonal().mean() * np.eye(n)
-    np.testing.assert_array_equal(gptq(weights, step, moments, BYTE), one_by_one(weights, step, damped, order))
+    trusted = moments + rounding.DAMPING * moments.diagonal().mean() * np.eye(n)
+    np.testing.assert_allclose(damped(moments), trusted)
+    np.testing.assert_array_equal(gptq(weights, step, trusted, BYTE), one_by_one(weights, step, trusted, order))
 
 
 @given(st.integers(1, 300), st.integers(0, 2**32 - 1))
@@ -66,9 +67,9 @@ def test_what_is_computed_changes_less_and_blocks_do_not_show(
         return float(np.square(rows @ (codes * step - weights)).sum())
 
     monkeypatch.setattr(rounding, "BLOCK", 7)
-    narrow = gptq(weights, step, moments, BYTE)
+    narrow = gptq(weights, step, damped(moments), BYTE)
     monkeypatch.undo()
-    whole = gptq(weights, step, moments, BYTE)
+    whole = gptq(weights, step, damped(moments), BYTE)
     np.testing.assert_array_equal(narrow, whole)
     assert error(whole) < 0.5 * error(np.rint(weights / step))
 
@@ -81,8 +82,6 @@ def test_packed_codes_stay_packed_and_compute_more_nearly_the_same(random: np.ra
     (node,) = model.graph
     codes = round_weights(Operator(node, packed), (rows.T @ rows / len(rows))[None])
     assert codes.dtype == np.int8 and packing.unpacked(codes, 1) is not None
-    multiple = packing.multiples(weights / scale, 1)
-    assert not (codes % multiple).any()
 
     def error(found: np.ndarray) -> float:
         return float(np.square(rows @ (packed.dequantize(found) - weights)).sum())
@@ -90,37 +89,9 @@ def test_packed_codes_stay_packed_and_compute_more_nearly_the_same(random: np.ra
     assert error(codes) < 0.5 * error(packed.quantize(weights))
 
 
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_coordinate_descent_only_comes_nearer_and_stops_at_no_better_neighbour(n: int, m: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    scaled, multiple = generator.normal(0, 20, (n, m)), generator.integers(1, 16, (n, m)).astype(np.float64)
-    rows = correlated(generator, 20, n)
-    moments = rounding.damped(rows.T @ rows / 20)
-    limits = (packing.LOWEST, packing.HIGHEST)
-    start = gptq(scaled, np.ones(m), rows.T @ rows / 20, limits, multiple)
-
-    def errors(codes: np.ndarray) -> np.ndarray:
-        return np.einsum("im,ij,jm->m", codes - scaled, moments, codes - scaled)
-
-    found = descend(start, scaled, moments, limits, multiple)
-    assert (errors(found) <= errors(start) * (1 + 1e-12)).all()
-    numbers = found / multiple
-    np.testing.assert_array_equal(numbers, np.rint(numbers))
-    assert numbers.min() >= limits[0] and numbers.max() <= limits[1]
-    settled = found
-    for _ in range(50):
-        settled = descend(settled, scaled, moments, limits, multiple)
-    for row in range(n):
-        for step in (-1, 1):
-            other = settled.copy()
-            other[row] += step * multiple[row]
-            fits = (other[row] / multiple[row] >= limits[0]) & (other[row] / multiple[row] <= limits[1])
-            assert (errors(other)[fits] >= errors(settled)[fits] * (1 - 1e-9)).all()
-
-
 def test_a_dead_input_leaves_codes_to_nearest() -> None:
     weights = np.array([[0.26], [0.74]])
-    np.testing.assert_array_equal(gptq(weights, np.array([0.5]), np.zeros((2, 2)), BYTE), [[1.0], [1.0]])
+    np.testing.assert_array_equal(gptq(weights, np.array([0.5]), damped(np.zeros((2, 2))), BYTE), [[1.0], [1.0]])
 
 
 CONV = "y = Conv <group = {g}, strides = [2, 1], dilations = [1, 2], pads = [1, 0, 2, 1]> (x, w)"

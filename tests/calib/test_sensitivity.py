@@ -15,7 +15,16 @@ from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import QUIET, OutputError, gain
 from qcompile.calib.sections import Section, at_scores, live_values, typed
-from qcompile.calib.sensitivity import DYNAMIC, OWN, Choice, choose_observers, spread, weights_alone
+from qcompile.calib.sensitivity import (
+    DYNAMIC,
+    OWN,
+    Choice,
+    affordable,
+    choose_observers,
+    spread,
+    weights_alone,
+    whole_models,
+)
 from qcompile.calib.trials import Trials
 from qcompile.core import runtime
 
@@ -401,3 +410,23 @@ def test_weights_are_weighed_one_operator_at_a_time(
     assert weights_alone(model, rounded, {}, data, track) == {}
     monkeypatch.setattr(sensitivity, "ALONE", 1.0)
     assert weights_alone(model, rounded, {"one": ["w"]}, data, track) == {}
+
+
+def test_whole_models_are_run_one_after_the_other_within_their_work(
+    model_of: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(1)
+    weights = generator.normal(size=(8, 8)).astype(np.float32)
+    text = "(float[4,8] x) => (float[4,8] y) { a = MatMul (x, w) y = Softmax (a) }"
+    model = model_of(text, 21, w=weights)
+    data = dataset(model, [{"x": generator.normal(size=(4, 8)).astype(np.float32)} for _ in range(3)])
+    others = (model_of(text, 21, w=factor * weights) for factor in (1.0, 1.5, np.float32(0.9)))
+    # In front of the Softmax, where noise over signal is the square of what the factor is off by.
+    assert whole_models(model, others, 3, data, track) == [0.0, pytest.approx(0.25), pytest.approx(0.01, rel=1e-5)]
+    assert affordable(model, 100, data)
+    monkeypatch.setattr(sensitivity, "TOGETHER", 3 * 4.0 * 8 * 8 * 4)
+    monkeypatch.setattr(sensitivity, "ALONE", 1.0)
+    assert not affordable(model, 1, data)
+    # Three samples of four models: not all of them fit, so that none is run, not even made.
+    untouched = iter([model])
+    assert whole_models(model, untouched, 4, data, track) == [] and list(untouched) == [model]

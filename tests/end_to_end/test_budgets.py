@@ -133,18 +133,32 @@ def test_the_stages_write_what_one_compile_writes(qcompile, words, tmp_path):
     budget = ("--max-size", "0.25x")
     assert qcompile(model, *rest, *budget, "-o", tmp_path / "whole").code == 0
     for command in (
-        ("calibrate", model, *rest, "--weights", "mixed", "-o", tmp_path / "c.npz"),
+        ("calibrate", model, *rest, *budget, "-o", tmp_path / "c.npz"),
         ("plan", model, "--target", "cpu", "--calibration", tmp_path / "c.npz", *budget, "-o", tmp_path / "p.json"),
         ("apply", model, *rest, "--plan", tmp_path / "p.json", "-o", tmp_path / "staged"),
     ):
         done = qcompile(*command)
         assert done.code == 0, done.err
     assert (tmp_path / "staged/model.onnx").read_bytes() == (tmp_path / "whole/model.onnx").read_bytes()
-    # One calibration serves for several budgets.
+    # One calibration serves for several budgets; what was run for one of them says little of the others.
     tighter = ("plan", model, "--target", "cpu", "--calibration", tmp_path / "c.npz", "--max-size", "0.21x")
     assert qcompile(*tighter, "-o", tmp_path / "q.json").code == 0
     bits = [json.loads((tmp_path / name).read_text())["allocation"]["bits"] for name in ("p.json", "q.json")]
     assert list(bits[0].values()).count(4) < list(bits[1].values()).count(4)
+
+
+def test_choices_are_run_and_the_report_says_of_how_many(compiled, qcompile, words, tmp_path):
+    budget = ("--max-size", "0.25x")
+    found = compiled("run", *budget)["allocation"]
+    assert found["tried"] >= 2
+    model, *rest = words
+    for name, more in (("run", budget), ("expected", ("--weights", "mixed"))):
+        file = tmp_path / f"{name}.npz"
+        assert qcompile("calibrate", model, *rest, *more, "-o", file, "--cache", tmp_path / "cache").code == 0
+        plan = ("plan", model, "--target", "cpu", "--calibration", file, *budget, "-o", tmp_path / f"{name}.json")
+        assert qcompile(*plan).code == 0
+    run, expected = (json.loads((tmp_path / f"{name}.json").read_text())["allocation"] for name in ("run", "expected"))
+    assert run == found and expected["tried"] == 0 and expected["gap"] == 0.0
 
 
 def test_a_calibration_that_knows_no_losses_is_no_ground_for_bits(qcompile, words, tmp_path):

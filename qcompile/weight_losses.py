@@ -1,0 +1,134 @@
+"""What weights lose: each alone in each number of bits, and choices of bits for all of them together.
+
+All of it is run on samples that codes were not found by. Codes of both widths are found once, by all the others
+(`calib/rounding.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from qcompile.calib.rounding import Operator, round_weights, second_moments
+from qcompile.calib.sensitivity import affordable, weights_alone, whole_models
+from qcompile.compensation import HELD_OUT
+from qcompile.core import numerics, packing
+from qcompile.core.numerics import IntArray
+from qcompile.core.plan import QuantPlan, Role
+from qcompile.job import Job
+from qcompile.passes import structure
+from qcompile.passes.allocate_bits import round_to_codes
+from qcompile.passes.insert_qdq import InsertQdq, quantized_name
+from qcompile.passes.round_weights import RoundWeights, roundable
+
+#: Bits that weights can be stored in, by what is called so in files: an int8's, and four and a quarter.
+EIGHT, FOUR = 8, 4
+
+#: Noise over signal at the outputs, by the name of a weight and by its bits.
+Losses = Mapping[str, Mapping[int, float]]
+#: Noise over signal at the outputs with everything quantized, by the names of the weights that are in four bits.
+Tried = Mapping[frozenset[str], float]
+#: What returns the plan with weights in these bits.
+Planned = Callable[[Mapping[str, int]], QuantPlan]
+#: Codes by bits and by the name of the initializer that holds them.
+Codes = Mapping[int, Mapping[str, IntArray]]
+
+
+def packable(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
+    """Return how many numbers the weights have that can be stored in four bits, by name."""
+    weights = {name: structure.constant_tensor(value) for name, value in model.graph.initializers.items()}
+    sizes = {name: weight.size for name, weight in weights.items() if weight is not None}
+    return {
+        name: sizes[name]
+        for name, quant in plan.tensors.items()
+        if quant.role is Role.WEIGHT and quant.dtype == "int8" and sizes.get(name, 0) >= packing.FEWEST
+    }
+
+
+def in_four(bits: Mapping[str, int]) -> frozenset[str]:
+    """Return the weights that a choice puts into four bits."""
+    return frozenset(name for name, width in bits.items() if width == FOUR)
+
+
+def find_codes(job: Job, canonical: ir.Model, planned: Planned) -> dict[int, dict[str, IntArray]]:
+    """Round all weights with regard to one another, in each number of bits; inputs are weighed once for both."""
+    names = packable(canonical, planned({}))
+    plans = {bits: planned(dict.fromkeys(names, bits)) for bits in (EIGHT, FOUR)}
+    operators = {bits: _operators(canonical, plan) for bits, plan in plans.items()}
+    initializers = {operator: name for name, operator in operators[EIGHT].items()}
+    fit, _ = job.evidence.calibration.split(HELD_OUT)
+    found: dict[int, dict[str, IntArray]] = {bits: {} for bits in plans}
+    for operator, moments in second_moments(canonical, list(initializers), fit, job.track):
+        name = initializers[operator]
+        for bits, codes in found.items():
+            codes[name] = round_weights(operators[bits][name], moments)
+    return found
+
+
+def _operators(canonical: ir.Model, plan: QuantPlan) -> dict[str, Operator]:
+    """Return the operators whose codes can be chosen, by the initializer that holds these."""
+    found, _ = roundable(canonical, InsertQdq(plan)(canonical.clone()).model, plan)
+    return found
+
+
+def measure_losses(
+    job: Job, canonical: ir.Model, planned: Planned, codes: Callable[[], Codes]
+) -> dict[str, dict[int, float]]:
+    """Measure what each weight that has a choice loses at the outputs, in each number of bits and alone.
+
+    Of a model too large to be run with each, it is the weights' own squared error that tells.
+    """
+    names = packable(canonical, planned({}))
+    _, others = job.evidence.calibration.split(HELD_OUT)
+    if not affordable(canonical, len(names), others):
+        return own_errors(canonical, planned, names)
+    weights, found = {name: (name,) for name in names}, {}
+    for bits, of in codes().items():
+        plan = planned(dict.fromkeys(names, bits))
+        model = round_to_codes(canonical, plan)
+        for name, quant in plan.tensors.items():
+            if (chosen := of.get(quantized_name(name))) is not None:
+                model.graph.initializers[name].const_value = ir.tensor(quant.dequantize(chosen), name=name)
+        found[bits] = weights_alone(canonical, model, weights, others, job.track)
+    return {name: {bits: losses[name] for bits, losses in found.items()} for name in names}
+
+
+def try_choices(
+    job: Job, canonical: ir.Model, planned: Planned, codes: Callable[[], Codes], choices: Sequence[Mapping[str, int]]
+) -> dict[frozenset[str], float]:
+    """Run the quantized model with each of these choices of bits, before biases are corrected.
+
+    Errors that meet neither add up nor cancel by themselves, and what losses are measured on is not all that there is:
+    of choices that are expected to lose about the same, this tells which loses least.
+
+    Returns
+    -------
+    dict of frozenset of str to float
+        As `Tried`; empty where it would take too long, or where losses did.
+    """
+    _, others = job.evidence.calibration.split(HELD_OUT)
+    if not affordable(canonical, len(packable(canonical, planned({}))), others):
+        return {}
+    models = (quantized_in(canonical, planned, codes(), bits) for bits in choices)
+    found = whole_models(canonical, models, len(choices), others, job.track)
+    return dict(zip(map(in_four, choices), found, strict=False))
+
+
+def quantized_in(canonical: ir.Model, planned: Planned, codes: Codes, bits: Mapping[str, int]) -> ir.Model:
+    """Return the QDQ model with weights in these bits, those that are not named in eight."""
+    packed = {quantized_name(name) for name in in_four(bits)}
+    chosen = {name: codes[FOUR if name in packed else EIGHT][name] for name in codes[EIGHT]}
+    return RoundWeights(chosen)(InsertQdq(planned(bits))(canonical.clone()).model).model
+
+
+def own_errors(canonical: ir.Model, planned: Planned, names: Iterable[str]) -> dict[str, dict[int, float]]:
+    """Return what stands in for losses where the model cannot be run: the weights' own noise over signal."""
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    for bits in (EIGHT, FOUR):
+        rounded = round_to_codes(canonical, planned(dict.fromkeys(found, bits)))
+        for name, losses in found.items():
+            weight, other = (structure.constant(model.graph.initializers[name]) for model in (canonical, rounded))
+            assert weight is not None and other is not None
+            losses[bits] = float(10.0 ** (-numerics.sqnr(weight, other) / 10.0)) / len(found)
+    return found
