@@ -35,6 +35,11 @@ UNPACKING = 900
 MARGIN = 0.5
 #: So often a budget is lowered by what the file was larger than reckoned.
 ATTEMPTS = 4
+#: Without a budget, what the file of a model of so many bytes or more is to take at most, in parts of float's: a
+#: quarter, and what goes with codes.
+QUARTER, LARGE = 0.26, 10e6
+#: What that may cost, in dB.
+SPENT = 0.5
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,11 @@ def choose_widths(
     names = packable(canonical, plain)
     budget = Budget.parse(options.max_size, "--max-size") if options.max_size is not None else None
     limit = math.inf if budget is None else budget.of(calibration.float_bytes)
+    if calibration.losses and above_a_quarter(canonical, calibration, planned, backend, options):
+        program = program_of(canonical, calibration, planned, backend)
+        widths = program.within(QUARTER * calibration.float_bytes)
+        worst = program.noise * 10.0 ** (SPENT / 10.0)
+        return widths if widths.bytes <= QUARTER * calibration.float_bytes and widths.noise <= worst else Widths()
     if not options.mixed:
         bits = dict.fromkeys(names, FOUR) if options.weights == "4" else {}
         size = _bytes(canonical, planned(bits), backend) if bits or budget else 0
@@ -105,6 +115,18 @@ def choose_widths(
     if "sqnr" in options.min_fidelity and calibration.calibrated:
         return program.faithful(options.min_fidelity["sqnr"])
     return program.worthwhile(calibration.float_bytes)
+
+
+def above_a_quarter(
+    canonical: ir.Model, calibration: Calibration, planned: Planned, backend: Backend, options: Options
+) -> bool:
+    """Tell whether a large model's file is above a quarter of float's with eight bits, and nobody said what it may be.
+
+    Scales, biases and what spoils the outputs in eight bits take bytes too.
+    """
+    free = options.weights == "auto" and options.max_size is None and not options.min_fidelity
+    large = calibration.float_bytes >= LARGE
+    return free and large and _bytes(canonical, planned({}), backend) > QUARTER * calibration.float_bytes
 
 
 def _require(size: int, limit: float, options: Options) -> None:

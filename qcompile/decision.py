@@ -10,7 +10,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from qcompile import verify
-from qcompile.allocation import Widths, choose_widths, program_of
+from qcompile.allocation import Widths, above_a_quarter, choose_widths, program_of
 from qcompile.backends.base import Backend
 from qcompile.budget import Budget
 from qcompile.calib.collect import Statistics, collect
@@ -77,7 +77,11 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
         else:
             best = _spare(job, canonical, pricer, weights, best)
     calibration = _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
-    if not (job.options.mixed or job.options.pareto) or is_quantized(canonical):
+    options, planned = job.options, planner(canonical, calibration, job.target, job.options)
+    chosen = options.mixed or options.pareto
+    if is_quantized(canonical) or not (
+        chosen or above_a_quarter(canonical, calibration, planned, job.backend, options)
+    ):
         return calibration
     return _with_losses(job, canonical, calibration)
 

@@ -12,6 +12,8 @@ import onnx
 import pytest
 from end_to_end.outcomes import KILLED, report, settled
 
+from qcompile import allocation
+
 
 @pytest.fixture
 def words(resnet8):
@@ -54,6 +56,38 @@ def test_a_budget_of_bytes_is_met_and_what_loses_least_pays_for_it(compiled, tmp
     assert sqnr(fewest) < sqnr(some) < sqnr(whole)
     packed = sum(bits == 4 for bits in some["allocation"]["bits"].values())
     assert stored(tmp_path / "some")[4] == packed
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """Let this model count as a large one, whose file is to be a little smaller than eight bits make it."""
+
+    def count(quarter: float, spent: float = 10.0) -> None:
+        monkeypatch.setattr(allocation, "LARGE", 0.0)
+        monkeypatch.setattr(allocation, "QUARTER", quarter)
+        monkeypatch.setattr(allocation, "SPENT", spent)
+
+    return count
+
+
+def test_a_large_model_takes_a_quarter_of_floats_bytes(compiled, small_is_large):
+    whole = compiled("eight")
+    limit = whole["size"]["ratio"] - 0.01
+    small_is_large(limit)
+    asked, unasked = compiled("asked", "--max-size", f"{limit}x"), compiled("unasked")
+    assert unasked["size"]["ratio"] <= limit and unasked["allocation"]["bits"] == asked["allocation"]["bits"]
+    assert compiled("kept", "--weights", "8")["allocation"] is None
+    assert compiled("faithful", "--min-fidelity", "sqnr=10")["allocation"] is None, (
+        "whoever asks for dB asks for no bytes"
+    )
+
+
+def test_eight_bits_stay_where_four_cost_too_much_or_do_not_suffice(compiled, small_is_large):
+    limit = compiled("eight")["size"]["ratio"] - 0.01
+    small_is_large(limit, spent=0.001)
+    assert compiled("dear")["allocation"] is None
+    small_is_large(0.05)
+    assert compiled("vain")["allocation"] is None
 
 
 def test_another_budget_measures_nothing_again(compiled, qcompile, words, tmp_path):
