@@ -25,6 +25,7 @@ from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, Sample, input_specs, open_data
 from qcompile.calib.observers import Observer
 from qcompile.calib.rotations import Scheme
+from qcompile.calib.rounding import round_weights, second_moments
 from qcompile.core import model as models
 from qcompile.core import numerics, runtime
 from qcompile.core.orthogonal import Orthogonal
@@ -40,6 +41,7 @@ from qcompile.passes.place import Wish, place
 from qcompile.passes.rotate import Rotate, spread_evenly
 from qcompile.passes.rotate_inputs import RotateInputs, obstacle, rotated_products
 from qcompile.passes.rotations import rotatable
+from qcompile.passes.round_weights import RoundWeights, roundable
 from qcompile.passes.smooth import Smooth
 from qcompile.passes.structure import is_linear, node_name, produced_by
 from qcompile.pipeline import untracked
@@ -53,6 +55,8 @@ FOUR_BITS = ("digits-vit", "digits-mobilenet", "efficientnet-lite0")
 SHORT = {Site.STREAM: "R1", Site.VALUES: "R2"}
 #: Neighbouring channels that a product at run time mixes.
 BLOCK = 32
+#: Steps that are measured with weights rounded by GPTQ, too.
+ROUNDED = ("smooth, α = 0.8 for all", "R1 and R2, smooth, R4")
 HEAD = """# What rotation does
 
 Written by `python benchmarks/rotation.py`; do not edit. [rotation.md](rotation.md) says what is done.
@@ -71,6 +75,7 @@ STEPS_HEAD = """
 {count} sequences of {length} tokens of the evaluation half, {integers} products in integers (W8A8, one static range per
 tensor, minmax over the calibration half); everything else in float. Smoothing: what folds, each group by its own α
 unless one is named, behind R1 and R2. R4: blocks of {block} in front of FFN-down, behind smoothing.
+Weights to nearest, or by GPTQ where that is named.
 
 | step | nodes | perplexity | of float's |
 |---|---|---|---|
@@ -108,8 +113,13 @@ def exactness(name: str, paths: Sequence[Path]) -> str:
     return f"| {' | '.join([*cells, added, str(len(found.refusals))])} |"
 
 
-def quantized(model: ir.Model, data: Dataset, keep: Sequence[str] = (), bits: int = 8) -> tuple[ir.Model, int]:
-    """Quantize every linear operator but some, and nothing else; return the model and how many these are."""
+def quantized(
+    model: ir.Model, data: Dataset, keep: Sequence[str] = (), bits: int = 8, rounded: bool = False
+) -> tuple[ir.Model, int]:
+    """Quantize every linear operator but some, and nothing else; return the model and how many these are.
+
+    Weights are rounded to nearest, or with regard to one another.
+    """
     target = replace(find_target("cpu")[0], costs=None)
     float_only = {node_name(node) for node in model.graph if not is_linear(node)} | set(keep)
     wishes = {name: Wish(Precision.FLOAT, "linear operators only") for name in float_only}
@@ -124,8 +134,12 @@ def quantized(model: ir.Model, data: Dataset, keep: Sequence[str] = (), bits: in
         else quant
         for name, quant in plan.tensors.items()
     }
-    copy = model.clone()
-    InsertQdq(replace(plan, tensors=tensors))(copy)
+    copy, plan = model.clone(), replace(plan, tensors=tensors)
+    InsertQdq(plan)(copy)
+    if rounded:
+        codes_of = {operator: name for name, operator in roundable(model, copy, plan)[0].items()}
+        moments = second_moments(model, list(codes_of), data, untracked)
+        RoundWeights({codes_of[operator]: round_weights(operator, found) for operator, found in moments})(copy)
     return copy, sum(op.precision is Precision.INTEGER for op in placement.ops.values())
 
 
@@ -237,11 +251,12 @@ def language(paths: Sequence[Path], show: Callable[[str], None]) -> str:
     base = perplexity(losses(runtime.Session(model), name, tokens))
     rows, count = [f"| float | | {base:.2f} | 1.000x |"], 0
     for step, changed, keep in steps(job, model):
-        integer, count = quantized(changed, data, keep)
-        value = perplexity(losses(runtime.Session(integer), name, tokens))
         change = len(changed.graph) - len(model.graph)
-        rows.append(f"| {step} | {change:+d} | {value:.2f} | {value / base:.3f}x |")
-        show(rows[-1])
+        for rounded in (False, True) if step in ROUNDED else (False,):
+            integer, count = quantized(changed, data, keep, rounded=rounded)
+            value = perplexity(losses(runtime.Session(integer), name, tokens))
+            rows.append(f"| {step}{', GPTQ' * rounded} | {change:+d} | {value:.2f} | {value / base:.3f}x |")
+            show(rows[-1])
     head = STEPS_HEAD.format(name=LANGUAGE, count=tokens.shape[0], length=tokens.shape[1], integers=count, block=BLOCK)
     return head + "\n".join(rows) + "\n"
 

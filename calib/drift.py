@@ -30,6 +30,8 @@ from qcompile.core.contract import Track
 FLOOR = 1e-2
 #: Multiply-accumulates (`work.Cost`) that one walk through the quantized graph, node by node, may take.
 WORK = 1e11
+#: The same for all runs that tell whether what was made up for helps elsewhere: a single sample can be sure of nothing.
+JUDGING = 1e12
 
 
 def measure_drift(
@@ -94,7 +96,7 @@ def losses(
     expected, *sessions = (runtime.Session(at_scores(model), optimize=False) for model in (reference, *candidates))
     errors = [OutputError() for _ in sessions]
     cost = Cost.of(candidates[0], next(iter(data)))
-    samples = spread(data, cost.peak_bytes, min(SAMPLES, WORK / ((1 + len(candidates)) * cost.total)))
+    samples = spread(data, cost.peak_bytes, min(SAMPLES, JUDGING / ((1 + len(candidates)) * cost.total)))
     for feeds in track(samples, len(samples), "checking what was made up for"):
         outputs = expected.run(feeds)
         for error, session in zip(errors, sessions, strict=True):

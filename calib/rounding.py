@@ -40,8 +40,8 @@ AT_ONCE = 512
 DAMPING, PACKED_DAMPING = 0.1, 0.3
 #: Rows of weights whose errors are passed on at once to those behind them.
 BLOCK = 128
-#: Multiply-accumulates that collecting the rows may take.
-WORK = 1e11
+#: Multiply-accumulates that collecting the rows may take, over all batches of operators.
+WORK = 1e12
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,10 @@ def second_moments(
     Operator, ndarray of float64, shape (groups, depth, depth)
     """
     first = next(iter(data))
-    most = min(SAMPLES, WORK / Cost.of(model, first).total)
+    batches = list(_batches(operators))
+    most = min(SAMPLES, WORK / max(1, len(batches)) / Cost.of(model, first).total)
     samples = spread(data, sum(array.nbytes for array in first.values()), most)
-    for batch in _batches(operators):
+    for batch in batches:
         sums = [_Products(np.zeros((one.groups, one.depth, one.depth))) for one in batch]
         asked = dict.fromkeys(name for one in batch for name in (one.reads, one.writes))
         session = runtime.Session(runtime.with_outputs(model, list(asked)))

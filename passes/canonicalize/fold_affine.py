@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
 from qcompile.passes.canonicalize.editing import add_constant, bypass, only_reader, remove_unused, rounded
+from qcompile.passes.patterns.norms import norms
 
 Array = npt.NDArray[Any]
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -25,16 +27,19 @@ class FoldAffine(ir.passes.InPlacePass):
     BatchNormalization often arrives as such arithmetic. Behind the operator, y·f + s is w·f and b·f + s. In front of it
     a factor folds into the weights of its input channel; a shift folds into the bias only where no zero padding stands
     beside it, which would have to become the shift itself.
+
+    γ and β of a normalization stay in front of what reads them: a runtime makes one kernel of a norm only with them,
+    and smoothing has nowhere else to divide by.
     """
 
     effect: ClassVar[Effect] = Effect.CLOSE
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the main graph in place."""
-        modified = False
+        modified, kept = False, {node for norm in norms(model.graph) for node in norm.nodes}
         for node in list(model.graph):
             if structure.is_standard(node, *LINEAR) and _weights(node) is not None:
-                while _fold_behind(node) or _fold_past_bias(node) or _fold_in_front(node):
+                while _fold_behind(node) or _fold_past_bias(node) or _fold_in_front(node, kept):
                     modified = True
         modified |= remove_unused(model)
         return ir.passes.PassResult(model, modified)
@@ -175,10 +180,10 @@ def _spread(node: ir.Node, weights: Array, factor: Array) -> Array:
     return rows.reshape(*weights.shape[:2], *[1] * (weights.ndim - 2))
 
 
-def _fold_in_front(node: ir.Node) -> bool:
+def _fold_in_front(node: ir.Node, kept: Collection[ir.Node]) -> bool:
     value, weights = node.inputs[0], _weights(node)
     producer = value.producer() if value is not None and only_reader(value) is node else None
-    affine = _affine(producer) if producer is not None else None
+    affine = _affine(producer) if producer is not None and producer not in kept else None
     if producer is None or affine is None or weights is None or (rank := _rank(node, weights)) is None:
         return False
     channels, axis = _inputs(node, weights), _channel_axis(node, rank)

@@ -37,6 +37,8 @@ PRODUCTS = (
     "MatMulNBits", "QGemm", "QLinearMatMul",
 )  # fmt: skip
 PICKING = ("Gather", "GatherElements", "GatherND", "Slice")
+#: What only tells a tensor's shape: the memory is handed on, so that the size does not matter.
+VIEWS = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 #: Whole numbers that tell how large a kernel's task is, and how much work that makes.
 Size = tuple[tuple[int, ...], float]
@@ -172,7 +174,8 @@ class CostTable:
         """Return the microseconds that a kernel takes, as far as the table tells.
 
         A size that was measured takes what it took. Another takes its work at the rate of its nearest neighbours, the
-        nearer the more; a kernel that was never measured takes its elements at the rate of those that only move data.
+        nearer the more; a view takes the median of all. A kernel that was never measured takes its elements at the rate
+        of those that only move data.
         """
         key, (features, work) = kernel_key(kernel), kernel_size(kernel)
         sizes = self.entries.get(key)
@@ -180,6 +183,8 @@ class CostTable:
             return OVERHEAD + work * self._moving
         if (known := sizes.get(features)) is not None:
             return known
+        if _operator(key) in VIEWS:
+            return float(np.median(list(sizes.values())))
         points, rates = self._rates[key]
         distances = np.sqrt(np.mean((points - np.log2(np.maximum(features, 1))) ** 2, axis=1))
         nearest = np.argsort(distances, kind="stable")[:NEIGHBOURS]

@@ -145,3 +145,14 @@ def test_losses_are_against_the_float_outputs() -> None:
     exact, near, far = losses(float_model, [float_model, off, further], dataset(float_model, images()), track)
     assert exact.value == 0.0 < near.value < far.value
     assert near.samples == len(images())
+
+
+def test_losses_have_work_of_their_own_to_be_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk through the graph that is cut to one sample leaves more to tell whether it helped."""
+    float_model, off = (convs([value, 0, 0], [0, 0, 0]) for value in (0.0, 0.1))
+    monkeypatch.setattr(drift, "WORK", 1.0)
+    [error] = losses(float_model, [off], dataset(float_model, images(9)), track)
+    assert error.samples == 9
+    monkeypatch.setattr(drift, "JUDGING", 1.0)
+    [error] = losses(float_model, [off], dataset(float_model, images(9)), track)
+    assert error.samples == 1

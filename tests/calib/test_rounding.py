@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.calib import rounding
-from qcompile.calib.data import Dataset, input_specs
+from qcompile.calib.data import Dataset, Sample, input_specs
 from qcompile.calib.rounding import Operator, damped, gptq, round_weights, second_moments
 from qcompile.core import model as models
 from qcompile.core import packing, runtime
@@ -154,3 +156,25 @@ def test_moments_that_do_not_fit_together_are_measured_apart(
     apart = dict(second_moments(model, operators, data, untracked))
     for operator in operators:
         np.testing.assert_array_equal(together[operator], apart[operator])
+
+
+def test_fewer_samples_are_run_where_batches_are_many(
+    monkeypatch: pytest.MonkeyPatch, random: np.random.Generator
+) -> None:
+    """What the runs take together is bounded, not what each batch does."""
+    text = "(float[6,4] x) => (float[6,2] y) { [a] t = MatMul (x, v) [b] y = MatMul (t, w) }"
+    v, w = (random.normal(size=shape).astype(np.float32) for shape in ((4, 4), (4, 2)))
+    model = models.from_proto(proto_from_text(text, 21, v=v, w=w))
+    operators = [Operator(node, quant(c, 1)) for node, c in zip(model.graph, (4, 2), strict=True)]
+    data = Dataset("eight", lambda: [runtime.synthetic_feeds(model, seed) for seed in range(8)], input_specs(model))
+    runs: list[int] = []
+
+    def counted(samples: Iterable[Sample], count: int, text: str) -> Iterable[Sample]:
+        runs.append(count)
+        return samples
+
+    monkeypatch.setattr(rounding, "WORK", 4 * (6 * 4 * 4 + 6 * 4 * 2))
+    list(second_moments(model, operators, data, counted))
+    monkeypatch.setattr(rounding, "MEMORY", 1)
+    list(second_moments(model, operators, data, counted))
+    assert runs == [4, 2, 2]

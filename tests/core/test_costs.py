@@ -70,6 +70,14 @@ def test_between_sizes_the_price_lies_between() -> None:
     assert TABLE.total([product(1), product(64)]) == 3.14 + 11.5
 
 
+def test_a_view_takes_no_longer_however_large() -> None:
+    def reshape(length: int, time: float = 0.0) -> Kernel:
+        return Kernel("", "Reshape", "", ("float", "int64"), ((length,), (2,)), ((1, length),), time)
+
+    table = CostTable.measured("toy 1", "a toy", 0.0, [reshape(8, 2.0), reshape(64, 1.0), reshape(512, 3.0)])
+    assert table.price(reshape(10**6)) == 2.0 and table.price(reshape(512)) == 3.0
+
+
 def test_types_and_layouts_are_keys() -> None:
     assert kernel_key(product(1)) == "MatMul[float,float]" != kernel_key(product(1, dtype="uint8"))
 

@@ -234,3 +234,19 @@ def test_a_factor_behind_a_bias_stays_where_others_read(
         FoldAffine(), model_of(SCALED % (outputs, bias, more), **{name: parts[name] for name in names})
     )
     assert "Mul" in types(model)
+
+
+def test_gamma_of_a_norm_stays_where_smoothing_needs_it(
+    w: np.ndarray, model_of: Build, rewritten: Build, types: Build
+) -> None:
+    """A factor behind γ that belongs to no norm folds all the same."""
+    text = """(float[2,3,4] x) => (float[2,3,4] y) {
+        square = Mul (x, x) mean = ReduceMean <axes = [-1]> (square) shifted = Add (mean, epsilon)
+        root = Sqrt (shifted) ratio = Div (x, root) norm = Mul (ratio, g) %s y = MatMul (%s, w) }"""
+    numbers = {"g": np.linspace(0.5, 2, 4, dtype=np.float32), "w": w[:, :, 0, 0]}
+    numbers |= {"epsilon": np.array(1e-5, np.float32), "k": np.linspace(1, 2, 4, dtype=np.float32)}
+    for more, read in (("", "norm"), ("more = Mul (norm, k)", "more")):
+        model = model_of(text % (more, read), **{name: numbers[name] for name in numbers if name != "k" or more})
+        InferShapes()(model)
+        model, _ = rewritten(FoldAffine(), model)
+        assert types(model) == ["Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "MatMul"]
