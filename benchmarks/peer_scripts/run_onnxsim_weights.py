@@ -15,8 +15,6 @@ def main() -> None:
     job = Job.read()
     setting = dict(job.setting)
     quantize, improvement = getattr(onnxsim, setting.pop("function")), setting.pop("improved_by", None)
-    if setting.pop("calibrated", False):
-        setting["calibration_data"] = list(job.samples)
     model, _ = onnxsim.simplify(job.raised(OPSET))
     quantized = quantize(model, **setting)
     if improvement is not None:
