@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calib.collect import Statistics, collect
@@ -23,6 +24,7 @@ from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.trials import Parameters, Part, Quantizations, Trials, quantizations
 from qcompile.calib.work import Cost
+from qcompile.calib.workers import Travelling, Workers
 from qcompile.core import runtime
 from qcompile.core.contract import Track
 
@@ -96,7 +98,7 @@ def choose_observers(
     dtype: str,
     data: Dataset,
     track: Track[Any],
-    threads: int,
+    workers: Workers,
     dynamic: Mapping[str, float] = MappingProxyType({}),
 ) -> Choice:
     """Choose for each measured tensor the observer whose range moves the model's outputs least.
@@ -131,8 +133,8 @@ def choose_observers(
         At most `SAMPLES` of each half are run, spread evenly.
     track : callable
         Shows progress.
-    threads : int
-        Trials that run at the same time; the result does not depend on it.
+    workers : Workers
+        What runs trials; the result does not depend on it. Whole choices are run by the threads of this process.
     dynamic : mapping of str to float
         The values whose range may be taken when the model runs, and by how much that must lessen the noise over signal.
         It is a choice for single tensors: others pay for it what it does not gain.
@@ -152,7 +154,7 @@ def choose_observers(
         first,
         dynamic,
     )
-    search = _Search(trials, candidates, data, among, track, threads)
+    search = _Search(trials, candidates, data, among, track, workers)
     if len(among) == 1:
         alone_by_it = _spoilt(search.alone_by(among[0]))
         together = {among[0].value: 0.0}  # it is compared with nothing: what the tensors do alone is all that is known
@@ -172,7 +174,12 @@ def choose_observers(
 
 
 def weights_alone(
-    model: ir.Model, rounded: ir.Model, weights: Mapping[str, Collection[str]], data: Dataset, track: Track[Any]
+    model: ir.Model,
+    rounded: ir.Model,
+    weights: Mapping[str, Collection[str]],
+    data: Dataset,
+    track: Track[Any],
+    workers: Workers,
 ) -> dict[str, float]:
     """Return the noise over signal at the outputs with single operators' weights rounded, everything else in float.
 
@@ -189,6 +196,8 @@ def weights_alone(
         As many samples are run as `ALONE` allows.
     track : callable
         Shows progress.
+    workers : Workers
+        What runs trials; the result does not depend on it.
     """
     if not weights or not cuttable(model):
         return {}
@@ -200,12 +209,29 @@ def weights_alone(
     samples = spread(data, cost.peak_bytes, min(SAMPLES, ALONE / max(1, cost.total) / len(weights)))
     session = runtime.Session(scores)
     expected = [session.run(feeds) for feeds in samples]
+    values = {operator: {name: _array(codes[name]) for name in names} for operator, names in weights.items()}
+    given = Travelling(scores), samples, expected
+    return workers.for_model(scores).each(_weighed, given, values, track, "weighing weights")
+
+
+def _array(value: ir.Value) -> npt.NDArray[Any]:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _weighed(
+    scores: Travelling,
+    samples: Sequence[Sample],
+    expected: Sequence[runtime.Outputs],
+    values: Mapping[str, Mapping[str, npt.NDArray[Any]]],
+) -> dict[str, float]:
+    """Return the noise over signal with one operator's weights after another's at other values."""
     found = {}
-    for operator, names in track(weights.items(), len(weights), "weighing weights"):
-        trial = scores.clone()
-        for name in names:
-            trial.graph.initializers[name].const_value = codes[name].const_value
-        session, error = runtime.Session(trial), OutputError()
+    for operator, arrays in values.items():
+        trial, error = scores.model.clone(), OutputError()
+        for name, array in arrays.items():
+            trial.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        session = runtime.Session(trial)
         for feeds, outputs in zip(samples, expected, strict=True):
             error.add(outputs, session.run(feeds))
         found[operator] = error.total
@@ -230,7 +256,7 @@ class _Search:
     data: Dataset
     among: Sequence[Observer]
     track: Track[Any]
-    threads: int
+    workers: Workers
 
     def halves(self, model: ir.Model) -> list[_Half]:
         """Measure the ranges of each half of the samples; a single sample is judged by itself."""
@@ -249,7 +275,7 @@ class _Search:
     def tried(self, halves: Sequence[_Half]) -> list[Tried]:
         """Try the tensors of each half one by one, and its weights."""
         parts = self._parts([(half.candidates, half.measured) for half in halves])
-        alone = self.trials.alone(parts, self.track, self.threads)
+        alone = self.trials.alone(parts, self.track, self.workers)
         return [Tried(errors, self.trials.weights(part.samples)) for errors, part in zip(alone, parts, strict=True)]
 
     def alone_by(self, observer: Observer) -> Alone:
@@ -258,7 +284,7 @@ class _Search:
         if self.trials.work_alone(candidates) > ALONE:
             return {}
         parts = self._parts([(candidates, range(len(self.data)))])
-        return self.trials.alone(parts, self.track, self.threads)[0]
+        return self.trials.alone(parts, self.track, self.workers)[0]
 
     def _parts(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Part]:
         """Return the samples of each part that its candidates can be tried on within `ALONE`."""
@@ -283,7 +309,9 @@ class _Search:
             choices |= own[index] if own else {}
             parameters = {name: _parameters(half.candidates, choice) for name, choice in choices.items()}
             samples = spread(self.data, self.trials.sample_bytes, min(TRIED, runs), half.held_out)
-            errors = self.trials.together(samples, parameters, _repeats(samples, runs), self.track, self.threads)
+            errors = self.trials.together(
+                samples, parameters, _repeats(samples, runs), self.track, self.workers.threads
+            )
             found = {name: found[name] + error if found else error for name, error in errors.items()}
         return found
 

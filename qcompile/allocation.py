@@ -99,7 +99,7 @@ def measure_losses(job: Job, canonical: ir.Model, planned: Planned) -> dict[str,
     plans = {bits: planned(dict.fromkeys(names, bits)) for bits in (EIGHT, FOUR)}
     weights, found = {name: (name,) for name in names}, {}
     for bits, model in _rounded(job, canonical, plans, fit).items():
-        found[bits] = weights_alone(canonical, model, weights, others, job.track)
+        found[bits] = weights_alone(canonical, model, weights, others, job.track, job.workers)
     if not all(found.values()):
         return own_errors(canonical, planned, names)
     return {name: {bits: losses[name] for bits, losses in found.items()} for name in names}

@@ -138,7 +138,7 @@ def _weights_noise(job: Job, canonical: ir.Model, pricer: Pricer, kept: Mapping[
     rounded = round_to_codes(canonical, allocate_bits(canonical, placement, Statistics(), job.target, {}))
     data, track = job.evidence.calibration, job.track
     return job.pipeline.measure(
-        "weights", NOISE, lambda: weights_alone(canonical, rounded, pricer.weights, data, track)
+        "weights", NOISE, lambda: weights_alone(canonical, rounded, pricer.weights, data, track, job.workers)
     )
 
 
@@ -212,7 +212,7 @@ def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = Mapping
 
 def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mapping[str, Wish], turn: str) -> _Measured:
     data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
-    among, threads = job.options.observers, job.options.threads
+    among, workers = job.options.observers, job.workers
 
     def seen(wishes: Mapping[str, Wish], stage: str) -> tuple[Placement, Statistics]:
         placement = choose_operators(canonical, job.target, job.options, True, wishes)
@@ -231,7 +231,7 @@ def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mappi
     choice = pipeline.measure(
         f"observers{turn}",
         CHOICE,
-        lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, threads, dynamic),
+        lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, workers, dynamic),
     )
     return _Measured(spared, statistics, choice)
 

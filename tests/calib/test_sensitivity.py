@@ -17,6 +17,7 @@ from qcompile.calib.output_error import QUIET, OutputError, gain
 from qcompile.calib.sections import Section, at_scores, live_values, typed
 from qcompile.calib.sensitivity import DYNAMIC, OWN, Choice, choose_observers, spread, weights_alone
 from qcompile.calib.trials import Trials
+from qcompile.calib.workers import Workers
 from qcompile.core import runtime
 
 
@@ -44,7 +45,9 @@ def weigh(
 ) -> Choice:
     data = dataset(model, samples)
     statistics = collect(model, names, data, track)
-    return choose_observers(model, model, statistics, readers or {}, tuple(Observer), "uint8", data, track, threads)
+    return choose_observers(
+        model, model, statistics, readers or {}, tuple(Observer), "uint8", data, track, Workers(threads)
+    )
 
 
 def choose(model: ir.Model, names: list[str], samples: list[dict[str, np.ndarray]], threads: int = 1) -> dict:
@@ -366,7 +369,9 @@ def test_a_range_of_each_run_serves_samples_of_different_size_if_it_is_worth_its
     statistics = collect(model, ["h"], data, track)
 
     def weighed(dynamic: dict[str, float]) -> Choice:
-        return choose_observers(model, model, statistics, {}, tuple(Observer), "uint8", data, track, 1, dynamic)
+        return choose_observers(
+            model, model, statistics, {}, tuple(Observer), "uint8", data, track, Workers(1), dynamic
+        )
 
     cheap, dear, impossible = weighed({"h": 0.0}), weighed({"h": 1.0}), weighed({})
     assert cheap.dynamic == {"h"} and cheap.together[DYNAMIC] < cheap.together[OWN] / 10
@@ -379,7 +384,7 @@ def test_a_single_observer_may_be_the_dynamic_one() -> None:
     data = dataset(model, normal_samples())
     statistics = collect(model, ["h"], data, track)
     among = (Observer.DYNAMIC,)
-    choice = choose_observers(model, model, statistics, {}, among, "uint8", data, track, 1, {"h": 0.5})
+    choice = choose_observers(model, model, statistics, {}, among, "uint8", data, track, Workers(1), {"h": 0.5})
     assert choice.dynamic == {"h"} and 0.0 < choice.alone["h"] < 1e-3
 
 
@@ -396,8 +401,8 @@ def test_weights_are_weighed_one_operator_at_a_time(
     model, rounded = model_of(text, 21, **arrays), model_of(text, 21, **arrays)
     rounded.graph.initializers["v"].const_value = ir.tensor(1.5 * arrays["v"], name="v")
     data = dataset(model, [{"x": generator.normal(size=(4, 8)).astype(np.float32)} for _ in range(4)])
-    found = weights_alone(model, rounded, {"one": ["w"], "two": ["v"]}, data, track)
+    found = weights_alone(model, rounded, {"one": ["w"], "two": ["v"]}, data, track, Workers(2))
     assert found == {"one": 0.0, "two": pytest.approx(0.25)}
-    assert weights_alone(model, rounded, {}, data, track) == {}
+    assert weights_alone(model, rounded, {}, data, track, Workers(2)) == {}
     monkeypatch.setattr(sensitivity, "ALONE", 1.0)
-    assert weights_alone(model, rounded, {"one": ["w"]}, data, track) == {}
+    assert weights_alone(model, rounded, {"one": ["w"]}, data, track, Workers(2)) == {}
