@@ -220,7 +220,9 @@ def _cluster(address: str, identity: Callable[[], str]) -> Iterator[_Team]:
     try:
         _require_workers(client, place, identity)
         tasks = sum(client.nthreads().values()) * SHARES
-        yield _Team(client.get_executor(), tasks, lambda: _require_any(client, place))
+        # Dask would advise to leave the model on a worker; but then it would be lost with that worker.
+        with importlib.import_module("dask").config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
+            yield _Team(client.get_executor(), tasks, lambda: _require_any(client, place))
     except distributed.KilledWorker as error:
         # Dask has tried elsewhere by then, as often as it is set to.
         fact = f"workers died over the same trials ({first_line(error)})"

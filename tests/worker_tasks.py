@@ -15,6 +15,11 @@ def times(factor: int, trials: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     return {name: (factor * number, os.getpid()) for name, number in trials.items()}
 
 
+def counts(content: bytes, trials: Mapping[str, int]) -> dict[str, int]:
+    """Return how many bytes arrived."""
+    return dict.fromkeys(trials, len(content))
+
+
 def dies_once(marker: Path, trials: Mapping[str, int]) -> dict[str, int]:
     """End the process the first time that somebody is asked for the number 3."""
     if 3 in trials.values() and not marker.exists():

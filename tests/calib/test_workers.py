@@ -192,6 +192,11 @@ def test_a_clusters_workers_do_the_trials_and_their_errors_are_errors_here(clust
         Workers(1, cluster).each(worker_tasks.fails, (), NUMBERS, track, "testing")
 
 
+def test_what_a_cluster_is_given_may_be_large(cluster: str) -> None:
+    found = Workers(1, cluster).each(worker_tasks.counts, (bytes(24 << 20),), NUMBERS, track, "testing")
+    assert found == dict.fromkeys(NUMBERS, 24 << 20)
+
+
 def test_a_clusters_worker_that_dies_is_replaced(cluster: str, tmp_path: Path) -> None:
     found = Workers(1, cluster).each(worker_tasks.dies_once, (tmp_path / "dead",), NUMBERS, track, "testing")
     assert found == NUMBERS and (tmp_path / "dead").exists()

@@ -11,7 +11,8 @@ from qcompile.calib import workers
 @pytest.fixture
 def words(resnet8):
     model, data, evaluation = resnet8
-    return (model, "--target", "cpu", "--data", data, "--eval", evaluation, "--max-size", "0.21x")
+    plain = ("--observer", "minmax", "--smoothing", "none", "--rotation", "none")
+    return (model, "--target", "cpu", "--data", data, "--eval", evaluation, "--max-size", "0.21x", *plain)
 
 
 def test_processes_change_no_byte(qcompile, words, tmp_path):
