@@ -65,10 +65,22 @@ class Setting:
     name : str
     arguments : mapping
         What its script is told.
+    script : str, optional
+        Another file of peer_scripts/ than its peer's.
+    needs : str, optional
+        The type of operator without which there is nothing to do for it.
     """
 
     name: str
     arguments: Mapping[str, Any]
+    script: str | None = None
+    needs: str | None = None
+
+    @classmethod
+    def read(cls, name: str, table: Mapping[str, Any]) -> Setting:
+        """Read a setting: what is not for us is for its script."""
+        arguments = dict(table)
+        return cls(name, script=arguments.pop("script", None), needs=arguments.pop("needs", None), arguments=arguments)
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def read_peers(path: Path = HERE / "peers.toml") -> dict[str, Peer]:
     """Read the peers and their settings."""
     peers = {}
     for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
-        settings = tuple(Setting(label, arguments) for label, arguments in table["settings"].items())
+        settings = tuple(Setting.read(label, arguments) for label, arguments in table["settings"].items())
         peers[name] = Peer(name, tuple(table["requirements"]), table["script"], settings)
     return peers
 
@@ -229,7 +241,7 @@ class Workshop:
         told = {key: str(path) for key, path in job.items()} | {"setting": dict(setting.arguments)}
         (folder / "job.json").write_text(json.dumps(told), encoding="utf-8")
         start = time.perf_counter()
-        failure = run([str(python.absolute()), str(SCRIPTS / peer.script), "job.json"], folder, self.limits)
+        failure = run([str(python.absolute()), str(_script(peer, setting)), "job.json"], folder, self.limits)
         if failure is None and not output.exists():
             failure = "says that it succeeded, but wrote no model"
         seconds = time.perf_counter() - start
@@ -241,9 +253,13 @@ class Workshop:
     def _key(self, peer: Peer, setting: Setting, material: Material) -> str:
         digest = hashlib.sha256(material.digest.encode())
         digest.update(json.dumps(setting.arguments, sort_keys=True).encode())
-        for path in (self.environment(peer) / INSTALLED, SCRIPTS / "job.py", SCRIPTS / peer.script):
+        for path in (self.environment(peer) / INSTALLED, SCRIPTS / "job.py", _script(peer, setting)):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:32]
+
+
+def _script(peer: Peer, setting: Setting) -> Path:
+    return SCRIPTS / (setting.script or peer.script)
 
 
 def _told(words: Sequence[str]) -> str:

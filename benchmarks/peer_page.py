@@ -73,7 +73,7 @@ def section(result: Result) -> str:
     facts = (
         f"{result.calibrated} calibration and {result.evaluated} evaluation samples, {result.rounds} rounds; float "
         f"takes {result.float_ms:.2f} ms and {result.float_bytes / 2**20:.2f} MB. Measured on: {result.machine}, with "
-        f"{', '.join(result.versions)}."
+        f"{', '.join(dict.fromkeys(result.versions))}."
     )
     plot = f"![{result.model}: SQNR over latency](peers/{result.model}.svg)"
     head = f"\n## {result.model}\n\n{plot}\n\n{facts} ([PNG](peers/{result.model}.png))\n"

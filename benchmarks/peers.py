@@ -103,19 +103,26 @@ def compiled(paths: Sequence[Path], folder: Path, setting: str) -> Candidate:
 
 
 def attempted(peers: Sequence[Peer], workshop: Workshop, material: Material) -> Iterator[Candidate]:
-    """Let every peer try all its settings."""
+    """Let every peer try all its settings that have something to do."""
     for peer in peers:
         for setting in peer.settings:
+            if setting.needs is not None and setting.needs not in operators(material.model):
+                continue
             attempt = workshop.attempt(peer, setting, material)
             row = Row(peer.name, setting.name, attempt.failure, seconds=attempt.seconds)
             say(f"{row.name}: {row.failure or f'{row.seconds:.0f} s'}")
             yield Candidate(row, attempt.model)
 
 
+def operators(path: Path) -> set[str]:
+    """Return the types of a model's operators."""
+    return {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+
+
 def is_quantized(path: Path) -> bool:
     """Tell whether a model computes or unpacks any codes: some tools return the float model without a word."""
-    operators = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
-    return any(word in operator for operator in operators for word in ("Quantize", "QLinear", "Integer", "NBits"))
+    words = ("quantize", "qlinear", "integer", "nbits")
+    return any(word in operator.lower() for operator in operators(path) for word in words)
 
 
 def judged(candidate: Candidate, samples: Sequence[Feeds], expected: Sequence[Outputs]) -> tuple[Row, Session | None]:

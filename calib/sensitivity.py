@@ -6,7 +6,7 @@ what a decision hangs on. Forward runs tell, and need neither labels nor gradien
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -22,8 +22,7 @@ from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.sections import at_scores, cuttable, typed
 from qcompile.calib.trials import Parameters, Part, Quantizations, Trials, quantizations
-from qcompile.calib.work import Cost
-from qcompile.core import runtime
+from qcompile.calib.workers import Workers
 from qcompile.core.contract import Track
 
 Alone = Mapping[str, Mapping[Observer, OutputError]]
@@ -96,7 +95,7 @@ def choose_observers(
     dtype: str,
     data: Dataset,
     track: Track[Any],
-    threads: int,
+    workers: Workers,
     dynamic: Mapping[str, float] = MappingProxyType({}),
 ) -> Choice:
     """Choose for each measured tensor the observer whose range moves the model's outputs least.
@@ -131,8 +130,8 @@ def choose_observers(
         At most `SAMPLES` of each half are run, spread evenly.
     track : callable
         Shows progress.
-    threads : int
-        Trials that run at the same time; the result does not depend on it.
+    workers : Workers
+        What runs trials; the result does not depend on it. Whole choices are run by the threads of this process.
     dynamic : mapping of str to float
         The values whose range may be taken when the model runs, and by how much that must lessen the noise over signal.
         It is a choice for single tensors: others pay for it what it does not gain.
@@ -152,7 +151,7 @@ def choose_observers(
         first,
         dynamic,
     )
-    search = _Search(trials, candidates, data, among, track, threads)
+    search = _Search(trials, candidates, data, among, track, workers)
     if len(among) == 1:
         alone_by_it = _spoilt(search.alone_by(among[0]))
         together = {among[0].value: 0.0}  # it is compared with nothing: what the tensors do alone is all that is known
@@ -169,89 +168,6 @@ def choose_observers(
     alone = both.alone if both else search.alone_by(Observer(best))
     observers = own(both).get(best) if both else None
     return Choice(observers or dict.fromkeys(candidates, Observer(best)), _spoilt(alone), together, errors[best].total)
-
-
-def weights_alone(
-    model: ir.Model, rounded: ir.Model, weights: Mapping[str, Collection[str]], data: Dataset, track: Track[Any]
-) -> dict[str, float]:
-    """Return the noise over signal at the outputs with single operators' weights rounded, everything else in float.
-
-    Where not even one sample can be run with each within `ALONE`, nothing is returned.
-
-    Parameters
-    ----------
-    model : onnx_ir.Model
-    rounded : onnx_ir.Model
-        The same graph with the values that its weights will have.
-    weights : mapping of str to collection of str
-        By operator, the names of the initializers that are its weights.
-    data : Dataset
-        As many samples are run as `ALONE` allows.
-    track : callable
-        Shows progress.
-    """
-    if not weights or not cuttable(model):
-        return {}
-    first = next(iter(data))
-    scores, codes = typed(at_scores(model), first), rounded.graph.initializers
-    cost = Cost.of(scores, first)
-    if cost.total * len(weights) > ALONE:
-        return {}
-    samples = spread(data, cost.peak_bytes, min(SAMPLES, ALONE / max(1, cost.total) / len(weights)))
-    session = runtime.Session(scores)
-    expected = [session.run(feeds) for feeds in samples]
-    found = {}
-    for operator, names in track(weights.items(), len(weights), "weighing weights"):
-        trial = scores.clone()
-        for name in names:
-            trial.graph.initializers[name].const_value = codes[name].const_value
-        session, error = runtime.Session(trial), OutputError()
-        for feeds, outputs in zip(samples, expected, strict=True):
-            error.add(outputs, session.run(feeds))
-        found[operator] = error.total
-    return found
-
-
-def affordable(model: ir.Model, runs: int, data: Dataset) -> bool:
-    """Tell whether so many runs of one sample are within `ALONE`, for a model that can be judged by its outputs."""
-    return cuttable(model) and Cost.of(model, next(iter(data))).total * runs <= ALONE
-
-
-def whole_models(
-    reference: ir.Model, candidates: Iterable[ir.Model], count: int, data: Dataset, track: Track[Any]
-) -> list[float]:
-    """Return the noise over signal at the outputs of one model after the other, each with everything quantized.
-
-    As in `drift.losses`, they run as they are defined, without a runtime's fusions. Nothing is returned where `FEWEST`
-    samples, or all that there are, cannot be run with each within `TOGETHER`.
-
-    Parameters
-    ----------
-    reference : onnx_ir.Model
-        The float model.
-    candidates : iterable of onnx_ir.Model
-        Each is taken when its turn comes.
-    count : int
-        How many these are.
-    data : Dataset
-        At most `SAMPLES` of it are run, as many as `TOGETHER` allows.
-    track : callable
-        Shows progress.
-    """
-    cost = Cost.of(reference, next(iter(data)))
-    most = TOGETHER / max(1, cost.total) / (1 + count)
-    if most < min(FEWEST, len(data)):
-        return []
-    samples = spread(data, cost.peak_bytes, min(SAMPLES, most))
-    session = runtime.Session(at_scores(reference), optimize=False)
-    expected = [session.run(feeds) for feeds in samples]
-    found = []
-    for model in track(candidates, count, "running choices"):
-        session, error = runtime.Session(at_scores(model), optimize=False), OutputError()
-        for feeds, outputs in zip(samples, expected, strict=True):
-            error.add(outputs, session.run(feeds))
-        found.append(error.total)
-    return found
 
 
 @dataclass(frozen=True)
@@ -272,7 +188,7 @@ class _Search:
     data: Dataset
     among: Sequence[Observer]
     track: Track[Any]
-    threads: int
+    workers: Workers
 
     def halves(self, model: ir.Model) -> list[_Half]:
         """Measure the ranges of each half of the samples; a single sample is judged by itself."""
@@ -291,7 +207,7 @@ class _Search:
     def tried(self, halves: Sequence[_Half]) -> list[Tried]:
         """Try the tensors of each half one by one, and its weights."""
         parts = self._parts([(half.candidates, half.measured) for half in halves])
-        alone = self.trials.alone(parts, self.track, self.threads)
+        alone = self.trials.alone(parts, self.track, self.workers)
         return [Tried(errors, self.trials.weights(part.samples)) for errors, part in zip(alone, parts, strict=True)]
 
     def alone_by(self, observer: Observer) -> Alone:
@@ -300,7 +216,7 @@ class _Search:
         if self.trials.work_alone(candidates) > ALONE:
             return {}
         parts = self._parts([(candidates, range(len(self.data)))])
-        return self.trials.alone(parts, self.track, self.threads)[0]
+        return self.trials.alone(parts, self.track, self.workers)[0]
 
     def _parts(self, parts: Sequence[tuple[Mapping[str, Quantizations], Sequence[int]]]) -> list[Part]:
         """Return the samples of each part that its candidates can be tried on within `ALONE`."""
@@ -325,7 +241,9 @@ class _Search:
             choices |= own[index] if own else {}
             parameters = {name: _parameters(half.candidates, choice) for name, choice in choices.items()}
             samples = spread(self.data, self.trials.sample_bytes, min(TRIED, runs), half.held_out)
-            errors = self.trials.together(samples, parameters, _repeats(samples, runs), self.track, self.threads)
+            errors = self.trials.together(
+                samples, parameters, _repeats(samples, runs), self.track, self.workers.threads
+            )
             found = {name: found[name] + error if found else error for name, error in errors.items()}
         return found
 

@@ -17,6 +17,7 @@ from qcompile.calib.observers import Histogram, Observer, value_range
 from qcompile.calib.output_error import OutputError
 from qcompile.calib.sections import Section, live_values, section
 from qcompile.calib.work import Cost
+from qcompile.calib.workers import Travelling, Workers
 from qcompile.core import numerics, runtime
 from qcompile.core.contract import Track
 
@@ -64,6 +65,29 @@ class Part:
     candidates: Mapping[str, Quantizations]
     samples: Sequence[Sample]
     repeats: int
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """How values are quantized: codes' type, nodes that read them, and which may have each run's own range."""
+
+    dtype: str
+    readers: Mapping[str, frozenset[str]]
+    dynamic: frozenset[str]
+
+    def quantized(self, model: ir.Model, names: Collection[str]) -> tuple[ir.Model, dict[str, int]]:
+        """Return the model with these tensors quantized, and the number of nodes in front of each's QuantizeLinear."""
+        copy = model.clone()
+        values = ir.convenience.create_value_mapping(copy.graph)
+        quantize = {
+            name: _quantize_here(
+                copy.graph, values[name], name, self.dtype, self.readers.get(name), name in self.dynamic
+            )
+            for name in names
+        }
+        copy.graph.sort()
+        positions = {node: index for index, node in enumerate(copy.graph)}
+        return copy, {name: positions[node] for name, node in quantize.items()}
 
 
 @dataclass(frozen=True)
@@ -145,7 +169,7 @@ class Trials:
             What `expected` returned for these samples, where somebody has it.
         """
         outputs = self.expected(samples) if expected is None else expected
-        session = runtime.Session(self._quantized(self.rounded, self.names)[0], integer_kernels=False)
+        session = runtime.Session(self._scheme.quantized(self.rounded, self.names)[0], integer_kernels=False)
         with ThreadPoolExecutor(threads) as pool:
             errors = pool.map(partial(_together, session, samples, outputs, repeats), choices.values())
             return dict(track(zip(choices, errors, strict=True), len(choices), "comparing observers"))
@@ -154,7 +178,7 @@ class Trials:
         self,
         parts: Sequence[Part],
         track: Track[tuple[str, list[dict[Observer, OutputError]]]],
-        threads: int,
+        workers: Workers,
     ) -> list[dict[str, dict[Observer, OutputError]]]:
         """Quantize one tensor at a time; return, for each part of the samples, the error by tensor and observer.
 
@@ -163,9 +187,8 @@ class Trials:
         """
         names = list(parts[0].candidates)
         outputs = [self.expected(part.samples) for part in parts]
-        with ThreadPoolExecutor(threads) as pool:
-            errors = pool.map(partial(self._alone, parts, outputs), names)
-            found = dict(track(zip(names, errors, strict=True), len(names), "choosing ranges"))
+        given = Travelling(self.model), self._scheme, parts, outputs
+        found = workers.for_model(self.model).each(_each_alone, given, dict.fromkeys(names), track, "choosing ranges")
         return [{name: found[name][index] for name in names} for index in range(len(parts))]
 
     def weights(self, samples: Sequence[Sample]) -> OutputError:
@@ -180,41 +203,44 @@ class Trials:
         session = runtime.Session(self.model)
         return [session.run(feeds) for feeds in samples]
 
-    def _alone(
-        self,
-        parts: Sequence[Part],
-        outputs: Sequence[Sequence[runtime.Outputs]],
-        name: str,
-    ) -> list[dict[Observer, OutputError]]:
-        model, cuts = self._quantized(self.model, [name])
-        before, behind = _split(model, cuts[name])
-        found = []
-        for part, references in zip(parts, outputs, strict=True):
-            groups = distinct(part.candidates[name])
-            errors = {observer: OutputError() for observer in groups}
-            inputs = {observer: _repeats({name: part.candidates[name][observer]}, part.repeats) for observer in groups}
-            for feeds, expected in zip(part.samples, references, strict=True):
-                if behind is None:
-                    break
-                state = feeds if before is None else {**feeds, **before.run(feeds)}
-                for observer, error in errors.items():
-                    error.add(expected, *(behind.run({**state, **given}) for given in inputs[observer]))
-            found.append({observer: errors[first] for first, group in groups.items() for observer in group})
-        return found
+    @property
+    def _scheme(self) -> _Scheme:
+        readers = {name: frozenset(nodes) for name, nodes in self.readers.items()}
+        return _Scheme(self.dtype, readers, frozenset(self.dynamic))
 
-    def _quantized(self, model: ir.Model, names: Collection[str]) -> tuple[ir.Model, dict[str, int]]:
-        """Return the model with these tensors quantized, and the number of nodes in front of each's QuantizeLinear."""
-        copy = model.clone()
-        values = ir.convenience.create_value_mapping(copy.graph)
-        quantize = {
-            name: _quantize_here(
-                copy.graph, values[name], name, self.dtype, self.readers.get(name), name in self.dynamic
-            )
-            for name in names
-        }
-        copy.graph.sort()
-        positions = {node: index for index, node in enumerate(copy.graph)}
-        return copy, {name: positions[node] for name, node in quantize.items()}
+
+def _each_alone(
+    model: Travelling,
+    scheme: _Scheme,
+    parts: Sequence[Part],
+    outputs: Sequence[Sequence[runtime.Outputs]],
+    names: Iterable[str],
+) -> dict[str, list[dict[Observer, OutputError]]]:
+    return {name: _alone(model.model, scheme, parts, outputs, name) for name in names}
+
+
+def _alone(
+    model: ir.Model,
+    scheme: _Scheme,
+    parts: Sequence[Part],
+    outputs: Sequence[Sequence[runtime.Outputs]],
+    name: str,
+) -> list[dict[Observer, OutputError]]:
+    quantized, cuts = scheme.quantized(model, [name])
+    before, behind = _split(quantized, cuts[name])
+    found = []
+    for part, references in zip(parts, outputs, strict=True):
+        groups = distinct(part.candidates[name])
+        errors = {observer: OutputError() for observer in groups}
+        inputs = {observer: _repeats({name: part.candidates[name][observer]}, part.repeats) for observer in groups}
+        for feeds, expected in zip(part.samples, references, strict=True):
+            if behind is None:
+                break
+            state = feeds if before is None else {**feeds, **before.run(feeds)}
+            for observer, error in errors.items():
+                error.add(expected, *(behind.run({**state, **given}) for given in inputs[observer]))
+        found.append({observer: errors[first] for first, group in groups.items() for observer in group})
+    return found
 
 
 def _together(

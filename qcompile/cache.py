@@ -103,6 +103,11 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+def identity() -> str:
+    """Return a key for our sources and libraries: who has the same computes the same, on the same kind of processor."""
+    return key(code_digest(), *(f"{name} {version}" for name, version in sorted(versions().items())))
+
+
 def _sources(folder: Traversable) -> Iterable[Traversable]:
     for entry in folder.iterdir():
         if entry.is_dir():

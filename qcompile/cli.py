@@ -116,6 +116,9 @@ FLAGS = {
     "threads": click.option(
         "--threads", type=int, show_default="all cores", help="Threads of the compile; changes no result."
     ),
+    "workers": click.option(
+        "--workers", metavar="N|tcp://HOST:PORT", help="Processes, or a Dask cluster, that measure losses."
+    ),
     "as_json": click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON."),
     "quiet": click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only."),
     "debug": click.option("--debug", is_flag=True, help="Show the traceback of an error."),
@@ -147,7 +150,7 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
 @takes(
     "target", "data", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
     "no_added_nodes", "costs", "shape", "max_size", "max_latency", "min_fidelity", "pareto", "recipe", "cache", "seed",
-    "threads",
+    "threads", "workers",
 )  # fmt: skip
 def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
@@ -159,7 +162,7 @@ def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flag
 @cli.command("calibrate")
 @takes(
     "target", "data", "eval", "weights", "activations", "observer", "smoothing", "rotation", "no_added_nodes", "costs",
-    "shape", "max_size", "max_latency", "recipe", "cache", "threads",
+    "shape", "max_size", "max_latency", "recipe", "cache", "threads", "workers",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:

@@ -17,8 +17,9 @@ from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.moments import Moments, known_moments
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import cuttable
-from qcompile.calib.sensitivity import Choice, choose_observers, weights_alone
+from qcompile.calib.sensitivity import Choice, choose_observers
 from qcompile.calib.synthetic import carried_over, derivable, propagate
+from qcompile.calib.weighing import weights_alone
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Effect
@@ -162,7 +163,7 @@ def _weights_noise(job: Job, canonical: ir.Model, pricer: Pricer, kept: Mapping[
     rounded = round_to_codes(canonical, allocate_bits(canonical, placement, Statistics(), job.target, {}))
     data, track = job.evidence.calibration, job.track
     return job.pipeline.measure(
-        "weights", NOISE, lambda: weights_alone(canonical, rounded, pricer.weights, data, track)
+        "weights", NOISE, lambda: weights_alone(canonical, rounded, pricer.weights, data, track, job.workers)
     )
 
 
@@ -236,7 +237,7 @@ def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = Mapping
 
 def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mapping[str, Wish], turn: str) -> _Measured:
     data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
-    among, threads = job.options.observers, job.options.threads
+    among, workers = job.options.observers, job.workers
 
     def seen(wishes: Mapping[str, Wish], stage: str) -> tuple[Placement, Statistics]:
         placement = choose_operators(canonical, job.target, job.options, True, wishes)
@@ -255,7 +256,7 @@ def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mappi
     choice = pipeline.measure(
         f"observers{turn}",
         CHOICE,
-        lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, threads, dynamic),
+        lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, workers, dynamic),
     )
     return _Measured(spared, statistics, choice)
 

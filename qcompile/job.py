@@ -9,7 +9,9 @@ from typing import Any, Self
 import onnx
 import onnx_ir as ir
 
+from qcompile import cache
 from qcompile.backends.base import Backend, find_target
+from qcompile.calib.workers import Workers
 from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Rewritten, Track
@@ -47,6 +49,11 @@ class Job:
     evidence: Evidence
     pipeline: Pipeline
     track: Track[Any]
+
+    @property
+    def workers(self) -> Workers:
+        """What runs trials."""
+        return Workers(self.options.threads, self.options.workers, cache.identity)
 
     @classmethod
     def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:

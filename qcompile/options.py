@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from qcompile.budget import Budget
 from qcompile.calib.observers import Observer
+from qcompile.calib.workers import Workers
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import UsageError
 from qcompile.override import Override
@@ -73,6 +74,8 @@ class Options:
         For the synthetic inputs that stand in for missing data.
     threads : int
         Threads of the compile, by default as many as the machine has. The artifact does not depend on it.
+    workers : str, optional
+        What measures losses in place of those threads: a number of processes, or the address of a Dask cluster.
     overrides : tuple of Override
         What is asked of single operators; the later of two that choose the same one counts.
 
@@ -101,6 +104,7 @@ class Options:
     cache: Path | None = None
     seed: int = 0
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: str | None = None
     overrides: tuple[Override, ...] = ()
 
     @classmethod
@@ -135,6 +139,7 @@ class Options:
             raise UsageError("--pareto", "leaves nothing to choose with --weights none", "leave out one of them")
         if self.threads < 1:
             raise UsageError("--threads", f"{self.threads} is not a number of threads", "give 1 or more")
+        Workers(self.threads, self.workers)
 
     def quantized(self, calibrated: bool) -> tuple[bool, bool]:
         """Return whether weights and whether activations are to be quantized; the latter take ranges."""
@@ -170,7 +175,7 @@ class Options:
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that the artifact's bytes depend on, JSON-ready; where things lie is not among them."""
-        placeless = {"data", "eval", "output", "cache", "threads", "costs", "pareto"}
+        placeless = {"data", "eval", "output", "cache", "threads", "workers", "costs", "pareto"}
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in placeless}
         return chosen | {
             "shape": {name: list(shape) for name, shape in self.shape.items()},

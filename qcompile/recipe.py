@@ -121,7 +121,7 @@ def _text(value: object, folder: Path) -> str:
     return value
 
 
-def _bits(value: object, folder: Path) -> str:
+def _whole_or_text(value: object, folder: Path) -> str:
     return str(value) if type(value) is int else _text(value, folder)
 
 
@@ -173,8 +173,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "data": ("a path or module:function", _data),
     "eval": ("a path or module:function", _data),
     "output": ("a path", _path),
-    "weights": ('"auto", 8, 4, "mixed" or "none"', _bits),
-    "activations": ('8 or "none"', _bits),
+    "weights": ('"auto", 8, 4, "mixed" or "none"', _whole_or_text),
+    "activations": ('8 or "none"', _whole_or_text),
     "observer": ("a text", _text),
     "smoothing": ("a text", _text),
     "rotation": ("a text", _text),
@@ -188,4 +188,5 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "cache": ("a path", _path),
     "seed": ("a whole number", _whole),
     "threads": ("a whole number", _whole),
+    "workers": ("a number of processes, or an address", _whole_or_text),
 }

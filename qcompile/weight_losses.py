@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 from qcompile.calib.rounding import Operator, round_weights, second_moments
-from qcompile.calib.sensitivity import affordable, weights_alone, whole_models
+from qcompile.calib.weighing import affordable, weights_alone, whole_models
 from qcompile.compensation import HELD_OUT
 from qcompile.core import numerics, packing
 from qcompile.core.numerics import IntArray
@@ -90,7 +90,7 @@ def measure_losses(
         for name, quant in plan.tensors.items():
             if (chosen := of.get(quantized_name(name))) is not None:
                 model.graph.initializers[name].const_value = ir.tensor(quant.dequantize(chosen), name=name)
-        found[bits] = weights_alone(canonical, model, weights, others, job.track)
+        found[bits] = weights_alone(canonical, model, weights, others, job.track, job.workers)
     return {name: {bits: losses[name] for bits, losses in found.items()} for name in names}
 
 

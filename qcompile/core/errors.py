@@ -66,6 +66,12 @@ class TargetError(QcompileError):
     exit_code = 7
 
 
+class WorkerError(QcompileError):
+    """What measures elsewhere cannot be reached, or died."""
+
+    exit_code = 8
+
+
 def first_line(error: BaseException, limit: int = 240) -> str:
     """Return the first line with content of another library's error, cut to `limit` characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

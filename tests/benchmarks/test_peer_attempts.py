@@ -114,6 +114,25 @@ def test_another_setting_model_script_or_package_is_another_attempt(tmp_path, pe
     assert len(folders) == 5 and None not in folders
 
 
+def test_a_setting_may_have_a_script_of_its_own(tmp_path, peer_of, material):
+    workshop = Workshop(tmp_path / "work", Limits())
+    peer = peer_of("raise KeyError('scale')", workshop)
+    (peer_attempts.SCRIPTS / "other.py").write_text(WRITES)
+    own = Setting.read("plain", {"bits": 8, "script": "other.py"})
+    first = workshop.attempt(peer, own, material)
+    assert first.model is not None and first.model.read_text() == "{'bits': 8}"
+    (peer_attempts.SCRIPTS / "other.py").write_text(f"{WRITES}\n")
+    assert workshop.attempt(peer, own, material).model not in (None, first.model)
+
+
+def test_a_setting_is_for_models_that_have_what_it_needs(tmp_path, peer_of, material, float_path):
+    workshop = Workshop(tmp_path / "work", Limits())
+    peer = peer_of(WRITES, workshop)
+    settings = tuple(Setting.read(needed, {"needs": needed}) for needed in ("MatMul", "Relu"))
+    found = peers.attempted([replace(peer, settings=settings)], workshop, replace(material, model=float_path))
+    assert [candidate.row.setting for candidate in found] == ["Relu"]
+
+
 def test_a_failure_is_kept_until_the_limits_change(tmp_path, peer_of, material):
     workshop = Workshop(tmp_path / "work", Limits())
     count = tmp_path / "count"
@@ -163,10 +182,11 @@ def test_samples_are_laid_out_one_by_one_and_known_by_their_content(tmp_path, ma
 
 def test_the_catalogue_of_peers_is_complete():
     found = read_peers()
-    assert set(found) == {"onnxruntime", "nncf", "quark", "onnxsim"}
+    assert set(found) == {"onnxruntime", "onnxruntime-blocks", "nncf", "quark", "onnxsim"}
     for peer in found.values():
         assert all("==" in requirement for requirement in peer.requirements) and peer.settings
-        assert (peer_attempts.SCRIPTS / peer.script).is_file()
+        scripts = {peer.script, *(setting.script or peer.script for setting in peer.settings)}
+        assert all((peer_attempts.SCRIPTS / script).is_file() for script in scripts)
     assert found["nncf"].version == "nncf 3.4.0"
 
 
@@ -189,6 +209,19 @@ CODES = """(float[1,3] x) => (float[1,3] y) {
     codes = QuantizeLinear (x, scale, zero)
     y = DequantizeLinear (codes, scale, zero)
 }"""
+
+
+UNPACKED = """(float[1,3] x) => (float[1,3] y)
+    <int8[3] codes = {1, 2, 3}, float scale = {0.5}> {
+    weights = DequantizeLinear (codes, scale)
+    y = Add (x, weights)
+}"""
+
+
+def test_weights_that_are_unpacked_are_quantized(proto_of, tmp_path):
+    path = tmp_path / "model.onnx"
+    onnx.save(proto_of(UNPACKED), path)
+    assert peers.is_quantized(path)
 
 
 def test_a_model_is_judged_by_its_outputs(float_path, proto_of, tmp_path):

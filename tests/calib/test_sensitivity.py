@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import numpy as np
@@ -15,17 +15,9 @@ from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import QUIET, OutputError, gain
 from qcompile.calib.sections import Section, at_scores, live_values, typed
-from qcompile.calib.sensitivity import (
-    DYNAMIC,
-    OWN,
-    Choice,
-    affordable,
-    choose_observers,
-    spread,
-    weights_alone,
-    whole_models,
-)
+from qcompile.calib.sensitivity import DYNAMIC, OWN, Choice, choose_observers, spread
 from qcompile.calib.trials import Trials
+from qcompile.calib.workers import Workers
 from qcompile.core import runtime
 
 
@@ -53,7 +45,9 @@ def weigh(
 ) -> Choice:
     data = dataset(model, samples)
     statistics = collect(model, names, data, track)
-    return choose_observers(model, model, statistics, readers or {}, tuple(Observer), "uint8", data, track, threads)
+    return choose_observers(
+        model, model, statistics, readers or {}, tuple(Observer), "uint8", data, track, Workers(threads)
+    )
 
 
 def choose(model: ir.Model, names: list[str], samples: list[dict[str, np.ndarray]], threads: int = 1) -> dict:
@@ -375,7 +369,9 @@ def test_a_range_of_each_run_serves_samples_of_different_size_if_it_is_worth_its
     statistics = collect(model, ["h"], data, track)
 
     def weighed(dynamic: dict[str, float]) -> Choice:
-        return choose_observers(model, model, statistics, {}, tuple(Observer), "uint8", data, track, 1, dynamic)
+        return choose_observers(
+            model, model, statistics, {}, tuple(Observer), "uint8", data, track, Workers(1), dynamic
+        )
 
     cheap, dear, impossible = weighed({"h": 0.0}), weighed({"h": 1.0}), weighed({})
     assert cheap.dynamic == {"h"} and cheap.together[DYNAMIC] < cheap.together[OWN] / 10
@@ -388,45 +384,9 @@ def test_a_single_observer_may_be_the_dynamic_one() -> None:
     data = dataset(model, normal_samples())
     statistics = collect(model, ["h"], data, track)
     among = (Observer.DYNAMIC,)
-    choice = choose_observers(model, model, statistics, {}, among, "uint8", data, track, 1, {"h": 0.5})
+    choice = choose_observers(model, model, statistics, {}, among, "uint8", data, track, Workers(1), {"h": 0.5})
     assert choice.dynamic == {"h"} and 0.0 < choice.alone["h"] < 1e-3
 
 
 def normal_samples() -> list[dict[str, np.ndarray]]:
     return [{"x": np.random.default_rng(seed).normal(size=(1, 2000)).astype(np.float32)} for seed in range(4)]
-
-
-def test_weights_are_weighed_one_operator_at_a_time(
-    model_of: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = np.random.default_rng(0)
-    arrays = {name: generator.normal(size=(8, 8)).astype(np.float32) for name in "wv"}
-    text = "(float[4,8] x) => (float[4,8] y, float[4,8] z) { [one] y = MatMul (x, w) [two] z = MatMul (x, v) }"
-    model, rounded = model_of(text, 21, **arrays), model_of(text, 21, **arrays)
-    rounded.graph.initializers["v"].const_value = ir.tensor(1.5 * arrays["v"], name="v")
-    data = dataset(model, [{"x": generator.normal(size=(4, 8)).astype(np.float32)} for _ in range(4)])
-    found = weights_alone(model, rounded, {"one": ["w"], "two": ["v"]}, data, track)
-    assert found == {"one": 0.0, "two": pytest.approx(0.25)}
-    assert weights_alone(model, rounded, {}, data, track) == {}
-    monkeypatch.setattr(sensitivity, "ALONE", 1.0)
-    assert weights_alone(model, rounded, {"one": ["w"]}, data, track) == {}
-
-
-def test_whole_models_are_run_one_after_the_other_within_their_work(
-    model_of: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = np.random.default_rng(1)
-    weights = generator.normal(size=(8, 8)).astype(np.float32)
-    text = "(float[4,8] x) => (float[4,8] y) { a = MatMul (x, w) y = Softmax (a) }"
-    model = model_of(text, 21, w=weights)
-    data = dataset(model, [{"x": generator.normal(size=(4, 8)).astype(np.float32)} for _ in range(3)])
-    others = (model_of(text, 21, w=factor * weights) for factor in (1.0, 1.5, np.float32(0.9)))
-    # In front of the Softmax, where noise over signal is the square of what the factor is off by.
-    assert whole_models(model, others, 3, data, track) == [0.0, pytest.approx(0.25), pytest.approx(0.01, rel=1e-5)]
-    assert affordable(model, 100, data)
-    monkeypatch.setattr(sensitivity, "TOGETHER", 3 * 4.0 * 8 * 8 * 4)
-    monkeypatch.setattr(sensitivity, "ALONE", 1.0)
-    assert not affordable(model, 1, data)
-    # Three samples of four models: not all of them fit, so that none is run, not even made.
-    untouched = iter([model])
-    assert whole_models(model, untouched, 4, data, track) == [] and list(untouched) == [model]

@@ -12,6 +12,7 @@ from qcompile.core import errors
         (errors.BudgetError, 5),
         (errors.VerificationError, 6),
         (errors.TargetError, 7),
+        (errors.WorkerError, 8),
     ],
 )
 def test_exit_codes(kind: type[errors.QcompileError], code: int) -> None:

@@ -284,6 +284,7 @@ def test_full_disk(small):
         (("--min-fidelity", "sqnr=much"), 2, "MEASURE=NUMBER"),
         (("--min-fidelity", "sqnr=300"), 5, "below the bound of 300"),
         (("--threads", "0"), 2, "not a number of threads"),
+        (("--workers", "two"), 2, "neither a number of processes nor tcp://"),
     ],
 )
 def test_options(fails, words, code, fact):

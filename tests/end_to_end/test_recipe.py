@@ -71,6 +71,7 @@ def test_every_option_is_a_key(small, recipe):
         cache = "../cache"
         seed = 7
         threads = 1000
+        workers = 3
         [shape]
         x = [1, 3, 8, 8]
         [min_fidelity]
@@ -105,6 +106,7 @@ def test_every_option_is_a_key(small, recipe):
         cache=small.folder / "../cache",
         seed=7,
         threads=1000,
+        workers="3",
         overrides=(Override(("conv",), keep_float=True), Override(("a*", "b"), "Gemm", weights="int8")),
     )
     default = Options("other")
@@ -161,6 +163,8 @@ def test_paths_are_relative_to_the_recipe(qcompile, small, recipe, tmp_path_fact
         ("observer = 'best'", ["small.toml: observer", "no choice 'best'", "minmax"]),
         ("seed = 1.5", ["small.toml: seed", "1.5 is not a whole number"]),
         ("threads = true", ["small.toml: threads", "is not a whole number"]),
+        ("workers = 0", ["small.toml: workers", "neither a number of processes nor tcp://"]),
+        ("workers = 1.5", ["small.toml: workers", "is not a number of processes, or an address"]),
         ("threads = 0", ["small.toml: threads", "not a number of threads"]),
         ("shape = [1]", ["small.toml: shape", "is not a table of lists"]),
         ("shape = {x = [0]}", ["small.toml: shape", "is not a table of lists"]),
