@@ -36,7 +36,7 @@ from qcompile.rotation import RotationPlan, input_operators, kept_in_float, plan
 from qcompile.smoothing import Candidate, Smoothable, Tuned
 
 #: Multiply-accumulates that all trials of smoothing together may take; rotation has at most three more.
-WORK = 3e12
+WORK = 1.5e12
 #: Samples that a trial runs at most, of each half, and the fewest with which several α for all groups are tried.
 SAMPLES, ENOUGH = 32, 3
 #: α for all groups at once (SmoothQuant+, Pan et al. 2023), beside each group its own.
