@@ -64,8 +64,9 @@ def test_int8_agrees_with_float_on_every_evaluation_image(artifact, resnet8):
 def test_what_is_integer_is_an_integer_kernel(artifact):
     operators = json.loads((artifact / "report.json").read_text())["operators"]
     kernels = {(op["op_type"], op["kernel"]) for op in operators if op["op_type"] in ("Conv", "Add", "Gemm")}
-    # The last Add and the Gemm serve ten classes with 640 weights, in float.
-    assert kernels == {("Conv", "QLinearConv"), ("Add", "QLinearAdd"), ("Add", None), ("Gemm", None)}
+    # The last Add and the Gemm serve ten classes with 640 weights, and the first Conv reads three channels.
+    assert kernels == {("Conv", "QLinearConv"), ("Conv", None), ("Add", "QLinearAdd"), ("Add", None), ("Gemm", None)}
+    assert [op["name"] for op in operators if op["op_type"] == "Conv" and op["kernel"] is None] == ["conv2d"]
     assert all(op["reason"] for op in operators if op["precision"] == "float")
 
 
