@@ -359,6 +359,8 @@ def _counts(most: int) -> list[int]:
 def _dear(names: Sequence[str], prices: Prices) -> str:
     """Say what an operator, and the activation that it would absorb, take."""
     as_float, as_integer = (sum(of.get(name, 0.0) for name in names) for of in (prices.as_float, prices.as_integer))
+    if not 0.0 < as_float < as_integer:  # fused into others in one of the forms: it has no price of its own
+        return "integers do not pay there, with the operators around it and conversions"
     return f"integers do not pay: {as_float:.3g} µs in float, {as_integer:.3g} µs in integers and conversions around it"
 
 
