@@ -26,8 +26,8 @@ ALPHAS = tuple(step / 20 for step in range(6, 21))
 STEPS = 8
 #: Whole powers of 2 change no digit of a float, so they are preferred at this much more noise.
 WHOLE = 1.02
-#: Channels that may be set aside, in parts of all, and what each part more costs in parts of the noise.
-MOST_ASIDE, ASIDE_PRICE = 1 / 32, 8.0
+#: Channels that may be set aside or added, in parts of all, and what each part more costs in parts of the noise.
+MOST_MORE, PRICE = 1 / 32, 8.0
 #: Their largest and least logarithm: about 1e-4 to 1e4.
 LARGEST_LOG2 = 13.0
 
@@ -182,6 +182,16 @@ class Scheme:
             ratios += [(writer.noise(factors, self.weight_dtype), writer.signal) for writer in sides.writers]
         return sum(noise / signal for noise, signal in ratios if signal > 0.0)
 
+    def noise(self, changed: Sequence[Reader], readers: Sequence[Reader]) -> float:
+        """Return noise over signal, summed over operators as they have become, without factors."""
+        ones = np.ones(max(int(np.abs(reader.classes).max()) for reader in readers) + 1)
+        pairs = zip(changed, readers, strict=True)
+        return sum(
+            now.noise(ones, self.dtype, self.weight_dtype, self.per_channel) / before.signal
+            for now, before in pairs
+            if before.signal > 0.0
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Sides:
@@ -271,8 +281,8 @@ def preferably_whole(sides: Sides, log2: Numbers, scheme: Scheme) -> Numbers:
 def farthest(readers: Sequence[Reader], scheme: Scheme) -> tuple[int, ...]:
     """Return the channels that are best set aside, read in float beside the integers.
 
-    Those that reach farthest, as many powers of two of them as make noise · (1 + 8 · share of the channels) least, up
-    to a thirty-second; none where that is no less than with all.
+    Those that reach farthest, as many of them as make noise · (1 + 8 · share of the channels) least, a power of two or
+    a thirty-second at most; none where that is no less than with all.
 
     Parameters
     ----------
@@ -281,22 +291,27 @@ def farthest(readers: Sequence[Reader], scheme: Scheme) -> tuple[int, ...]:
     scheme : Scheme
     """
     spread = readers[0].spread
-    count = spread.absmax.size
     order = np.argsort(-spread.absmax, kind="stable")
-    fewer = [2**step for step in range(count.bit_length()) if 2**step <= count * MOST_ASIDE]
 
-    def cost(aside: int) -> float:
-        rest = [without(reader, order[:aside]) for reader in readers]
-        noise = sum(
-            one.noise(np.ones(int(one.classes.max()) + 1), scheme.dtype, scheme.weight_dtype, scheme.per_channel)
-            / reader.signal
-            for one, reader in zip(rest, readers, strict=True)
-            if reader.signal > 0.0
-        )
-        return noise * (1.0 + ASIDE_PRICE * aside / count)
+    def noise(aside: int) -> float:
+        return scheme.noise([without(reader, order[:aside]) for reader in readers], readers)
 
-    best = min((0, *fewer), key=cost)
-    return tuple(sorted(map(int, order[:best])))
+    return tuple(sorted(map(int, order[: worthwhile(noise, order.size)])))
+
+
+def worthwhile(noise: Callable[[int], float], count: int) -> int:
+    """Return how many of `count` channels are worth what they take: a power of two, the most that may be, or none.
+
+    Parameters
+    ----------
+    noise : callable
+        What is left with so many.
+    count : int
+    """
+    most = int(count * MOST_MORE)
+    fewer = {0, most, *(1 << step for step in range(most.bit_length()))}
+    costs = [(noise(some) * (1.0 + PRICE * some / count), some) for some in sorted(fewer)]
+    return min(costs)[1]
 
 
 def without(reader: Reader, channels: Sequence[int] | npt.NDArray[np.int64]) -> Reader:

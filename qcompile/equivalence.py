@@ -1,8 +1,8 @@
 """Equivalences before quantization: the model becomes another one that computes the same, and loses less by integers.
 
-Measured and decided here, between `canonicalize` and `calibrate`; applied by `passes/rotate.py`, `passes/smooth.py` and
-`passes/rotate_inputs.py`, in this order: scales are those of what is rotated, and none is lost with γ, while factors in
-front of a product go into what makes its input.
+Measured and decided here, between `canonicalize` and `calibrate`; applied by `passes/rotate.py`, `passes/smooth.py`,
+`passes/split.py` and `passes/rotate_inputs.py`, in this order: scales are those of what is rotated, and none is lost
+with γ, while factors in front of a product go into what makes its input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qcompile.calib.sections import cuttable
 from qcompile.calib.work import Cost
 from qcompile.calibration import Calibration
 from qcompile.core.contract import Pass, Refusal
-from qcompile.core.plan import ChannelFactors, Precision
+from qcompile.core.plan import ChannelFactors, How, Precision
 from qcompile.core.rotation import InputRotation, Rotation, Rotations
 from qcompile.decision import choose_operators, pricer_for
 from qcompile.job import Job
@@ -30,6 +30,7 @@ from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.rotate import Rotate
 from qcompile.passes.rotate_inputs import RotateInputs
 from qcompile.passes.smooth import Smooth, adds_nodes
+from qcompile.passes.split import Split
 from qcompile.pipeline import WISHES, Codec
 from qcompile.pricing import Pricer
 from qcompile.rotation import RotationPlan, input_operators, kept_in_float, plan_inputs, plan_rotations
@@ -69,8 +70,11 @@ class Equivalences:
         rotation, found = self.rotation, list[Pass]()
         if rotation.folded or rotation.refused:
             found.append(Rotate(rotation.folded, rotation.refused))
-        if self.smoothing:
-            found.append(Smooth(self.smoothing))
+        split = {name: chosen for name, chosen in self.smoothing.items() if chosen.how is How.SPLIT}
+        if smoothing := {name: chosen for name, chosen in self.smoothing.items() if name not in split}:
+            found.append(Smooth(smoothing))
+        if split:
+            found.append(Split(split))
         return [*found, RotateInputs(rotation.inputs)] if rotation.inputs else found
 
     def kept(self, model: ir.Model) -> dict[str, Wish]:

@@ -23,16 +23,18 @@ from qcompile.calib.smoothing import (
     smoothing_log2,
     without,
 )
+from qcompile.calib.splitting import Pieces, pieces
 from qcompile.core.contract import Refusal
 from qcompile.core.plan import ChannelFactors, How
 from qcompile.job import Job
 from qcompile.passes import structure
-from qcompile.passes.patterns import recognise
+from qcompile.passes.patterns import Activation, recognise
 from qcompile.passes.scale_classes import FIXED, channel_axis, lengths, weight_channels
 from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
 from qcompile.passes.set_aside import aside_obstacle
 from qcompile.passes.shift import Shift
 from qcompile.passes.smooth import Smooth
+from qcompile.passes.split import Splittable, splittable
 
 #: A Mul more is considered where it makes the noise of the operators behind it this much less, by the estimate.
 MUL_GAIN = 2.0
@@ -52,13 +54,17 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """A group with the operators in integers around it, its own rule (without one, why), and what may be set aside."""
+    """A group with the operators in integers around it, its own rule (without one, why), and what may be done beside.
+
+    What that is: channels that may be set aside, and those that may be split, with their bound.
+    """
 
     group: ScaleGroup
     sides: Sides
     rule: Rule | None
     reason: str = ""
     aside: tuple[int, ...] = ()
+    split: Pieces | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,11 @@ class Smoothable:
         added = "no node may be added" if self.job.options.no_added_nodes else "what a Mul takes is not known"
         return f"its channels stay as they are: {first.reason} ('{first.node}'), and {added}"
 
+    @cached_property
+    def activations(self) -> dict[ir.Value, Activation]:
+        """Those that were recognised, by result."""
+        return {activation.result: activation for activation in recognise(self.model.graph).activations}
+
     @property
     def scheme(self) -> Scheme:
         """How the target quantizes."""
@@ -123,7 +134,7 @@ class Smoothable:
         kinds = [kind for kind in (How.FOLD, How.RESTORE) if any(group.how is kind for group in groups)]
         steps = [Candidate(tuple(kinds[:count])) for count in range(len(kinds) + 1)]
         if any(group.how is How.BRANCH for group in groups):
-            steps += [Candidate((*kinds, How.BRANCH)), Candidate((*kinds, How.BRANCH, How.ASIDE))]
+            steps += [Candidate((*kinds, How.BRANCH, *beside)) for beside in ((), (How.SPLIT,), (How.ASIDE,))]
         return steps
 
     def tuned(self, data: Dataset) -> list[Tuned]:
@@ -161,6 +172,8 @@ class Smoothable:
     def _factors(self, one: Tuned, candidate: Candidate, why: str) -> ChannelFactors:
         if one.aside and How.ASIDE in candidate.kinds:
             return _aside(one)
+        if one.split is not None and one.split.channels.size and How.SPLIT in candidate.kinds:
+            return _split(one.split)
         if one.rule is None or one.group.how not in candidate.kinds:
             return ChannelFactors(How.NONE, reason=one.reason or why)
         log2 = smoothing_log2(one.sides, one.rule if candidate.alpha is None else Rule(candidate.alpha))
@@ -179,8 +192,12 @@ class Smoothable:
         """Choose a group's own α, and whether it is worth a node where it takes one."""
         sides = self._sides(group, spread)
         rule = best_rule(sides, self.scheme)
-        aside = farthest(sides.readers, self.scheme) if group.how is How.BRANCH and not aside_obstacle(group) else ()
-        return replace(self._worth_a_node(group, sides, rule), aside=aside)
+        tuned = self._worth_a_node(group, sides, rule)
+        if group.how is How.BRANCH and not aside_obstacle(group):
+            tuned = replace(tuned, aside=farthest(sides.readers, self.scheme))
+        if group.how is How.BRANCH and isinstance(splittable(group.root, self.activations), Splittable):
+            tuned = replace(tuned, split=pieces(sides.readers, self.scheme))
+        return tuned
 
     def _worth_a_node(self, group: ScaleGroup, sides: Sides, rule: Rule | None) -> Tuned:
         if rule is None:
@@ -263,3 +280,8 @@ def _aside(one: Tuned) -> ChannelFactors:
     rest = without(one.sides.readers[0], one.aside).spread
     low, high = (float(np.float32(bound)) for bound in (min(0.0, rest.low.min()), max(0.0, rest.high.max())))
     return ChannelFactors(How.ASIDE, channels=one.aside, low=low, high=high)
+
+
+def _split(pieces: Pieces) -> ChannelFactors:
+    log2, channels = tuple(map(float, pieces.log2)), tuple(map(int, pieces.channels))
+    return ChannelFactors(How.SPLIT, log2, channels=channels, high=pieces.high)

@@ -137,25 +137,28 @@ class How(StrEnum):
     """The linear operators read the tensor through a Mul that divides it."""
     ASIDE = "aside"
     """Nothing is divided: the channels that reach farthest are read in float, beside the integers."""
+    SPLIT = "split"
+    """Nothing is divided: the channels that reach farthest are split into several, a part of the range each."""
     NONE = "none"
     """The tensor stays as it is."""
 
 
 @dataclass(frozen=True)
 class ChannelFactors:
-    """What is done to the channels of one tensor: shifted, and divided by 2 to the power of `log2`, or set aside.
+    """What is done to the channels of one tensor: shifted; divided by 2 to the power of `log2`, set aside, or split.
 
     Parameters
     ----------
     how : How
     log2 : tuple of float
         One number per channel, multiples of 1/8: what is folded with whole ones is exact. Empty where nothing is done.
+        Where channels are split, how much steeper each copy is.
     reason : str
         Why nothing is done; empty otherwise.
     channels : tuple of int
-        Those that are set aside.
+        Those that are set aside; or that are split, once for each further copy.
     low, high : float
-        The bounds of the others then.
+        The bounds of the others then; `high` is that of all that are split.
     shift : tuple of float
         What is taken off each channel first. Empty where nothing is.
     """
