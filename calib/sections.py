@@ -12,6 +12,8 @@ from qcompile.core import runtime
 
 #: Activations that turn scores into probabilities.
 SQUASHING = frozenset({"LogSoftmax", "Sigmoid", "Softmax"})
+#: Types of what picks rows of a table.
+INDICES = (ir.DataType.INT32, ir.DataType.INT64)
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,51 @@ def typed(model: ir.Model, feeds: Sample) -> ir.Model:
 
 
 def at_scores(model: ir.Model) -> ir.Model:
-    """Return the model with its outputs moved in front of a last Softmax or Sigmoid.
+    """Return the model with its outputs as they are best compared.
 
-    Probabilities hide the errors of a sample that is sure of its class and magnify those of one that is not: a few
-    samples would decide for all.
+    Those behind a last Softmax or Sigmoid are moved in front of it: probabilities hide the errors of a sample that is
+    sure of its class and magnify those of one that is not, and a few samples would decide for all. The logits of a
+    language model become square roots of probabilities, whose squared difference is half the Kullback-Leibler
+    divergence wherever that is small: of fifty thousand words all but a few do not matter, and perplexity follows from
+    what these get.
     """
     copy = model.clone()
     for index, value in enumerate(copy.graph.outputs):
         node = value.producer()
-        if (
-            node is not None
-            and node.op_type in SQUASHING
-            and node.domain in ("", "ai.onnx")
-            and node.inputs[0] is not None
-        ):
-            copy.graph.outputs[index] = node.inputs[0]
+        if node is None:
+            continue
+        if node.op_type in SQUASHING and node.domain in ("", "ai.onnx") and node.inputs[0] is not None:
+            value = copy.graph.outputs[index] = node.inputs[0]
+        if _words(value) is not None and _words(value) in _vocabularies(copy.graph):
+            copy.graph.outputs[index] = _square_roots(copy.graph, value)
     return copy
+
+
+def _words(value: ir.Value) -> int | None:
+    """Return how many scores an output has at each place of a sequence, if it has that many at each."""
+    shape = value.shape
+    return shape[-1] if shape is not None and len(shape) == 3 and isinstance(shape[-1], int) else None
+
+
+def _vocabularies(graph: ir.Graph) -> set[int]:
+    """Return how many rows the tables have that integers fed to the model pick from."""
+    fed, found = {value for value in graph.inputs if value.dtype in INDICES}, set[int]()
+    for node in graph:
+        if node.op_type == "Gather" and node.inputs[1] in fed and node.attributes.get_int("axis", 0) == 0:
+            table = node.inputs[0]
+            while table is not None and (producer := table.producer()) is not None:
+                table = producer.inputs[0] if producer.op_type == "DequantizeLinear" else None
+            rows = None if table is None or table.shape is None or len(table.shape) != 2 else table.shape[0]
+            found |= {rows} if isinstance(rows, int) else set()
+    return found
+
+
+def _square_roots(graph: ir.Graph, logits: ir.Value) -> ir.Value:
+    """Append the square roots of what Softmax makes of logits."""
+    probabilities = ir.node("Softmax", [logits], {"axis": -1})
+    roots = ir.node("Sqrt", [probabilities.outputs[0]])
+    for node, name in ((probabilities, "probabilities"), (roots, "roots")):
+        value = node.outputs[0]
+        value.name, value.type, value.shape = f"{logits.name}/{name}", logits.type, logits.shape
+        graph.append(node)
+    return roots.outputs[0]

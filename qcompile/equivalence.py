@@ -237,6 +237,9 @@ class _Search:
             before, model = best, self._built(best)[0]
             for inputs in plan_inputs(model, self._operators(model), self.judge.fit, self.job.track):
                 consider(replace(before, inputs=inputs))
+            # What the products spread hid what the residual stream's rotation gains.
+            if best.inputs and rotations and not best.folded:
+                consider(replace(best, folded=rotations))
         return best if least is None or least.error.total <= UNUSABLE else start
 
     def _same(self, one: _Candidate, other: _Candidate) -> bool:
