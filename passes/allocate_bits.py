@@ -50,11 +50,14 @@ def allocate_bits(
         By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
     """
     tensors: dict[str, TensorQuant] = {}
+    scores = _last_scores(model, placement)
     for name in placement.activations:
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
+        if name in scores:
+            low, high = min(low, -high), max(high, -low)
         scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():
@@ -76,6 +79,17 @@ def allocate_bits(
                 quant = replace(quant, scale=tuple(map(max, both)))
             tensors[weight] = quant
     return QuantPlan(tensors, placement.ops)
+
+
+def _last_scores(model: ir.Model, placement: Placement) -> set[str]:
+    """Return what a last Softmax reads as codes.
+
+    What is surer of its class than all samples were is not to saturate: classes whose scores do are alike. Scores reach
+    far below zero, so the range is as wide above it; to classes that differ a step twice as wide is little.
+    """
+    nodes = [node for node in model.graph if structure.is_standard(node, "Softmax", "LogSoftmax")]
+    names = [structure.name_of(structure.input_of(node, 0)) for node in nodes if node.outputs[0].is_graph_output()]
+    return {placement.same_scale.get(name, name) for name in names}
 
 
 def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:

@@ -9,7 +9,7 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Histogram, Observer
 from qcompile.core import halves, numerics
 from qcompile.core.plan import Precision, Role
-from qcompile.core.target import Target
+from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.place import Wish, place
 
@@ -75,6 +75,29 @@ def test_ranges_come_from_the_statistics_and_the_observer(
     assert scales[Observer.MINMAX] == expected[0]
     assert scales[Observer.PERCENTILE] < scales[Observer.MINMAX] / 10
     assert scales[Observer.MSE] <= scales[Observer.MINMAX]
+
+
+@pytest.mark.parametrize(
+    ("text", "room"),
+    [
+        ("q = Mul (x, x) a = Gemm (q, m) y = Softmax (a)", True),
+        ("q = Mul (x, x) a = Gemm (q, m) b = Reshape (a, s) y = Softmax (b)", True),
+        ("q = Mul (x, x) a = Gemm (q, m) b = Softmax (a) y = Gemm (b, m)", False),
+        ("q = Mul (x, x) a = Gemm (q, m) y = Sigmoid (a)", False),
+    ],
+)
+def test_scores_of_a_last_softmax_have_room_above(
+    m: np.ndarray, eager: Target, model_of: Build, quantized: Build, text: str, room: bool
+) -> None:
+    """What is surer than all samples were would saturate, and two classes that do would be alike."""
+    more = dict.fromkeys(("Softmax", "Sigmoid"), OpRule(OpKind.ELEMENTWISE))
+    linear = replace(eager.ops["Gemm"], quantized_output=True)
+    target = replace(eager, ops={**eager.ops, "Gemm": linear, **more})
+    constants = {"m": -np.abs(m), **({"s": np.array([1, 8])} if ", s)" in text else {})}
+    found = quantized(model_of(rows(text), **constants), target)
+    [scale], [zero_point] = found.plan.tensors["a"].scale, found.plan.tensors["a"].zero_point
+    low, high = -zero_point * scale, (255 - zero_point) * scale
+    assert (abs(low + high) <= 1.01 * scale) == room
 
 
 def test_a_dynamic_range_needs_no_statistics_and_is_given_where_the_kernel_takes_one(
