@@ -17,7 +17,7 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Observer, value_range
 from qcompile.core import halves, numerics, packing
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
-from qcompile.core.target import Target
+from qcompile.core.target import OpKind, Target
 from qcompile.passes import structure
 from qcompile.passes.place import Placement
 
@@ -50,7 +50,7 @@ def allocate_bits(
         By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
     """
     tensors: dict[str, TensorQuant] = {}
-    scores = _last_scores(model, placement)
+    scores = _last_scores(model, target)
     for name in placement.activations:
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
@@ -81,15 +81,23 @@ def allocate_bits(
     return QuantPlan(tensors, placement.ops)
 
 
-def _last_scores(model: ir.Model, placement: Placement) -> set[str]:
-    """Return what a last Softmax reads as codes.
+def _last_scores(model: ir.Model, target: Target) -> set[str]:
+    """Return what a last Softmax reads, and what that was before its elements were moved.
 
     What is surer of its class than all samples were is not to saturate: classes whose scores do are alike. Scores reach
     far below zero, so the range is as wide above it; to classes that differ a step twice as wide is little.
     """
-    nodes = [node for node in model.graph if structure.is_standard(node, "Softmax", "LogSoftmax")]
-    names = [structure.name_of(structure.input_of(node, 0)) for node in nodes if node.outputs[0].is_graph_output()]
-    return {placement.same_scale.get(name, name) for name in names}
+    found = set[str]()
+    for node in model.graph:
+        if structure.is_standard(node, "Softmax", "LogSoftmax") and node.outputs[0].is_graph_output():
+            moved: ir.Node | None = node
+            while moved is not None:
+                value = structure.input_of(moved, 0)
+                found.add(structure.name_of(value))
+                producer = value.producer()
+                rule = None if producer is None else target.ops.get(producer.op_type)
+                moved = producer if rule is not None and rule.kind is OpKind.PASSTHROUGH else None
+    return found
 
 
 def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
