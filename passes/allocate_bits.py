@@ -57,7 +57,8 @@ def allocate_bits(
             continue
         low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
         if name in scores:
-            low, high = min(low, -high), max(high, -low)
+            high = max(high, (high - low) / 2.0)
+            low = max(low, -high)
         scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():
@@ -84,8 +85,9 @@ def allocate_bits(
 def _last_scores(model: ir.Model, target: Target) -> set[str]:
     """Return what a last Softmax reads, and what that was before its elements were moved.
 
-    What is surer of its class than all samples were is not to saturate: classes whose scores do are alike. Scores reach
-    far below zero, so the range is as wide above it; to classes that differ a step twice as wide is little.
+    What is surer of its class than all samples were is not to saturate: classes whose scores do are alike. Scores that
+    reach far below zero are those of classes that are out of the question, so where they reach farther down than up, a
+    range of the same width lies around zero.
     """
     found = set[str]()
     for node in model.graph:

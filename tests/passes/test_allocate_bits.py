@@ -89,7 +89,7 @@ def test_ranges_come_from_the_statistics_and_the_observer(
 def test_scores_of_a_last_softmax_have_room_above(
     m: np.ndarray, eager: Target, model_of: Build, quantized: Build, text: str, room: bool
 ) -> None:
-    """What is surer than all samples were would saturate, and two classes that do would be alike."""
+    """What is surer than all samples were would saturate, and two classes that do would be alike; steps stay."""
     more = dict.fromkeys(("Softmax", "Sigmoid"), OpRule(OpKind.ELEMENTWISE))
     linear = replace(eager.ops["Gemm"], quantized_output=True)
     target = replace(eager, ops={**eager.ops, "Gemm": linear, **more})
