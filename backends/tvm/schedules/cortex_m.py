@@ -1,0 +1,200 @@
+"""Schedules for processors with few registers: tiles of 2x2 accumulators, patches gathered on the stack.
+
+A tile's inner loop is a function of ``qc_kernels.h``: SMLAD on Cortex-M4 and M7, MVE on M55, plain C elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompile.backends.tvm.definitions import Convolution, define_convolution, define_depthwise
+from qcompile.backends.tvm.emit import Function, load_tvm
+
+#: Channels that `qc_depthwise_4` takes at once.
+GROUP = 4
+#: Channels whose patch a depthwise convolution gathers at once: copies of fewer are slow, more want stack.
+GATHERED = 32
+
+
+def tile(shape: Convolution) -> tuple[int, int]:
+    """Return how many pixels and output channels are accumulated at once; both divide the output."""
+    if shape.width % 2 == 0 and shape.outputs % 2 == 0:
+        return 2, 2
+    return 1, next(count for count in (4, 2, 1) if shape.outputs % count == 0)
+
+
+def parts(shape: Convolution) -> list[tuple[int, Convolution]]:
+    """Return the first column and the shape of each part: an odd column is one of its own."""
+    if shape.depthwise or shape.width % 2 == 0 or shape.width == 1 or shape.outputs % 2:
+        return [(0, shape)]
+    even = shape.width - 1
+    return [(0, shape.columns_from(0, even)), (even, shape.columns_from(even, 1))]
+
+
+def schedule_convolution(shape: Convolution) -> Function:
+    """Return a convolution's kernel."""
+    tvm = load_tvm()
+    pixels, outputs = tile(shape)
+    schedule = tvm.s_tir.Schedule(define_convolution(shape))
+    output, acc = schedule.get_sblock("output"), schedule.get_sblock("acc")
+    x, o = schedule.get_loops(output)
+    x_outer, x_inner = schedule.split(x, [None, pixels])
+    o_outer, o_inner = schedule.split(o, [None, outputs])
+    schedule.reorder(x_outer, o_outer, x_inner, o_inner)
+    schedule.unroll(x_inner)
+    schedule.unroll(o_inner)
+    schedule.compute_at(acc, o_outer, preserve_unit_loops=True)
+    if not shape.pointwise:
+        patch = schedule.get_sblock("patch")
+        schedule.compute_at(patch, x_outer, preserve_unit_loops=True)
+        schedule.split(schedule.get_loops(patch)[-1], [*shape.size, shape.channels])
+    first = schedule.get_loops(acc)[-3 if pixels > 1 else -2]
+    _start_at_zero(schedule, acc, first, 2)
+    if outputs > 1:
+        build = _tile if pixels > 1 else _row
+        schedule.tensorize(first, build(outputs, shape.taps * shape.channels))
+    return schedule.mod["main"]
+
+
+def schedule_depthwise(shape: Convolution) -> Function:
+    """Return a depthwise convolution's kernel; its channels are a multiple of `GROUP`."""
+    tvm = load_tvm()
+    schedule = tvm.s_tir.Schedule(define_depthwise(shape, GROUP))
+    output, acc, patch = (schedule.get_sblock(name) for name in ("output", "acc", "patch"))
+    block = max(count for count in range(GROUP, GATHERED + 1, GROUP) if shape.channels % count == 0)
+    _, c = schedule.get_loops(output)
+    blocks, groups, c_inner = schedule.split(c, [None, block // GROUP, GROUP])
+    schedule.unroll(c_inner)
+    schedule.compute_at(acc, groups, preserve_unit_loops=True)
+    schedule.compute_at(patch, blocks, preserve_unit_loops=True)
+    schedule.split(schedule.get_loops(patch)[-2], list(shape.size))
+    first = schedule.get_loops(acc)[-2]
+    _start_at_zero(schedule, acc, first, 1)
+    schedule.tensorize(first, _depthwise(shape.taps))
+    return schedule.mod["main"]
+
+
+def _start_at_zero(schedule: Any, acc: Any, loop: Any, axes: int) -> None:
+    zero = schedule.decompose_reduction(acc, loop)
+    for each in schedule.get_loops(zero)[-axes:]:
+        schedule.unroll(each)
+
+
+def _tile(outputs: int, length: int) -> str:
+    """Register acc[p, q] += Σ_k a[p, k] · w[q, k] as `qc_tile_2xQ`, and return its name."""
+    tvm = load_tvm()
+    from tvm.script import tirx as T
+
+    pixels = 2
+    name = f"qc_tile_{pixels}x{outputs}"
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
+        A = T.match_buffer(a, (pixels, length), "int8", offset_factor=1)
+        W = T.match_buffer(w, (outputs, length), "int8", offset_factor=1)
+        C = T.match_buffer(c, (pixels, outputs), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:pixels, 0:outputs], A[0:pixels, 0:length], W[0:outputs, 0:length])
+            T.writes(C[0:pixels, 0:outputs])
+            for p, q, k in T.grid(pixels, outputs, length):
+                with T.sblock("acc"):
+                    vp, vq, vk = T.axis.remap("SSR", [p, q, k])
+                    C[vp, vq] = C[vp, vq] + T.Cast("int32", A[vp, vk]) * T.Cast("int32", W[vq, vk])
+
+    @T.prim_func(s_tir=True)
+    def body(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
+        sa, sw, sc = T.int32(), T.int32(), T.int32()
+        A = T.match_buffer(a, (pixels, length), "int8", offset_factor=1, strides=[sa, 1])
+        W = T.match_buffer(w, (outputs, length), "int8", offset_factor=1, strides=[sw, 1])
+        C = T.match_buffer(c, (pixels, outputs), "int32", offset_factor=1, strides=[sc, 1])
+        with T.sblock("root"):
+            T.reads(C[0:pixels, 0:outputs], A[0:pixels, 0:length], W[0:outputs, 0:length])
+            T.writes(C[0:pixels, 0:outputs])
+            T.evaluate(
+                T.call_extern(
+                    "int32", name, T.address_of(A[0, 0]), sa, T.address_of(W[0, 0]), sw, T.address_of(C[0, 0]), length
+                )
+            )
+
+    registered = f"{name}_{length}"
+    tvm.s_tir.TensorIntrin.register(registered, description, body, override=True)
+    return registered
+
+
+def _row(outputs: int, length: int) -> str:
+    """Register acc[q] += Σ_k a[k] · w[q, k] as `qc_tile_1xQ`, and return its name."""
+    tvm = load_tvm()
+    from tvm.script import tirx as T
+
+    name = f"qc_tile_1x{outputs}"
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
+        A = T.match_buffer(a, (length,), "int8", offset_factor=1)
+        W = T.match_buffer(w, (outputs, length), "int8", offset_factor=1)
+        C = T.match_buffer(c, (outputs,), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:outputs], A[0:length], W[0:outputs, 0:length])
+            T.writes(C[0:outputs])
+            for q, k in T.grid(outputs, length):
+                with T.sblock("acc"):
+                    vq, vk = T.axis.remap("SR", [q, k])
+                    C[vq] = C[vq] + T.Cast("int32", A[vk]) * T.Cast("int32", W[vq, vk])
+
+    @T.prim_func(s_tir=True)
+    def body(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
+        sw = T.int32()
+        A = T.match_buffer(a, (length,), "int8", offset_factor=1)
+        W = T.match_buffer(w, (outputs, length), "int8", offset_factor=1, strides=[sw, 1])
+        C = T.match_buffer(c, (outputs,), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:outputs], A[0:length], W[0:outputs, 0:length])
+            T.writes(C[0:outputs])
+            T.evaluate(
+                T.call_extern(
+                    "int32", name, T.address_of(A[0]), 0, T.address_of(W[0, 0]), sw, T.address_of(C[0]), length
+                )
+            )
+
+    registered = f"{name}_{length}"
+    tvm.s_tir.TensorIntrin.register(registered, description, body, override=True)
+    return registered
+
+
+def _depthwise(taps: int) -> str:
+    """Register acc[c] += Σ_t a[t, c] · w[t, c] as `qc_depthwise_4`, and return its name."""
+    tvm = load_tvm()
+    from tvm.script import tirx as T
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
+        A = T.match_buffer(a, (taps, GROUP), "int8", offset_factor=1)
+        W = T.match_buffer(w, (taps, GROUP), "int8", offset_factor=1)
+        C = T.match_buffer(c, (GROUP,), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:GROUP], A[0:taps, 0:GROUP], W[0:taps, 0:GROUP])
+            T.writes(C[0:GROUP])
+            for q, t in T.grid(GROUP, taps):
+                with T.sblock("acc"):
+                    vq, vt = T.axis.remap("SR", [q, t])
+                    C[vq] = C[vq] + T.Cast("int32", A[vt, vq]) * T.Cast("int32", W[vt, vq])
+
+    @T.prim_func(s_tir=True)
+    def body(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
+        sa, sw = T.int32(), T.int32()
+        A = T.match_buffer(a, (taps, GROUP), "int8", offset_factor=1, strides=[sa, 1])
+        W = T.match_buffer(w, (taps, GROUP), "int8", offset_factor=1, strides=[sw, 1])
+        C = T.match_buffer(c, (GROUP,), "int32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:GROUP], A[0:taps, 0:GROUP], W[0:taps, 0:GROUP])
+            T.writes(C[0:GROUP])
+            T.evaluate(
+                T.call_extern(
+                    "int32", "qc_depthwise_4", T.address_of(A[0, 0]), sa, T.address_of(W[0, 0]), sw,
+                    T.address_of(C[0]), taps,
+                )
+            )  # fmt: skip
+
+    registered = f"qc_depthwise_4_{taps}"
+    tvm.s_tir.TensorIntrin.register(registered, description, body, override=True)
+    return registered
