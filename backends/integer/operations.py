@@ -49,12 +49,15 @@ class Window:
         Of rows and columns.
     pads : tuple of int
         Top, left, bottom, right.
+    outside : int
+        The code that a Conv or AveragePool reads outside of the map: its input's zero point.
     """
 
     size: tuple[int, int]
     strides: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilations: tuple[int, int] = (1, 1)
+    outside: int = 0
 
 
 @dataclass(frozen=True, eq=False)
