@@ -121,7 +121,7 @@ def _dense(operation: ops.Dense, inputs: list[Array], output: Tensor) -> Array:
 def _add(operation: ops.Add, inputs: list[Array], output: Tensor) -> Array:
     del output
     first, second = operation.multipliers
-    total = inputs[0].astype(np.int64) * first + inputs[1].astype(np.int64) * second + operation.bias
+    total: Array = inputs[0].astype(np.int64) * first + inputs[1].astype(np.int64) * second + operation.bias
     return np.clip(total >> operation.shift, operation.low, operation.high)
 
 
@@ -144,7 +144,8 @@ def _max_pool(operation: ops.MaxPool, inputs: list[Array], output: Tensor) -> Ar
 
 def _lookup(operation: ops.Lookup, inputs: list[Array], output: Tensor) -> Array:
     del output
-    return operation.table[inputs[0].astype(np.int64) + 128]
+    codes: Array = operation.table[inputs[0].astype(np.int64) + 128]
+    return codes
 
 
 def _softmax(operation: ops.Softmax, inputs: list[Array], output: Tensor) -> Array:
@@ -152,7 +153,7 @@ def _softmax(operation: ops.Softmax, inputs: list[Array], output: Tensor) -> Arr
     x = inputs[0].astype(np.int64)
     powers = operation.table.astype(np.int64)[x.max(axis=-1, keepdims=True) - x]
     whole = powers.sum(axis=-1, keepdims=True) << operation.shift
-    quotient = (powers * operation.factor + whole // 2) // whole
+    quotient: Array = (powers * operation.factor + whole // 2) // whole
     return np.clip(quotient + operation.zero_point, operation.low, operation.high)
 
 
@@ -169,7 +170,8 @@ def _pad(operation: ops.Pad, inputs: list[Array], output: Tensor) -> Array:
 
 def _slice(operation: ops.Slice, inputs: list[Array], output: Tensor) -> Array:
     parts = zip(operation.starts, operation.steps, output.shape, strict=True)
-    return inputs[0][tuple(slice(start, start + (count - 1) * step + 1, step) for start, step, count in parts)]
+    cut: Array = inputs[0][tuple(slice(start, start + (count - 1) * step + 1, step) for start, step, count in parts)]
+    return cut
 
 
 def _resize(operation: ops.Resize, inputs: list[Array], output: Tensor) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -61,7 +62,8 @@ def _evaluated(node: ir.Node, levels: list[FloatArray], opset: int) -> FloatArra
     model = onnx.helper.make_model(onnx.helper.make_graph([single], "g", inputs, [output]),
                                    opset_imports=[onnx.helper.make_opsetid("", opset)])  # fmt: skip
     with np.errstate(all="ignore"):
-        result = np.asarray(ReferenceEvaluator(model).run(None, feeds)[0], np.float32)
+        outputs: Any = ReferenceEvaluator(model).run(None, feeds)  # its annotation says a dict, and means a list
+        result = np.asarray(outputs[0], np.float32)
     if not np.all(np.isfinite(result)):
         refuse(node, "is not finite for every code of its input", "put a Clip in front of it")
     return np.broadcast_to(result, (256,)).astype(np.float32)
@@ -85,7 +87,7 @@ def bounds_of(node: ir.Node) -> tuple[float, float] | None:
 
 
 def lower_add(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """A sum or difference of two activations of one shape."""
+    """Lower a sum or difference of two activations of one shape."""
     a, b = _pair(writer, node, inputs)
     if a.shape != b.shape:
         refuse(node, f"joins shapes {a.shape} and {b.shape}", "only equal shapes have an integer form")
@@ -111,11 +113,11 @@ def _sum(
         bias = (zero_point << shift) + (1 << (shift - 1)) - zero_points[0] * first - zero_points[1] * second
         if 128 * (abs(first) + abs(second)) + abs(bias) < 2**31:
             return (first, second), bias, shift
-    refuse(node, "its scales are out of proportion", "calibrate its result with real data")
+    return refuse(node, "its scales are out of proportion", "calibrate its result with real data")
 
 
 def lower_mul(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """A product of two activations, the second perhaps one number per channel."""
+    """Lower a product of two activations, the second perhaps one number per channel."""
     a, b = _pair(writer, node, inputs)
     if math.prod(a.shape) < math.prod(b.shape):
         a, b = b, a
@@ -156,7 +158,7 @@ def _require_bytes(node: ir.Node, *values: Codes) -> None:
 
 
 def lower_softmax(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """A Softmax along one axis."""
+    """Lower a Softmax along one axis."""
     x = writer.plain(inputs[0], node)
     _require_bytes(node, x)
     rank = len(x.shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ import onnx_ir as ir
 from qcompile.backends.integer.bounds import require_no_wrap
 from qcompile.backends.integer.lower_windows import window_of
 from qcompile.backends.integer.operations import Conv, Dense, Requantize
-from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, channels_last, refuse
+from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, as_map, channels_last, refuse, shape_of
 from qcompile.core import numerics
 from qcompile.passes import structure
 
@@ -50,7 +49,7 @@ def read_weights(node: ir.Node, axis: int) -> Weights:
     if dequantize is None or codes is None:
         refuse(node, "its weights are float or no constants", QUANTIZE_IT)
     scale = structure.constant(dequantize.inputs[1])
-    if scale is None or dequantize.attributes.get_int("block_size", 0):
+    if scale is None or dequantize.attributes.get_int("block_size", 0) != 0:
         refuse(node, "its weights have a scale per block", QUANTIZE_IT)
     if scale.size > 1 and dequantize.attributes.get_int("axis", 1) % codes.ndim != axis:
         refuse(node, "the scales of its weights do not follow its output channels", QUANTIZE_IT)
@@ -114,7 +113,7 @@ def _bias(node: ir.Node, channels: int, steps: npt.NDArray[np.float64], factor: 
 
 
 def lower_conv(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """A convolution over one or two axes."""
+    """Lower a convolution over one or two axes."""
     x = writer.plain(inputs[0], node)
     weights = read_weights(node, 0)
     if len(x.shape) not in (3, 4):
@@ -143,7 +142,7 @@ def lower_conv(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
 
 
 def lower_gemm(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """A Gemm whose second matrix is constant."""
+    """Lower a Gemm whose second matrix is constant."""
     if node.attributes.get_int("transA", 0):
         refuse(node, "transposes its first matrix", "put a Transpose in front of it")
     transposed = node.attributes.get_int("transB", 0)
@@ -154,7 +153,7 @@ def lower_gemm(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
 
 
 def lower_matmul(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """A MatMul whose second matrix is constant."""
+    """Lower a MatMul whose second matrix is constant."""
     if len(inputs) > 1:
         refuse(node, "multiplies two activations", "only a MatMul by constant weights has an integer form")
     value = node.inputs[structure.WEIGHT_INPUT]
@@ -204,13 +203,3 @@ def moves_last(x: Codes) -> bool:
     """Tell whether a value's last axis is stored last, but for axes of one element."""
     behind = x.order[x.place_of(-1) + 1 :]
     return all(x.shape[axis] == 1 for axis in behind)
-
-
-def as_map(stored: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a map that what is stored is: a sequence goes down the rows of a single column."""
-    return stored if len(stored) == 4 else (stored[0], stored[1], 1, stored[2])
-
-
-def shape_of(value: Any) -> tuple[int, ...]:
-    """Return the shape of a value, which shape inference knows."""
-    return tuple(int(length) for length in value.shape)

@@ -9,14 +9,14 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from qcompile.backends.integer.operations import Concat, Slice
-from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, refuse
+from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, refuse, shape_of
 from qcompile.passes import structure
 
 
 def lower_reshape(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
-    """A Reshape, Flatten, Squeeze or Unsqueeze: a view wherever the codes' order allows it."""
+    """Lower a Reshape, Flatten, Squeeze or Unsqueeze: a view wherever the codes' order allows it."""
     x = inputs[0]
-    shape = tuple(int(length) for length in node.outputs[0].shape or ())
+    shape = shape_of(node.outputs[0])
     if (order := order_behind(x.shape, shape, x.order)) is not None:
         result = replace(x, shape=shape, order=order)
         return replace(result, tensor=writer.viewed(x.tensor, result.stored))
@@ -73,7 +73,7 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
 
 
 def lower_transpose(_: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
-    """A Transpose moves nothing: what it changes is how the model counts the axes."""
+    """Lower a Transpose, which moves nothing: what it changes is how the model counts the axes."""
     x = inputs[0]
     rank = len(x.shape)
     permutation = tuple(node.attributes.get_ints("perm", tuple(reversed(range(rank)))))
@@ -82,10 +82,10 @@ def lower_transpose(_: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
 
 
 def lower_concat(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending | Codes:
-    """A Concat; where its inputs' scales differ they take that of its result."""
+    """Lower a Concat; where its inputs' scales differ they take that of its result."""
     parts = [writer.plain(value, node) for value in inputs]
     parts = [writer.arranged(part, parts[0].order) for part in parts]
-    shape = tuple(int(length) for length in node.outputs[0].shape or ())
+    shape = shape_of(node.outputs[0])
     axis = parts[0].place_of(node.attributes.get_int("axis", 0))
     order = parts[0].order
 
@@ -105,7 +105,7 @@ def lower_concat(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending 
 
 
 def lower_slice(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
-    """A Slice that goes forward."""
+    """Lower a Slice that goes forward."""
     x = writer.plain(inputs[0], node)
     rank = len(x.shape)
     given = [structure.constant(value) for value in node.inputs[1:]]
@@ -122,17 +122,17 @@ def lower_slice(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
         length = x.shape[axis % rank]
         place = x.place_of(axis)
         first[place], pace[place] = min(max(start + length if start < 0 else start, 0), length), step
-    shape = tuple(int(length) for length in node.outputs[0].shape or ())
+    shape = shape_of(node.outputs[0])
     return _cut(writer, node, x, shape, first, pace, str(node.outputs[0].name))
 
 
 def lower_split(writer: Writer, node: ir.Node, inputs: list[Codes]) -> list[Codes]:
-    """A Split, a Slice for each of its outputs."""
+    """Lower a Split, a Slice for each of its outputs."""
     x = writer.plain(inputs[0], node)
     place = x.place_of(node.attributes.get_int("axis", 0))
     start, parts = 0, []
     for value in node.outputs:
-        shape = tuple(int(length) for length in value.shape or ())
+        shape = shape_of(value)
         first = [0] * len(shape)
         first[place] = start
         parts.append(_cut(writer, node, x, shape, first, [1] * len(shape), str(value.name)))

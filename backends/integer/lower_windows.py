@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.integer.operations import AveragePool, MaxPool, Pad, Requantize, Resize, Window
-from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, channels_last, refuse
+from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, as_map, channels_last, refuse, shape_of
 from qcompile.core import numerics
 from qcompile.passes import structure
 
@@ -55,18 +55,7 @@ def _map(writer: Writer, value: Codes, node: ir.Node) -> tuple[Codes, str]:
     if len(x.shape) not in (3, 4):
         refuse(node, f"goes over {len(x.shape) - 2} axes", "only pools over one or two have an integer form")
     x = writer.arranged(x, channels_last(len(x.shape)))
-    stored = x.stored
-    return x, writer.viewed(x.tensor, stored if len(stored) == 4 else (stored[0], stored[1], 1, stored[2]))
-
-
-def _four(stored: tuple[int, ...]) -> tuple[int, ...]:
-    return stored if len(stored) == 4 else (stored[0], stored[1], 1, stored[2])
-
-
-def _shape(node: ir.Node) -> tuple[int, ...]:
-    shape = node.outputs[0].shape
-    assert shape is not None
-    return tuple(int(length) for length in shape if isinstance(length, int))
+    return x, writer.viewed(x.tensor, as_map(x.stored))
 
 
 def _kernel(node: ir.Node) -> tuple[int, int]:
@@ -75,22 +64,22 @@ def _kernel(node: ir.Node) -> tuple[int, int]:
 
 
 def lower_max_pool(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
-    """A MaxPool: its output has its input's scale."""
+    """Lower a MaxPool: its output has its input's scale."""
     x, source = _map(writer, inputs[0], node)
     if len(node.outputs) > 1 and node.outputs[1].uses():
         refuse(node, "is asked for the places of its maxima", "leave that output out")
-    shape, size = _shape(node), _kernel(node)
+    shape, size = shape_of(node.outputs[0]), _kernel(node)
     window = window_of(node, size, x.shape[2:], shape[2:])
     result = Codes("", shape, x.order, x.grid)
-    output = writer.add_tensor(str(node.outputs[0].name), _four(result.stored), x.grid)
+    output = writer.add_tensor(str(node.outputs[0].name), as_map(result.stored), x.grid)
     writer.write(MaxPool(node.name or output, (source,), output, window, x.grid.low, x.grid.high))
     return Codes(writer.viewed(output, result.stored), shape, x.order, x.grid)
 
 
 def lower_average_pool(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """An AveragePool whose every window counts the same number of codes."""
+    """Lower an AveragePool whose every window counts the same number of codes."""
     x, _ = _map(writer, inputs[0], node)
-    shape, size = _shape(node), _kernel(node)
+    shape, size = shape_of(node.outputs[0]), _kernel(node)
     window = window_of(node, size, x.shape[2:], shape[2:], x.grid.zero_point)
     counted = node.attributes.get_int("count_include_pad", 0) and not node.attributes.get_int("ceil_mode", 0)
     if any(window.pads) and not counted:
@@ -99,13 +88,13 @@ def lower_average_pool(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pe
 
 
 def lower_global_average_pool(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """A GlobalAveragePool."""
+    """Lower a GlobalAveragePool."""
     size = (*inputs[0].shape[2:], 1)[:2]
-    return _average(writer, node, inputs[0], Window((size[0], size[1])), _shape(node))
+    return _average(writer, node, inputs[0], Window((size[0], size[1])), shape_of(node.outputs[0]))
 
 
 def lower_reduce_mean(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
-    """A ReduceMean over the axes of a map that are not its channels."""
+    """Lower a ReduceMean over the axes of a map that are not its channels."""
     x = inputs[0]
     rank = len(x.shape)
     axes = structure.constant(node.inputs[1]) if len(node.inputs) > 1 else None
@@ -121,7 +110,7 @@ def lower_reduce_mean(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pen
     pooled = _average(writer, node, writer.arranged(x, order), Window((size[0], size[1])), whole, order)
     if node.attributes.get_int("keepdims", 1):
         return pooled
-    shape = _shape(node)
+    shape = shape_of(node.outputs[0])
 
     def finish(grid: Grid, low: int, high: int, name: str) -> str:
         return writer.viewed(pooled.finish(grid, low, high, name), shape)
@@ -140,12 +129,12 @@ def _average(
     x = writer.plain(value, node)
     order = order or channels_last(len(x.shape))
     x = writer.arranged(x, order)
-    source = writer.viewed(x.tensor, _four(x.stored))
+    source = writer.viewed(x.tensor, as_map(x.stored))
     count = window.size[0] * window.size[1]
 
     def finish(grid: Grid, low: int, high: int, name: str) -> str:
         stored = tuple(shape[axis] for axis in order)
-        output = writer.add_tensor(name, _four(stored), grid)
+        output = writer.add_tensor(name, as_map(stored), grid)
         multiplier, shift = numerics.fixed_point([np.float64(x.grid.scale) / count / grid.scale])
         step = Requantize(multiplier, shift, grid.zero_point, low, high)
         bias = -count * x.grid.zero_point
@@ -156,9 +145,9 @@ def _average(
 
 
 def lower_resize(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
-    """A Resize of a map that takes the nearest element."""
+    """Lower a Resize of a map that takes the nearest element."""
     x = writer.plain(inputs[0], node)
-    shape = _shape(node)
+    shape = shape_of(node.outputs[0])
     if node.attributes.get_string("mode", "nearest") != "nearest":
         refuse(node, "interpolates", "only the nearest neighbour has an integer form")
     if len(x.shape) != 4 or shape[:2] != x.shape[:2]:
@@ -192,7 +181,7 @@ def _nearest(node: ir.Node, arriving: int, leaving: int, axis: int) -> tuple[int
 
 
 def lower_pad(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
-    """A Pad with a constant."""
+    """Lower a Pad with a constant."""
     x = writer.plain(inputs[0], node)
     pads = structure.constant(node.inputs[1]) if len(node.inputs) > 1 else None
     if node.attributes.get_string("mode", "constant") != "constant" or pads is None:
@@ -208,7 +197,7 @@ def lower_pad(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
         refuse(node, "cuts its input", "use a Slice")
     value = structure.constant(node.inputs[2]) if len(node.inputs) > 2 else None
     code = int(x.grid.codes(0.0 if value is None else value.reshape(-1)[0]))
-    shape = _shape(node)
+    shape = shape_of(node.outputs[0])
     output = writer.add_tensor(str(node.outputs[0].name), tuple(shape[axis] for axis in x.order), x.grid)
     writer.write(Pad(node.name or output, (x.tensor,), output, tuple(before), tuple(after), code))
     return Codes(output, shape, x.order, x.grid)

@@ -1,8 +1,8 @@
 """The integer program: a network as an ordered list of operations on codes, with no float anywhere.
 
-What an operation computes is said in `operations.py` and done by `interpret.py`, to which every generated kernel is equal bit by bit.
-An activation with code q stands for (q - zero_point) · scale. Maps of four axes are stored channels last, [1, H, W, C];
-batch is 1 and every shape is known. See docs/integer-kernels.md.
+What an operation computes is said in `operations.py` and done by `interpret.py`, to which every generated kernel is
+equal bit by bit. An activation with code q stands for (q - zero_point) · scale. Maps of four axes are stored channels
+last, [1, H, W, C]; batch is 1 and every shape is known. See docs/integer-kernels.md.
 """
 
 from __future__ import annotations

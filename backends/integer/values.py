@@ -228,3 +228,13 @@ def spanning(levels: npt.NDArray[Any]) -> Grid:
     """Return the grid of int8 that just holds all levels."""
     scale, zero_point = numerics.affine_scale(levels.min(), levels.max(), "int8")
     return Grid(float(scale), int(zero_point))
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """Return a shape of which shape inference knows all."""
+    return tuple(length for length in value.shape or () if isinstance(length, int))
+
+
+def as_map(stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a map that what is stored is: a sequence goes down the rows of a single column."""
+    return stored if len(stored) == 4 else (stored[0], stored[1], 1, stored[2])
