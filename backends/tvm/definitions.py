@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.backends.integer import program as integer
+from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer.program import Tensor
 from qcompile.backends.tvm.emit import Function, load_tvm
 
 #: From this shift on only the product's high word counts.
@@ -31,15 +32,15 @@ class Convolution:
         Columns and channels of the output.
     size, strides, dilations : tuple of int
         Of rows and columns.
-    top, left : int
-        Padding.
-    code : int
-        That padding reads as.
+    pads : tuple of int
+        Top, left, bottom, right.
+    outside : int
+        The code that padding reads as.
     high_word : bool
         Whether every shift is 33 or more.
     zero_point, low, high : int
         Of the output.
-    depthwise : bool
+    groups : int
     """
 
     rows: int
@@ -50,19 +51,27 @@ class Convolution:
     size: tuple[int, int]
     strides: tuple[int, int]
     dilations: tuple[int, int]
-    top: int
-    left: int
-    code: int
+    pads: tuple[int, int, int, int]
+    outside: int
     high_word: bool
     zero_point: int
     low: int
     high: int
-    depthwise: bool = False
+    groups: int = 1
 
     @property
     def pointwise(self) -> bool:
         """Whether each pixel of the output needs one pixel of the input, at the same place."""
-        return (self.size, self.strides) == ((1, 1), (1, 1)) and self.columns == self.width and self.rows == 1
+        return (self.size, self.strides, self.pads) == ((1, 1), (1, 1), (0, 0, 0, 0)) and self.groups == 1
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel of the output needs the same channel of the input only."""
+        return self.groups == self.channels == self.outputs > 1
+
+    def flat(self) -> Convolution:
+        """Return a pointwise convolution as one of a single row."""
+        return replace(self, rows=1, columns=self.rows * self.columns, width=self.rows * self.columns)
 
     @property
     def taps(self) -> int:
@@ -71,39 +80,42 @@ class Convolution:
 
     def columns_from(self, first: int, count: int) -> Convolution:
         """Return the part that computes some columns of the output."""
-        return replace(self, width=count, left=self.left - first * self.strides[1])
+        top, left, bottom, right = self.pads
+        moved = (top, left - first * self.strides[1], bottom, right if first + count == self.width else 0)
+        return replace(self, width=count, pads=moved)
 
 
-def convolution(operation: integer.Conv, source: integer.Tensor, target: integer.Tensor) -> Convolution:
+def convolution(operation: ops.Conv, source: Tensor, target: Tensor) -> Convolution:
     """Return the shape of a convolution's kernel."""
     window = operation.window
-    _, rows, columns, channels = source.shape
-    if (window.size, window.strides, window.pads) == ((1, 1), (1, 1), (0, 0, 0, 0)):
-        rows, columns, width = 1, rows * columns, rows * columns
-    else:
-        width = target.shape[2]
     return Convolution(
-        rows, columns, channels, width, target.shape[3], window.size, window.strides, window.dilations,
-        window.pads[0], window.pads[1], source.zero_point, *_rounding(operation.requantize),
-        depthwise=operation.groups > 1,
+        *source.shape[1:], target.shape[2], target.shape[3], window.size, window.strides, window.dilations,
+        window.pads, window.outside, *_rounding(operation.requantize), groups=operation.groups,
     )  # fmt: skip
 
 
-def dense(operation: integer.Dense, source: integer.Tensor, target: integer.Tensor) -> Convolution:
-    """Return a dense layer's kernel: a convolution of one tap over its positions."""
-    positions = source.size // source.shape[-1]
+def dense(operation: ops.Dense, source: Tensor, target: Tensor) -> Convolution:
+    """Return a dense layer's kernel: a convolution of one tap over a map whose rows are its positions."""
     return Convolution(
-        1, positions, source.shape[-1], positions, target.shape[-1], (1, 1), (1, 1), (1, 1), 0, 0, source.zero_point,
+        source.rows, 1, source.shape[-1], 1, target.shape[-1], (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 0,
         *_rounding(operation.requantize),
     )  # fmt: skip
 
 
-def _rounding(requantize: integer.Requantize) -> tuple[bool, int, int, int]:
+def _rounding(requantize: ops.Requantize) -> tuple[bool, int, int, int]:
     high_word = bool(np.all(requantize.shift >= HIGH_WORD))
     return high_word, requantize.zero_point, requantize.low, requantize.high
 
 
-def channel_table(bias: npt.NDArray[np.int32], requantize: integer.Requantize) -> npt.NDArray[np.int32]:
+def high_word(requantize: ops.Requantize) -> tuple[bool, Any, Any]:
+    """Return whether only the high word counts, and the multiplier and shift of an operation that has one of each."""
+    tirx = load_tvm().tirx
+    high = _rounding(requantize)[0]
+    shift = int(requantize.shift[0]) - (HIGH_WORD if high else 0)
+    return high, tirx.const(int(requantize.multiplier[0]), "int32"), tirx.const(shift, "int32")
+
+
+def channel_table(bias: npt.NDArray[np.int32], requantize: ops.Requantize) -> npt.NDArray[np.int32]:
     """Return bias, multiplier and shift (less 33 where only the high word counts) of each channel, as kernels read it.
 
     Parameters
@@ -123,27 +135,26 @@ def channel_table(bias: npt.NDArray[np.int32], requantize: integer.Requantize) -
 def define_convolution(shape: Convolution) -> Function:
     """Return acc[x, o] = Σ patch[x, k] · weights[o, k], requantized; weights are [out, rows · columns · in].
 
-    Arguments: input, weights, channels, output, and y unless the convolution is pointwise.
+    Arguments: input (of a pointwise convolution its row y), weights, channels, output, y.
     """
     te = load_tvm().te
     length = shape.taps * shape.channels
     weights = te.placeholder((shape.outputs, length), "int8", name="weights")
     channels = te.placeholder((shape.outputs, 3), "int32", name="channels")
     k = te.reduce_axis((0, length), name="k")
+    y = te.var("y", "int32")
     if shape.pointwise:
-        source = te.placeholder((shape.width, length), "int8", name="input")
-        patch, rest = source, []
+        patch = source = te.placeholder((shape.width, length), "int8", name="input")
     else:
-        y = te.var("y", "int32")
         source = te.placeholder((shape.rows, shape.columns, shape.channels), "int8", name="input")
-        patch, rest = te.compute((shape.width, length), _patch(shape, source, y, length), name="patch"), [y]
+        patch = te.compute((shape.width, length), _patch(shape, source, y, shape.channels), name="patch")
     acc = te.compute(
         (shape.width, shape.outputs),
         lambda x, o: te.sum(patch[x, k].astype("int32") * weights[o, k].astype("int32"), axis=k),
         name="acc",
     )
     output = te.compute(acc.shape, lambda x, o: _code(shape, acc[x, o], channels, o), name="output")
-    return te.create_prim_func([source, weights, channels, output, *rest])
+    return te.create_prim_func([source, weights, channels, output, y])
 
 
 def define_depthwise(shape: Convolution, group: int) -> Function:
@@ -156,7 +167,7 @@ def define_depthwise(shape: Convolution, group: int) -> Function:
     source = te.placeholder((shape.rows, shape.columns, shape.channels), "int8", name="input")
     weights = te.placeholder((shape.channels // group, shape.taps, group), "int8", name="weights")
     channels = te.placeholder((shape.outputs, 3), "int32", name="channels")
-    inside = _patch(shape, source, y, shape.taps * shape.channels)
+    inside = _patch(shape, source, y, shape.channels)
     patch = te.compute(
         (shape.width, shape.taps, shape.channels), lambda x, t, c: inside(x, t * shape.channels + c), name="patch"
     )
@@ -172,19 +183,52 @@ def define_depthwise(shape: Convolution, group: int) -> Function:
     return te.create_prim_func([source, weights, channels, output, y])
 
 
-def _patch(shape: Convolution, source: Any, y: Any, length: int) -> Any:
+def define_grouped(shape: Convolution) -> Function:
+    """Return a convolution in groups: acc[x, o] = Σ patch[x, t, c of o's group] · weights[o, t, c], requantized.
+
+    Arguments: input, weights, channels, output, y.
+    """
+    te = load_tvm().te
+    y = te.var("y", "int32")
+    fewer, each = shape.channels // shape.groups, shape.outputs // shape.groups
+    source = te.placeholder((shape.rows, shape.columns, shape.channels), "int8", name="input")
+    weights = te.placeholder((shape.outputs, shape.taps, fewer), "int8", name="weights")
+    channels = te.placeholder((shape.outputs, 3), "int32", name="channels")
+    inside = _patch(shape, source, y, shape.channels)
+    t, c = te.reduce_axis((0, shape.taps), name="t"), te.reduce_axis((0, fewer), name="c")
+
+    def product(x: Any, o: Any) -> Any:
+        code = inside(x, t * shape.channels + o // each * fewer + c)
+        return te.sum(code.astype("int32") * weights[o, t, c].astype("int32"), axis=[t, c])
+
+    acc = te.compute((shape.width, shape.outputs), product, name="acc")
+    output = te.compute(acc.shape, lambda x, o: _code(shape, acc[x, o], channels, o), name="output")
+    return te.create_prim_func([source, weights, channels, output, y])
+
+
+def _patch(shape: Convolution, source: Any, y: Any, channels: int) -> Any:
     """Return what pixel x of the output sees as k-th: [rows, columns, channels] of the window, in order."""
-    tirx = load_tvm().tirx
-    row = length // shape.size[0]
 
     def code(x: Any, k: Any) -> Any:
-        i, j, c = k // row, k % row // shape.channels, k % shape.channels
-        above = y * shape.strides[0] + i * shape.dilations[0] - shape.top
-        beside = x * shape.strides[1] + j * shape.dilations[1] - shape.left
-        inside = tirx.all(above >= 0, above < shape.rows, beside >= 0, beside < shape.columns)
-        return tirx.if_then_else(inside, source[above, beside, c], tirx.const(shape.code, "int8"))
+        i, j, c = k // (shape.size[1] * channels), k // channels % shape.size[1], k % channels
+        above = y * shape.strides[0] + i * shape.dilations[0] - shape.pads[0]
+        beside = x * shape.strides[1] + j * shape.dilations[1] - shape.pads[1]
+        extent, margins = (shape.rows, shape.columns), (shape.pads[0::2], shape.pads[1::2])
+        return within((above, beside), extent, margins, source[above, beside, c], shape.outside)
 
     return code
+
+
+def within(
+    place: tuple[Any, Any], extent: tuple[int, int], margins: tuple[Any, Any], value: Any, outside: int
+) -> Any:
+    """Return a code of a map, or the one outside of it; an axis without padding is not looked at."""
+    tirx = load_tvm().tirx
+    conditions = []
+    for at, count, (before, after) in zip(place, extent, margins, strict=True):
+        conditions += [at >= 0] if before > 0 else []
+        conditions += [at < count] if after > 0 else []
+    return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(outside, "int8")) if conditions else value
 
 
 def _code(shape: Convolution, acc: Any, channels: Any, o: Any) -> Any:

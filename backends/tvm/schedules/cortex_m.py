@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcompile.backends.tvm.definitions import Convolution, define_convolution, define_depthwise
+from qcompile.backends.tvm.definitions import Convolution, define_convolution, define_depthwise, define_grouped
 from qcompile.backends.tvm.emit import Function, load_tvm
 
 #: Channels that `qc_depthwise_4` takes at once.
@@ -25,7 +25,7 @@ def tile(shape: Convolution) -> tuple[int, int]:
 
 def parts(shape: Convolution) -> list[tuple[int, Convolution]]:
     """Return the first column and the shape of each part: an odd column is one of its own."""
-    if shape.depthwise or shape.width % 2 == 0 or shape.width == 1 or shape.outputs % 2:
+    if shape.groups > 1 or shape.width % 2 == 0 or shape.width == 1 or shape.outputs % 2:
         return [(0, shape)]
     even = shape.width - 1
     return [(0, shape.columns_from(0, even)), (even, shape.columns_from(even, 1))]
@@ -53,6 +53,21 @@ def schedule_convolution(shape: Convolution) -> Function:
     if outputs > 1:
         build = _tile if pixels > 1 else _row
         schedule.tensorize(first, build(outputs, shape.taps * shape.channels))
+    return schedule.mod["main"]
+
+
+def schedule_grouped(shape: Convolution) -> Function:
+    """Return a kernel of a convolution in groups that are not single channels, four at a time."""
+    schedule = load_tvm().s_tir.Schedule(define_grouped(shape))
+    return at_output(schedule)
+
+
+def at_output(schedule: Any) -> Function:
+    """Accumulate each output where it is needed, in a register."""
+    output, acc = schedule.get_sblock("output"), schedule.get_sblock("acc")
+    schedule.compute_at(acc, schedule.get_loops(output)[-1], preserve_unit_loops=True)
+    loops = len(schedule.get_loops(output))
+    schedule.decompose_reduction(acc, schedule.get_loops(acc)[loops])
     return schedule.mod["main"]
 
 
