@@ -269,7 +269,7 @@ class _Placer:
         """Tell whether a value leaves an integer operator (or the activation that it absorbs) as codes."""
         producer = value.producer()
         if producer is None:
-            return False
+            return self.target.integer_only and value.is_graph_input()
         producer = self.absorbed.get(structure.node_name(producer), producer)
         return self.ops[structure.node_name(producer)].output == value.name
 
@@ -293,6 +293,8 @@ class _Placer:
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
                 self._take(node, rule)
                 taken.append(node)
+        if self.target.integer_only:
+            return  # nothing there would take what is given back
         for node in reversed(taken):
             name = structure.node_name(node)
             behind = [n for n, source in self.absorbed.items() if source is node]

@@ -15,8 +15,10 @@
 
 #if defined(__GNUC__)
 #define QC_INLINE static inline __attribute__((always_inline, unused))
+#define QC_LAYER __attribute__((noinline)) /* a layer stays a function, so that a profile shows it */
 #else
 #define QC_INLINE static inline
+#define QC_LAYER
 #endif
 
 QC_INLINE uint32_t qc_word(const int8_t *from)
