@@ -43,6 +43,16 @@ class Layer:
         return bool(self.kernels) and self.kernels[0].by_row
 
     @property
+    def counted(self) -> bool:
+        """Whether it goes through codes one by one, and so through any rows as well."""
+        return bool(self.kernels) and "count" in self.kernels[0].arguments
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether its function takes the first and last row to compute."""
+        return self.by_row or self.counted
+
+    @property
     def function(self) -> str:
         """The layer's C function."""
         return f"layer_{self.index}"

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.integer import operations as ops
-from qcompile.backends.integer.program import Operation, Port, Program, Step, Strips, Tensor
+from qcompile.backends.integer.program import Port, Program, Strips, Tensor
 from qcompile.backends.mcu.layers import Layer, Layers
 from qcompile.backends.tvm.kernels import Kernel
 
@@ -108,6 +108,10 @@ def weights(source: Source) -> str:
     for layer in source.layers.layers:
         for kind, array in layer.constants.items():
             blocks.append(f"/* {_comment(layer.operation.name)} */\n{constant(layer.constant(kind), array)}")
+    for operation in source.program.operations:
+        if isinstance(operation, Strips):
+            first = next(layer for layer in source.layers.layers if layer.operation is operation.operations[0])
+            blocks.append(constant(f"steps_{first.index}", step_table(operation)))
     return "\n".join([*blocks, "#endif", ""])
 
 
@@ -146,7 +150,7 @@ def _layer(source: Source, layer: Layer) -> str:
     """Return the function of one layer: its kernels over all rows, or the rows from `first` to `last`."""
     operation = layer.operation
     inputs = "".join(f"const int8_t *{_input(index)}, " for index in range(len(operation.inputs)))
-    rows = ", int32_t first, int32_t last" if layer.by_row else ""
+    rows = ", int32_t first, int32_t last" if layer.takes_rows else ""
     if isinstance(operation, ops.Concat):
         code = _concat(source, operation)
     elif layer.by_row:
@@ -175,12 +179,14 @@ def _call(source: Source, layer: Layer, index: int) -> str:
     """Return the call of one kernel."""
     kernel, operation = layer.kernels[index], layer.operation
     first, target = source.tensors[operation.inputs[0]], source.tensors[operation.output]
+    counted = f"first * {target.row_bytes}" if layer.counted else ""
+    broadcast = len(operation.inputs) > 1 and source.tensors[operation.inputs[1]].size == first.size
     values = {
-        "input": _pointer("input", _row_of_input(kernel, first), kernel.input_offset),
-        "other": "other",
-        "output": _pointer("output", f"y * {target.row_bytes}" if kernel.by_row else "", kernel.output_offset),
+        "input": _pointer("input", _row_of_input(kernel, first) or counted, kernel.input_offset),
+        "other": _pointer("other", counted if broadcast else "", 0),
+        "output": _pointer("output", f"y * {target.row_bytes}" if kernel.by_row else counted, kernel.output_offset),
         "y": "y" if kernel.by_row else "0",
-        "count": str(target.size),
+        "count": f"(last - first) * {target.row_bytes}",
         **{kind: layer.constant(kind) for kind in ("weights", "channels", "table")},
     }
     return f"{layer.names[index]}({', '.join(values[name] for name in kernel.arguments)});"
@@ -230,16 +236,59 @@ def _run(source: Source) -> str:
     return f"int {source.name}_run({arguments})\n{{\n" + "\n".join(lines) + "\n    return 0;\n}\n"
 
 
-def _at(source: Source, tensor: str, row: int = 0) -> str:
-    return f"&arena.codes[{source.offsets[tensor] - row * (source.tensors[tensor].row_bytes if row else 0)}]"
+def _at(source: Source, tensor: str) -> str:
+    return f"&arena.codes[{source.offsets[tensor]}]"
 
 
 def _layer_call(source: Source, layer: Layer) -> str:
     operation = layer.operation
     places = [_at(source, name) for name in (*operation.inputs, operation.output)]
-    rows = [f"0, {source.tensors[operation.output].rows}"] if layer.by_row else []
+    rows = [f"0, {source.tensors[operation.output].rows}"] if layer.takes_rows else []
     return f"    {layer.function}({', '.join([*places, *rows])});"
 
 
 def _strips(source: Source, strips: Strips, layers: Mapping[int, Layer]) -> list[str]:
-    raise NotImplementedError(type(Operation), Step)
+    """Return a loop over the steps, and each operation's call with pointers to where row 0 would be."""
+    name = f"steps_{layers[id(strips.operations[0])].index}"
+    table = step_table(strips)
+    cases = []
+    for index, operation in enumerate(strips.operations):
+        held = {operation.output: "step[3]"}
+        held |= {tensor: f"step[{6 + at}]" for at, tensor in enumerate(operation.inputs)}
+        places = [_row_zero(source, tensor, held[tensor], strips) for tensor in (*operation.inputs, operation.output)]
+        layer = layers[id(operation)]
+        row, at = source.tensors[operation.output].row_bytes, source.offsets[operation.output]
+        keep = (
+            f"            (void)memmove(&arena.codes[{at}], &arena.codes[{at} + step[5] * {row}], "
+            f"(uint32_t)(step[4] * {row}));\n"
+        )
+        cases.append(
+            f"        case {index}:\n{keep if operation.output in strips.windows else ''}"
+            f"            {layer.function}({', '.join(places)}, step[1], step[2]);\n            break;\n"
+        )
+    columns = table.shape[1]
+    return [
+        f"    for (int32_t i = 0; i < {len(table)}; ++i) {{\n        const int16_t *const step = &{name}[i * {columns}];\n"
+        f"        switch (step[0]) {{\n{''.join(cases)}        default:\n            break;\n        }}\n    }}"
+    ]
+
+
+def step_table(strips: Strips) -> npt.NDArray[np.int16]:
+    """Return a row per step: operation, first, last, held, rows kept, moved from, and what each input's window holds."""
+    held: dict[str, int] = {}
+    most = max(len(operation.inputs) for operation in strips.operations)
+    rows = []
+    for step in (step for strip in strips.strips for step in strip):
+        operation = strips.operations[step.operation]
+        inputs = [held.get(tensor, 0) for tensor in operation.inputs]
+        held[operation.output] = step.held if operation.output in strips.windows else 0
+        kept = step.first - step.held if step.moved_from else 0
+        padded = inputs + [0] * (most - len(inputs))
+        rows.append([step.operation, step.first, step.last, held[operation.output], kept, step.moved_from, *padded])
+    return np.array(rows, np.int16)
+
+
+def _row_zero(source: Source, tensor: str, held: str, strips: Strips) -> str:
+    if tensor not in strips.windows:
+        return _at(source, tensor)
+    return f"{_at(source, tensor)} - {held} * {source.tensors[tensor].row_bytes}"
