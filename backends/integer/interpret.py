@@ -121,8 +121,9 @@ def _dense(operation: ops.Dense, inputs: list[Array], output: Tensor) -> Array:
 def _add(operation: ops.Add, inputs: list[Array], output: Tensor) -> Array:
     del output
     first, second = operation.multipliers
-    total: Array = inputs[0].astype(np.int64) * first + inputs[1].astype(np.int64) * second + operation.bias
-    return np.clip(total >> operation.shift, operation.low, operation.high)
+    total = inputs[0].astype(np.int64) * first + inputs[1].astype(np.int64) * second + operation.bias
+    codes: Array = np.clip(total >> operation.shift, operation.low, operation.high)
+    return codes
 
 
 def _mul(operation: ops.Mul, inputs: list[Array], output: Tensor) -> Array:
@@ -139,7 +140,8 @@ def _average_pool(operation: ops.AveragePool, inputs: list[Array], output: Tenso
 def _max_pool(operation: ops.MaxPool, inputs: list[Array], output: Tensor) -> Array:
     least = np.iinfo(inputs[0].dtype).min
     seen = windows_of(inputs[0], operation.window, int(least))[: output.shape[1], : output.shape[2]]
-    return np.clip(seen.max(axis=(2, 3)), operation.low, operation.high)
+    codes: Array = np.clip(seen.max(axis=(2, 3)), operation.low, operation.high)
+    return codes
 
 
 def _lookup(operation: ops.Lookup, inputs: list[Array], output: Tensor) -> Array:
@@ -153,8 +155,9 @@ def _softmax(operation: ops.Softmax, inputs: list[Array], output: Tensor) -> Arr
     x = inputs[0].astype(np.int64)
     powers = operation.table.astype(np.int64)[x.max(axis=-1, keepdims=True) - x]
     whole = powers.sum(axis=-1, keepdims=True) << operation.shift
-    quotient: Array = (powers * operation.factor + whole // 2) // whole
-    return np.clip(quotient + operation.zero_point, operation.low, operation.high)
+    quotient: npt.NDArray[np.int64] = (powers * operation.factor + whole // 2) // whole
+    codes: Array = np.clip(quotient + operation.zero_point, operation.low, operation.high)
+    return codes
 
 
 def _concat(operation: ops.Concat, inputs: list[Array], output: Tensor) -> Array:
