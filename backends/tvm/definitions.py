@@ -80,9 +80,12 @@ class Convolution:
 
     def columns_from(self, first: int, count: int) -> Convolution:
         """Return the part that computes some columns of the output."""
-        top, left, bottom, right = self.pads
-        moved = (top, left - first * self.strides[1], bottom, right if first + count == self.width else 0)
-        return replace(self, width=count, pads=moved)
+        if self.pointwise:
+            return replace(self, columns=count, width=count)
+        left = self.pads[1] - first * self.strides[1]
+        reach = (count - 1) * self.strides[1] + (self.size[1] - 1) * self.dilations[1] - left
+        pads = (self.pads[0], left, self.pads[2], max(0, reach - (self.columns - 1)))
+        return replace(self, width=count, pads=pads)
 
 
 def convolution(operation: ops.Conv, source: Tensor, target: Tensor) -> Convolution:
@@ -135,7 +138,7 @@ def channel_table(bias: npt.NDArray[np.int32], requantize: ops.Requantize) -> np
 def define_convolution(shape: Convolution) -> Function:
     """Return acc[x, o] = Σ patch[x, k] · weights[o, k], requantized; weights are [out, rows · columns · in].
 
-    Arguments: input (of a pointwise convolution its row y), weights, channels, output, y.
+    Arguments: input, weights, channels, output, y; of a pointwise convolution, the row of the input and no y.
     """
     te = load_tvm().te
     length = shape.taps * shape.channels
@@ -154,7 +157,7 @@ def define_convolution(shape: Convolution) -> Function:
         name="acc",
     )
     output = te.compute(acc.shape, lambda x, o: _code(shape, acc[x, o], channels, o), name="output")
-    return te.create_prim_func([source, weights, channels, output, y])
+    return te.create_prim_func([source, weights, channels, output, *([] if shape.pointwise else [y])])
 
 
 def define_depthwise(shape: Convolution, group: int) -> Function:

@@ -81,12 +81,12 @@ def _convolution(operation: Any, tensors: Mapping[str, Tensor], flat: bool) -> l
     shape = shape.flat() if whole else shape
     table = definitions.channel_table(operation.bias, operation.requantize)
     constants = {"weights": _packed(shape, operation.weights), "channels": table}
-    found = []
+    found, arguments = [], ("input", "weights", "channels", "output")
     for first, part in cortex_m.parts(shape):
         offset = first * shape.channels if part.pointwise else 0
         found.append(
             Kernel(
-                _source(_scheduled(part)), ("input", "weights", "channels", "output", "y"), constants, offset,
+                _source(_scheduled(part)), (*arguments, *([] if part.pointwise else ["y"])), constants, offset,
                 first * shape.outputs, by_row=not whole, input_row=shape.pointwise and not whole,
             )
         )  # fmt: skip
