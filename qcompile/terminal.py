@@ -83,6 +83,10 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)
+    if (device := measurements["device"]) is not None and device["compiler"]:
+        stack = f"{device['stack_bytes']:,} of stack, by {device['compiler']}"
+        table.add_row("code", "", _bytes(device["code_bytes"]), "")
+        table.add_row("SRAM", "", _bytes(device["sram_bytes"]), stack)
     if (expected := report["predicted_latency"]) is not None:
         reference, artifact = (f"{expected[key] / 1e3:.3g} ms" for key in ("float_us", "artifact_us"))
         table.add_row("latency predicted", reference, artifact, f"{expected['ratio']:.2f}x")

@@ -15,6 +15,10 @@ from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
 
 
+#: Settings of a device that the user gives: which board, and bytes of memory at most.
+LIMITS = ("board", "max_sram", "max_flash")
+
+
 class OpKind(StrEnum):
     """How an operator takes part in integer arithmetic."""
 
