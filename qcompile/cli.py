@@ -242,6 +242,27 @@ def probe_command(
         click.echo(f"wrote {file}")
 
 
+@cli.command("run")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--on", type=click.Choice(["qemu"]), default="qemu", show_default=True, help="Where to run it.")
+@click.option("--data", help="Inputs to run, as of a compile; without them random ones.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was seen as JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def run_command(package: Path, on: str, data: str | None, samples: int, as_json: bool, debug: bool) -> None:
+    """Run PACKAGE, a microcontroller's artifact, under emulation: check its outputs, count its instructions."""
+    from dataclasses import asdict
+
+    from qcompile import terminal
+    from qcompile.emulation import run
+
+    seen = run(package, data, samples)
+    if as_json:
+        click.echo(json.dumps(asdict(seen), indent=1))
+    else:
+        terminal.show_run(Console(), seen)
+
+
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `Options` that flags and recipe give; flags count more."""
     from qcompile import recipe

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qcompile.backends.mcu.emulated_run import EmulatedRun
 from qcompile.core.plan import Role
 from qcompile.core.target import Target
 from qcompile.driver import CompileResult
@@ -141,6 +142,18 @@ def _refusals(report: Mapping[str, Any]) -> Table:
         more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
         table.add_row(stage, _plain(nodes[0] + more), _plain(reason))
     return table
+
+
+def show_run(console: Console, seen: EmulatedRun) -> None:
+    """Print what a package did under emulation."""
+    table = _table(f"{seen.processor}, emulated", "layer", "operation", "multiply-accumulates", "instructions", "each")
+    for layer in seen.layers:
+        each = f"{layer['instructions'] / layer['macs']:.2f}" if layer["macs"] else ""
+        counts = f"{layer['macs']:,}", f"{layer['instructions']:,}"
+        table.add_row(_plain(layer["name"]), layer["operation"], *counts, each)
+    console.print(table)
+    equal = f"{seen.samples} inputs: every output equals the integer program's"
+    console.print(f"{equal}; {seen.instructions:,} instructions each, which are no time", highlight=False)
 
 
 def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> None:

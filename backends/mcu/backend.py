@@ -147,6 +147,6 @@ def _fitted(program: Program, target: Target, limits: Limits, folder: Path) -> B
 def _written(plan: MemoryPlan, target: Target, folder: Path) -> Built:
     layers = Layers.of(plan.program, plan.offsets)
     source = Source(identifier(plan.program.name), plan.program, plan.offsets, plan.arena_bytes, layers)
-    footprint = Footprint.of(plan, layers)
+    footprint = Footprint.of(source.name, target.name, plan, layers)
     written = write_package(source, footprint, Example.of(source), folder)
     return Built(source, footprint, compile_package(folder, target.settings), written)

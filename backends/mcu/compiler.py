@@ -48,7 +48,7 @@ def compile_package(folder: Path, settings: Mapping[str, Any]) -> Compiled | Non
         If the compiler has anything to say about the C.
     """
     command = tuple(settings.get("compiler", ()))
-    if not command or shutil.which(command[0]) is None or shutil.which("arm-none-eabi-nm") is None:
+    if not command or shutil.which(command[0]) is None or shutil.which("nm") is None:
         return None
     with tempfile.TemporaryDirectory() as name:
         objects = Path(name) / "model.o"
@@ -70,7 +70,7 @@ def _version(command: Sequence[str]) -> str:
 
 def _code(objects: Path) -> int:
     listed = subprocess.run(
-        ["arm-none-eabi-nm", "--print-size", str(objects)], capture_output=True, text=True, check=True
+        ["nm", "--print-size", str(objects)], capture_output=True, text=True, check=True
     )
     rows = [line.split() for line in listed.stdout.splitlines()]
     return sum(int(row[1], 16) for row in rows if len(row) == 4 and row[2] in "tTrR" and not DATA.match(row[3]))

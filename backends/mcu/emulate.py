@@ -80,8 +80,9 @@ def emulate(
     sources: Sequence[Path],
     processor: str,
     given: Mapping[str, bytes],
-    compiler: Sequence[str] = (GCC, "-O2"),
+    compiler: Sequence[str] = (),
     timeout: float = 300.0,
+    include: Path | None = None,
 ) -> Run:
     """Compile a program for a microcontroller and run it.
 
@@ -94,8 +95,11 @@ def emulate(
     given : mapping of str to bytes
         Files that the program finds.
     compiler : sequence of str
+        With what it must be told of the processor; without it GCC.
     timeout : float
         Seconds.
+    include : Path, optional
+        Where the sources' headers lie, if not beside them.
 
     Raises
     ------
@@ -108,7 +112,8 @@ def emulate(
         raise TargetError(f"emulate {processor}", f"needs {absent}", f"apt-get install {PACKAGES}")
     with tempfile.TemporaryDirectory() as name, as_file(files("qcompile.backends.mcu") / "emulation") as here:
         folder, machine = Path(name), MACHINES[processor]
-        program = _linked(sources, machine, compiler, here, folder)
+        headers = [] if include is None else [f"-I{include.absolute()}"]
+        program = _linked(sources, machine, [*(compiler or (GCC, *machine.flags)), *headers], here, folder)
         plugin = folder / "count.so"
         _call(["gcc", "-O2", "-shared", "-fPIC", str(here / "count_instructions.c"), "-o", str(plugin)])
         for file, content in given.items():
@@ -124,9 +129,14 @@ def _linked(sources: Sequence[Path], machine: Machine, compiler: Sequence[str], 
     program = folder / "program.elf"
     limits = [f"-Wl,--defsym={key}={size}" for key, size in
               (("flash_bytes", machine.flash_bytes), ("ram_bytes", machine.ram_bytes))]  # fmt: skip
-    flags = [*machine.flags, "-std=c99", "-ffunction-sections", "-fdata-sections", f"-I{here}"]
+    flags = ["-std=c99", "-O2", "-ffunction-sections", "-fdata-sections", f"-I{here}"]
+    objects = []
+    for source in (*sources, here / "startup.c"):
+        objects.append(folder / f"{source.stem}.o")
+        _call([*compiler, *flags, "-c", str(source), "-o", str(objects[-1])])
+    # GCC links what clang compiles as well: it knows where its C library is.
     link = ["-Wl,--gc-sections", "-nostartfiles", "-T", str(here / "machine.ld"), *limits]
-    _call([*compiler, *flags, *map(str, sources), str(here / "startup.c"), *link, "-o", str(program)])
+    _call([GCC, *machine.flags, *map(str, objects), *link, "-o", str(program)])
     return program
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from qcompile.backends.integer.memory import MemoryPlan
 from qcompile.backends.integer.program import Strips
 from qcompile.backends.mcu.boards import Limits
 from qcompile.backends.mcu.compiler import Compiled
-from qcompile.backends.mcu.layers import Layer, Layers, macs, weight_bytes
+from qcompile.backends.mcu.layers import Layers, macs, weight_bytes
 from qcompile.core.errors import BudgetError
 
 
@@ -27,6 +27,10 @@ class Row:
     macs : int
     weight_bytes : int
         With biases and multipliers.
+    function : str
+        Its C function.
+    kernels : tuple of str
+        The C functions that this calls, which other layers may share.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Row:
     shape: tuple[int, ...]
     macs: int
     weight_bytes: int
+    function: str
+    kernels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Footprint:
 
     Parameters
     ----------
+    name, target : str
+        The network's prefix in C, and what it was compiled for.
     arena_bytes, arena_bound : int
         Of the arena, and what no placement stays below.
     weight_bytes : int
@@ -51,6 +59,8 @@ class Footprint:
     layers : tuple of Row
     """
 
+    name: str
+    target: str
     arena_bytes: int
     arena_bound: int
     weight_bytes: int
@@ -58,16 +68,16 @@ class Footprint:
     layers: tuple[Row, ...]
 
     @classmethod
-    def of(cls, plan: MemoryPlan, layers: Layers) -> Footprint:
+    def of(cls, name: str, target: str, plan: MemoryPlan, layers: Layers) -> Footprint:
         """Add up a program's layers."""
         tensors = plan.program.tensors
         rows = tuple(
             Row(layer.operation.name, type(layer.operation).__name__, tensors[layer.operation.output].shape,
-                macs(layer.operation, tensors), weight_bytes([layer]))
+                macs(layer.operation, tensors), weight_bytes([layer]), layer.function, layer.names)
             for layer in layers.layers
         )  # fmt: skip
         again = sum(part.recomputed for part in plan.program.operations if isinstance(part, Strips))
-        return cls(plan.arena_bytes, plan.bound, weight_bytes(layers.layers), again, rows)
+        return cls(name, target, plan.arena_bytes, plan.bound, weight_bytes(layers.layers), again, rows)
 
     def require(self, limits: Limits, compiled: Compiled | None) -> None:
         """Hold it to what the device has.
@@ -117,12 +127,13 @@ def _table(layers: Iterable[Row]) -> list[str]:
     return lines
 
 
-def instructions_by_layer(layers: Layers, counted: Mapping[str, int]) -> dict[str, int]:
-    """Return instructions by layer from those by function.
+def instructions_by_layer(layers: Sequence[Mapping[str, Any]], counted: Mapping[str, int]) -> list[int]:
+    """Return the instructions of each layer from those of each function.
 
     Parameters
     ----------
-    layers : Layers
+    layers : sequence of mapping
+        As ``footprint.json`` has them.
     counted : mapping of str to int
         Executed instructions by the compiler's names of functions, which may end in ``.constprop.0`` and the like.
 
@@ -130,16 +141,13 @@ def instructions_by_layer(layers: Layers, counted: Mapping[str, int]) -> dict[st
     -----
     A kernel that several layers share has one shape, so each of them takes an equal part of its instructions.
     """
-    found = {layer.function: 0 for layer in layers.layers}
+    found = dict.fromkeys((layer["function"] for layer in layers), 0)
     for symbol, count in counted.items():
         name = symbol.partition(".")[0]
-        if name in found:
-            found[name] += count
-        elif name in layers.sources:
-            callers: list[Layer] = layers.callers(name)
-            for layer in callers:
-                found[layer.function] += count // len(callers)
-    return found
+        callers = [layer["function"] for layer in layers if name == layer["function"] or name in layer["kernels"]]
+        for caller in callers:
+            found[caller] += count // len(callers)
+    return list(found.values())
 
 
 def measured(footprint: Footprint, compiled: Compiled | None, limits: Limits) -> dict[str, Any]:
