@@ -6,20 +6,22 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qcompile.backends.mcu.emulated_run import EmulatedRun
 from qcompile.core.plan import Role
 from qcompile.core.target import Target
 from qcompile.driver import CompileResult
 from qcompile.inspection import by_fate
 from qcompile.report import warnings
 from qcompile.stages import Planned, Written
+
+if TYPE_CHECKING:
+    from qcompile.backends.mcu.emulated_run import EmulatedRun
 
 T = TypeVar("T")
 
