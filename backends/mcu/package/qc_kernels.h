@@ -88,69 +88,66 @@ QC_INLINE int32_t qc_odd(uint32_t word)
     return pair;
 }
 
-QC_INLINE void qc_tile_2x2(const int8_t *a, int32_t step_a, const int8_t *w, int32_t step_w, int32_t *acc, int32_t k)
-{
-    int32_t c00 = acc[0], c01 = acc[1], c10 = acc[2], c11 = acc[3];
-    const int8_t *const end = a + (k & ~3);
-    while (a != end) {
-        const uint32_t a1 = qc_word(a + step_a), a0 = qc_word(a);
-        const int32_t a0e = qc_even(a0), a0o = qc_odd(a0), a1e = qc_even(a1), a1o = qc_odd(a1);
-        const uint32_t w1 = qc_word(w + step_w), w0 = qc_word(w);
-        const int32_t w0e = qc_even(w0), w1e = qc_even(w1);
-        c00 = __smlad(a0e, w0e, c00);
-        c10 = __smlad(a1e, w0e, c10);
-        c01 = __smlad(a0e, w1e, c01);
-        c11 = __smlad(a1e, w1e, c11);
-        const int32_t w0o = qc_odd(w0), w1o = qc_odd(w1);
-        c00 = __smlad(a0o, w0o, c00);
-        c10 = __smlad(a1o, w0o, c10);
-        c01 = __smlad(a0o, w1o, c01);
-        c11 = __smlad(a1o, w1o, c11);
-        a += 4;
-        w += 4;
-    }
-    for (int32_t i = 0; i < (k & 3); ++i) {
-        const int32_t a0 = a[i], a1 = a[i + step_a], w0 = w[i], w1 = w[i + step_w];
-        c00 += a0 * w0;
-        c01 += a0 * w1;
-        c10 += a1 * w0;
-        c11 += a1 * w1;
-    }
-    acc[0] = c00;
-    acc[1] = c01;
-    acc[2] = c10;
-    acc[3] = c11;
-}
+/* The loops of these two are in assembly: a compiler that keeps the loops around them in registers spills the tile's.
+   They are macros, since steps must be literals: below 4096, as an address has room for. */
+#define QC_STEP_2X2                                                                                                    \
+    "ldr %[x1], [%[a], %[sa]]\n\tldr %[x0], [%[a]], #4\n\t"                                                            \
+    "sxtb16 %[e0], %[x0]\n\tsxtb16 %[x0], %[x0], ror #8\n\t"                                                           \
+    "sxtb16 %[e1], %[x1]\n\tsxtb16 %[x1], %[x1], ror #8\n\t"                                                           \
+    "ldr %[y], [%[w], %[sw]]\n\tsxtb16 %[t], %[y]\n\tsxtb16 %[y], %[y], ror #8\n\t"                                    \
+    "smlad %[c1], %[e0], %[t], %[c1]\n\tsmlad %[c3], %[e1], %[t], %[c3]\n\t"                                           \
+    "smlad %[c1], %[x0], %[y], %[c1]\n\tsmlad %[c3], %[x1], %[y], %[c3]\n\t"                                           \
+    "ldr %[y], [%[w]], #4\n\tsxtb16 %[t], %[y]\n\tsxtb16 %[y], %[y], ror #8\n\t"                                       \
+    "smlad %[c0], %[e0], %[t], %[c0]\n\tsmlad %[c2], %[e1], %[t], %[c2]\n\t"                                           \
+    "smlad %[c0], %[x0], %[y], %[c0]\n\tsmlad %[c2], %[x1], %[y], %[c2]\n\t"
 
-QC_INLINE void qc_tile_1x4(const int8_t *a, int32_t step_a, const int8_t *w, int32_t step_w, int32_t *acc, int32_t k)
-{
-    int32_t c0 = acc[0], c1 = acc[1], c2 = acc[2], c3 = acc[3];
-    const int8_t *const end = a + (k & ~3);
-    (void)step_a;
-    while (a != end) {
-        const uint32_t a0 = qc_word(a);
-        const int32_t even = qc_even(a0), odd = qc_odd(a0);
-        const uint32_t w1 = qc_word(w + step_w), w2 = qc_word(w + 2 * step_w), w3 = qc_word(w + 3 * step_w);
-        const uint32_t w0 = qc_word(w);
-        c0 = __smlad(odd, qc_odd(w0), __smlad(even, qc_even(w0), c0));
-        c1 = __smlad(odd, qc_odd(w1), __smlad(even, qc_even(w1), c1));
-        c2 = __smlad(odd, qc_odd(w2), __smlad(even, qc_even(w2), c2));
-        c3 = __smlad(odd, qc_odd(w3), __smlad(even, qc_even(w3), c3));
-        a += 4;
-        w += 4;
-    }
-    for (int32_t i = 0; i < (k & 3); ++i) {
-        const int32_t code = a[i];
-        c0 += code * w[i];
-        c1 += code * w[i + step_w];
-        c2 += code * w[i + 2 * step_w];
-        c3 += code * w[i + 3 * step_w];
-    }
-    acc[0] = c0;
-    acc[1] = c1;
-    acc[2] = c2;
-    acc[3] = c3;
-}
+#define qc_tile_2x2(a_, step_a, w_, step_w, acc_, k)                                                                   \
+    do {                                                                                                               \
+        const int8_t *qa = (a_), *qw = (w_);                                                                           \
+        const int8_t *const qend = qa + ((k) & ~3);                                                                    \
+        if ((k) >= 4) {                                                                                                \
+            uint32_t x0, x1, e0, e1, y, t;                                                                             \
+            __asm__("1:\n\t" QC_STEP_2X2 "cmp %[a], %[end]\n\tbne 1b"                                                  \
+                    : [a] "+r"(qa), [w] "+r"(qw), [c0] "+r"((acc_)[0]), [c1] "+r"((acc_)[1]), [c2] "+r"((acc_)[2]),    \
+                      [c3] "+r"((acc_)[3]), [x0] "=&r"(x0), [x1] "=&r"(x1), [e0] "=&r"(e0), [e1] "=&r"(e1),            \
+                      [y] "=&r"(y), [t] "=&r"(t)                                                                       \
+                    : [end] "r"(qend), [sa] "n"(step_a), [sw] "n"(step_w)                                              \
+                    : "cc", "memory");                                                                                 \
+        }                                                                                                              \
+        for (int32_t i = 0; i < ((k) & 3); ++i) {                                                                      \
+            (acc_)[0] += qa[i] * qw[i];                                                                                \
+            (acc_)[1] += qa[i] * qw[i + (step_w)];                                                                     \
+            (acc_)[2] += qa[i + (step_a)] * qw[i];                                                                     \
+            (acc_)[3] += qa[i + (step_a)] * qw[i + (step_w)];                                                          \
+        }                                                                                                              \
+    } while (0)
+
+#define QC_ROW_1X4(load, c)                                                                                            \
+    load "\n\tsxtb16 %[t], %[y]\n\tsxtb16 %[y], %[y], ror #8\n\t"                                                      \
+         "smlad %[" c "], %[e], %[t], %[" c "]\n\tsmlad %[" c "], %[x], %[y], %[" c "]\n\t"
+
+#define qc_tile_1x4(a_, step_a, w_, step_w, acc_, k)                                                                   \
+    do {                                                                                                               \
+        const int8_t *qa = (a_), *qw = (w_);                                                                           \
+        const int8_t *const qend = qa + ((k) & ~3);                                                                    \
+        if ((k) >= 4) {                                                                                                \
+            uint32_t x, e, y, t;                                                                                       \
+            __asm__("1:\n\tldr %[x], [%[a]], #4\n\tsxtb16 %[e], %[x]\n\tsxtb16 %[x], %[x], ror #8\n\t"                 \
+                    QC_ROW_1X4("ldr %[y], [%[w], %[s1]]", "c1") QC_ROW_1X4("ldr %[y], [%[w], %[s2]]", "c2")            \
+                    QC_ROW_1X4("ldr %[y], [%[w], %[s3]]", "c3") QC_ROW_1X4("ldr %[y], [%[w]], #4", "c0")               \
+                    "cmp %[a], %[end]\n\tbne 1b"                                                                       \
+                    : [a] "+r"(qa), [w] "+r"(qw), [c0] "+r"((acc_)[0]), [c1] "+r"((acc_)[1]), [c2] "+r"((acc_)[2]),    \
+                      [c3] "+r"((acc_)[3]), [x] "=&r"(x), [e] "=&r"(e), [y] "=&r"(y), [t] "=&r"(t)                     \
+                    : [end] "r"(qend), [s1] "n"(step_w), [s2] "n"(2 * (step_w)), [s3] "n"(3 * (step_w))                \
+                    : "cc", "memory");                                                                                 \
+        }                                                                                                              \
+        for (int32_t i = 0; i < ((k) & 3); ++i) {                                                                      \
+            (acc_)[0] += qa[i] * qw[i];                                                                                \
+            (acc_)[1] += qa[i] * qw[i + (step_w)];                                                                     \
+            (acc_)[2] += qa[i] * qw[i + 2 * (step_w)];                                                                 \
+            (acc_)[3] += qa[i] * qw[i + 3 * (step_w)];                                                                 \
+        }                                                                                                              \
+    } while (0)
 
 QC_INLINE void qc_tile_1x2(const int8_t *a, int32_t step_a, const int8_t *w, int32_t step_w, int32_t *acc, int32_t k)
 {

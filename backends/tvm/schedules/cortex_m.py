@@ -10,6 +10,8 @@ from typing import Any
 from qcompile.backends.tvm.definitions import Convolution, define_convolution, define_depthwise, define_grouped
 from qcompile.backends.tvm.emit import Function, load_tvm
 
+#: Rows of a tile lie no farther apart than an address has room for.
+REACH = 4096
 #: Channels that `qc_depthwise_4` takes at once.
 GROUP = 4
 #: Channels whose patch a depthwise convolution gathers at once: copies of fewer are slow, more want stack.
@@ -18,9 +20,11 @@ GATHERED = 32
 
 def tile(shape: Convolution) -> tuple[int, int]:
     """Return how many pixels and output channels are accumulated at once; both divide the output."""
-    if shape.width % 2 == 0 and shape.outputs % 2 == 0:
+    length = shape.taps * shape.channels
+    if shape.width % 2 == 0 and shape.outputs % 2 == 0 and length < REACH:
         return 2, 2
-    return 1, next(count for count in (4, 2, 1) if shape.outputs % count == 0)
+    fitting = (count for count in (4, 2) if shape.outputs % count == 0 and (count - 1) * length < REACH)
+    return 1, next(fitting, 2 if shape.outputs % 2 == 0 else 1)
 
 
 def parts(shape: Convolution) -> list[tuple[int, Convolution]]:
@@ -35,6 +39,7 @@ def schedule_convolution(shape: Convolution) -> Function:
     """Return a convolution's kernel."""
     tvm = load_tvm()
     pixels, outputs = tile(shape)
+    length = shape.taps * shape.channels
     schedule = tvm.s_tir.Schedule(define_convolution(shape))
     output, acc = schedule.get_sblock("output"), schedule.get_sblock("acc")
     x, o = schedule.get_loops(output)
@@ -52,7 +57,7 @@ def schedule_convolution(shape: Convolution) -> Function:
     _start_at_zero(schedule, acc, first, 2)
     if outputs > 1:
         build = _tile if pixels > 1 else _row
-        schedule.tensorize(first, build(outputs, shape.taps * shape.channels))
+        schedule.tensorize(first, build(outputs, length))
     return schedule.mod["main"]
 
 
