@@ -98,9 +98,10 @@ def convolution(operation: ops.Conv, source: Tensor, target: Tensor) -> Convolut
 
 
 def dense(operation: ops.Dense, source: Tensor, target: Tensor) -> Convolution:
-    """Return a dense layer's kernel: a convolution of one tap over a map whose rows are its positions."""
+    """Return a dense layer's kernel: a pointwise convolution over a map of its positions."""
+    columns = source.size // source.shape[-1] // source.rows
     return Convolution(
-        source.rows, 1, source.shape[-1], 1, target.shape[-1], (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 0,
+        source.rows, columns, source.shape[-1], columns, target.shape[-1], (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 0,
         *_rounding(operation.requantize),
     )  # fmt: skip
 

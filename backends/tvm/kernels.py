@@ -96,7 +96,7 @@ def _convolution(operation: Any, tensors: Mapping[str, Tensor], flat: bool) -> l
 def _scheduled(shape: Convolution) -> Function:
     if shape.groups == 1:
         return cortex_m.schedule_convolution(shape)
-    if shape.depthwise and shape.channels % cortex_m.GROUP == 0:
+    if cortex_m.in_groups(shape):
         return cortex_m.schedule_depthwise(shape)
     return cortex_m.schedule_grouped(shape)
 
@@ -104,7 +104,7 @@ def _scheduled(shape: Convolution) -> Function:
 def _packed(shape: Convolution, weights: Array) -> Array:
     """Return weights in the order in which the kernel reads them."""
     rows = weights.reshape(len(weights), -1)
-    if shape.depthwise and shape.channels % cortex_m.GROUP == 0:
+    if cortex_m.in_groups(shape):
         return np.ascontiguousarray(rows.reshape(-1, cortex_m.GROUP, shape.taps).transpose(0, 2, 1))
     return np.ascontiguousarray(rows)
 

@@ -27,6 +27,11 @@ def tile(shape: Convolution) -> tuple[int, int]:
     return 1, next(fitting, 2 if shape.outputs % 2 == 0 else 1)
 
 
+def in_groups(shape: Convolution) -> bool:
+    """Tell whether a depthwise convolution's channels are taken four at a time."""
+    return shape.depthwise and shape.channels % GROUP == 0 and shape.taps > 1
+
+
 def parts(shape: Convolution) -> list[tuple[int, Convolution]]:
     """Return the first column and the shape of each part: an odd column is one of its own."""
     if shape.groups > 1 or shape.width % 2 == 0 or shape.width == 1 or shape.outputs % 2:
@@ -55,7 +60,7 @@ def schedule_convolution(shape: Convolution) -> Function:
         schedule.split(schedule.get_loops(patch)[-1], [*shape.size, shape.channels])
     first = schedule.get_loops(acc)[-3 if pixels > 1 else -2]
     _start_at_zero(schedule, acc, first, 2)
-    if outputs > 1:
+    if outputs > 1 and length > 1:  # an axis of one is no axis to tensorize along
         build = _tile if pixels > 1 else _row
         schedule.tensorize(first, build(outputs, length))
     return schedule.mod["main"]
