@@ -24,7 +24,7 @@ class Growing:
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
         name = f"t{len(self.tensors)}"
-        self.tensors[name] = Tensor(name, tuple(map(int, shape)), "int8", 0.05, int(self.random.integers(-128, 128)))
+        self.tensors[name] = Tensor(name, tuple(map(int, shape)), "int8", 0.05, int(self.random.integers(-40, 41)))
         return self.tensors[name]
 
     def add(self, kind: type[Operation], shape: tuple[int, ...], inputs: tuple[Tensor, ...], **fields: Any) -> None:
@@ -38,7 +38,7 @@ class Growing:
         ratio = 60.0 / spread * np.exp2(self.random.uniform(-2.0, 2.0, channels))
         multiplier, shift = numerics.fixed_point(ratio)
         low, high = sorted(self.random.integers(-128, 128, 2)) if self.random.random() < 0.3 else (-128, 127)
-        return ops.Requantize(multiplier, shift, int(self.random.integers(-128, 128)), int(low), int(high))
+        return ops.Requantize(multiplier, shift, int(self.random.integers(-40, 41)), int(low), int(high))
 
     def weights(self, *shape: int) -> dict[str, Any]:
         bias = self.random.integers(-3000, 3000, shape[0]).astype(np.int32)

@@ -168,4 +168,13 @@ def _freestanding(source: str) -> str:
     kept = kept.replace("TVM_DLL ", "static ")
     for name in ("input", "other", "weights", "channels", "table"):
         kept = re.sub(rf"(int8_t|int32_t|uint32_t)\* {name}\b", rf"const \1 *{name}", kept)
-    return kept.strip() + "\n"
+    return re.sub(r"^static void \w+\((.*?)\) \{\n(.*?)^\}", _without_unused, kept.strip(), flags=re.MULTILINE | re.DOTALL) + "\n"
+
+
+def _without_unused(function: re.Match[str]) -> str:
+    """Return a function that mentions every parameter: a part of a convolution may be all padding."""
+    names = [re.split(r"[ *]", parameter)[-1] for parameter in function[1].split(",")]
+    unused = [name for name in names if not re.search(rf"\b{name}\b", function[2])]
+    text = function[0]
+    start = function.start(2) - function.start(0)
+    return text[:start] + "".join(f"  (void){name};\n" for name in unused) + text[start:]
