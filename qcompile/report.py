@@ -118,7 +118,8 @@ def measurements(
     return {
         "schema_version": SCHEMA_VERSION,
         "processor": timing.processor(),
-        "latency": latency and {
+        "latency": latency
+        and {
             "float_ms": latency.reference_ms,
             "artifact_ms": latency.candidate_ms,
             "ratio": latency.ratio,

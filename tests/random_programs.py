@@ -48,7 +48,9 @@ class Growing:
 
     def window(self, rows: int, columns: int, padded: bool = True) -> tuple[ops.Window, int, int]:
         """Return a window that fits a map, and the rows and columns of its result."""
-        pads = tuple(int(n) for n in self.random.integers(0, 3, 4)) if padded and self.random.random() < 0.7 else (0,) * 4
+        pads = (
+            tuple(int(n) for n in self.random.integers(0, 3, 4)) if padded and self.random.random() < 0.7 else (0,) * 4
+        )
         dilations = (2, 1) if self.random.random() < 0.2 else (1, 1)
         strides = tuple(int(n) for n in self.random.integers(1, 4, 2)) if self.random.random() < 0.4 else (1, 1)
         size, result = [], []
@@ -102,7 +104,9 @@ def skip(grown: Growing) -> None:
     grown.add(ops.Lookup, before.shape, (before,), table=grown.random.integers(-128, 128, 256).astype(np.int8))
     multipliers = tuple(int(n) for n in grown.random.integers(-(2**20), 2**20, 2))
     bias, low = int(grown.random.integers(-(2**27), 2**27)), int(grown.random.integers(-128, 0))
-    grown.add(ops.Add, before.shape, (before, grown.last), multipliers=multipliers, bias=bias, shift=21, low=low, high=127)
+    grown.add(
+        ops.Add, before.shape, (before, grown.last), multipliers=multipliers, bias=bias, shift=21, low=low, high=127
+    )
 
 
 def gate(grown: Growing) -> None:

@@ -69,9 +69,7 @@ def _version(command: Sequence[str]) -> str:
 
 
 def _code(objects: Path) -> int:
-    listed = subprocess.run(
-        ["nm", "--print-size", str(objects)], capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run(["nm", "--print-size", str(objects)], capture_output=True, text=True, check=True)
     rows = [line.split() for line in listed.stdout.splitlines()]
     return sum(int(row[1], 16) for row in rows if len(row) == 4 and row[2] in "tTrR" and not DATA.match(row[3]))
 

@@ -163,6 +163,8 @@ def _sizes(program: Path) -> dict[str, int]:
 def _call(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error: " in line or "overflow" in line or "undefined" in line] or [done.stderr]
+        lines = [
+            line for line in done.stderr.splitlines() if "error: " in line or "overflow" in line or "undefined" in line
+        ] or [done.stderr]
         raise TargetError(Path(command[0]).name, lines[0], "see docs/targets/mcu.md")
     return done.stdout

@@ -135,9 +135,7 @@ def _apart(operation: Operation, tensors: Mapping[str, Tensor], offsets: Mapping
     if len(target.shape) == 4 and target.shape[2] % 2 == 0:
         return True
     first, last = offsets[operation.output], offsets[operation.output] + target.nbytes
-    return all(
-        offsets[name] + tensors[name].nbytes <= first or last <= offsets[name] for name in operation.inputs
-    )
+    return all(offsets[name] + tensors[name].nbytes <= first or last <= offsets[name] for name in operation.inputs)
 
 
 def weight_bytes(layers: Sequence[Layer]) -> int:

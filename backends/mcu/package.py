@@ -76,7 +76,9 @@ def write_package(source: Source, footprint: Footprint, example: Example, folder
 def _example_call(source: Source) -> str:
     ports = [*source.program.inputs, *source.program.outputs]
     given = write_c.parameters(source.program)
-    lines = [f"int8_t {name}[{source.tensors[port.tensor].nbytes}];" for port, (_, name) in zip(ports, given, strict=True)]
+    lines = [
+        f"int8_t {name}[{source.tensors[port.tensor].nbytes}];" for port, (_, name) in zip(ports, given, strict=True)
+    ]
     return "\n".join([*lines, f"{source.name}_run({', '.join(name for _, name in given)});"])
 
 

@@ -90,7 +90,9 @@ def header(source: Source) -> str:
 def _port(stem: str, port: Port, tensor: Tensor) -> list[str]:
     stored = "x".join(map(str, tensor.shape))
     given = "x".join(map(str, port.shape))
-    order = "" if port.axes == tuple(range(len(port.axes))) else f", the model's {given} with axes in the order {port.axes}"
+    order = (
+        "" if port.axes == tuple(range(len(port.axes))) else f", the model's {given} with axes in the order {port.axes}"
+    )
     minus = "; the model's own codes less 128" if port.unsigned else ""
     return [
         f"/* '{port.name}': {stored}{order}{minus} */",
@@ -268,13 +270,14 @@ def _strips(source: Source, strips: Strips, layers: Mapping[int, Layer]) -> list
         )
     columns = table.shape[1]
     return [
-        f"    for (int32_t i = 0; i < {len(table)}; ++i) {{\n        const int16_t *const step = &{name}[i * {columns}];\n"
+        f"    for (int32_t i = 0; i < {len(table)}; ++i) {{\n"
+        f"        const int16_t *const step = &{name}[i * {columns}];\n"
         f"        switch (step[0]) {{\n{''.join(cases)}        default:\n            break;\n        }}\n    }}"
     ]
 
 
 def step_table(strips: Strips) -> npt.NDArray[np.int16]:
-    """Return a row per step: operation, first, last, held, rows kept, moved from, and what each input's window holds."""
+    """Return a row per step: operation, first, last, held, rows kept, moved from, and the row atop each input."""
     held: dict[str, int] = {}
     most = max(len(operation.inputs) for operation in strips.operations)
     rows = []

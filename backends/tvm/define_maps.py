@@ -92,7 +92,7 @@ def define_transpose(operation: ops.Transpose, source: Tensor, target: Tensor) -
     codes = te.placeholder(source.shape, "int8", name="input")
 
     def code(*place: Any) -> Any:
-        at = {axis: index for axis, index in zip(operation.axes, place, strict=True)}
+        at = dict(zip(operation.axes, place, strict=True))
         return codes[tuple(at[axis] for axis in range(len(at)))]
 
     return te.create_prim_func([codes, te.compute(target.shape, code, name="output")])

@@ -6,6 +6,7 @@ compute one row of the output, number `y`, from the whole input; those on single
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,8 +92,9 @@ class Convolution:
 def convolution(operation: ops.Conv, source: Tensor, target: Tensor) -> Convolution:
     """Return the shape of a convolution's kernel."""
     window = operation.window
+    _, rows, columns, channels = source.shape
     return Convolution(
-        *source.shape[1:], target.shape[2], target.shape[3], window.size, window.strides, window.dilations,
+        rows, columns, channels, target.shape[2], target.shape[3], window.size, window.strides, window.dilations,
         window.pads, window.outside, *_rounding(operation.requantize), groups=operation.groups,
     )  # fmt: skip
 
@@ -178,9 +180,7 @@ def define_depthwise(shape: Convolution, group: int) -> Function:
     t = te.reduce_axis((0, shape.taps), name="t")
     acc = te.compute(
         (shape.width, shape.outputs),
-        lambda x, c: te.sum(
-            patch[x, t, c].astype("int32") * weights[c // group, t, c % group].astype("int32"), axis=t
-        ),
+        lambda x, c: te.sum(patch[x, t, c].astype("int32") * weights[c // group, t, c % group].astype("int32"), axis=t),
         name="acc",
     )
     output = te.compute(acc.shape, lambda x, c: _code(shape, acc[x, c], channels, c), name="output")
@@ -223,9 +223,7 @@ def _patch(shape: Convolution, source: Any, y: Any, channels: int) -> Any:
     return code
 
 
-def within(
-    place: tuple[Any, Any], extent: tuple[int, int], margins: tuple[Any, Any], value: Any, outside: int
-) -> Any:
+def within(place: tuple[Any, Any], extent: Sequence[int], margins: tuple[Any, Any], value: Any, outside: int) -> Any:
     """Return a code of a map, or the one outside of it; an axis without padding is not looked at."""
     tirx = load_tvm().tirx
     conditions = []

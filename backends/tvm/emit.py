@@ -28,6 +28,7 @@ def load_tvm() -> ModuleType:
     try:
         import tvm
         import tvm.s_tir
+        import tvm.script
         import tvm.sym  # parts of their own, which `import tvm` leaves out
     except ImportError as error:
         raise TargetError("tvm", "is not installed", "pip install 'qcompile[tvm]'") from error
@@ -60,7 +61,9 @@ def _lowered(module: Any, target: Any) -> Any:
         x.StmtSimplify(), x.UnrollLoop(), s.RenormalizeSplitPattern(), x.StmtSimplify(), x.RemoveNoOp(),
     ]  # fmt: skip
     flat = tvm.ir.transform.Sequential(blocks)(module)
-    raw = {name: _raw(function.with_body(_on_stack(_copied(function.body)))) for name, function in flat.functions.items()}
+    raw = {
+        name: _raw(function.with_body(_on_stack(_copied(function.body)))) for name, function in flat.functions.items()
+    }
     return tvm.ir.transform.Sequential([x.LowerTVMBuiltin(), x.LowerIntrin()])(tvm.IRModule(raw))
 
 
@@ -116,7 +119,11 @@ def _copy(loop: Any) -> Any:
     value, condition, code = store.value, None, None
     if getattr(getattr(value, "op", None), "name", "") in ("prim.if_then_else", "tirx.if_then_else"):
         condition, value, code = value.args
-    if not isinstance(value, tvm.ir.TensorLoad) or str(value.source.dtype) != "int8" or value.source.same_as(store.buffer):
+    if (
+        not isinstance(value, tvm.ir.TensorLoad)
+        or str(value.source.dtype) != "int8"
+        or value.source.same_as(store.buffer)
+    ):
         return loop
     variable = loop.loop_var
     if not (_in_order(store.indices, variable) and _in_order(value.indices, variable)):
@@ -124,8 +131,10 @@ def _copy(loop: Any) -> Any:
     if condition is not None and (_reads(condition, variable) or _reads(code, variable)):
         return loop
     count, target = loop.extent, _address(store.buffer, store.indices, variable)
-    copy = tirx.Evaluate(tirx.call_extern("int32", "qc_copy", target, _address(value.source, value.indices, variable), count))
-    if condition is None:
+    copy = tirx.Evaluate(
+        tirx.call_extern("int32", "qc_copy", target, _address(value.source, value.indices, variable), count)
+    )
+    if condition is None or code is None:
         return copy
     return tirx.IfThenElse(
         condition, copy, tirx.Evaluate(tirx.call_extern("int32", "qc_fill", target, code.astype("int32"), count))
@@ -168,7 +177,10 @@ def _freestanding(source: str) -> str:
     kept = kept.replace("TVM_DLL ", "static ")
     for name in ("input", "other", "weights", "channels", "table"):
         kept = re.sub(rf"(int8_t|int32_t|uint32_t)\* {name}\b", rf"const \1 *{name}", kept)
-    return re.sub(r"^static void \w+\((.*?)\) \{\n(.*?)^\}", _without_unused, kept.strip(), flags=re.MULTILINE | re.DOTALL) + "\n"
+    return (
+        re.sub(r"^static void \w+\((.*?)\) \{\n(.*?)^\}", _without_unused, kept.strip(), flags=re.MULTILINE | re.DOTALL)
+        + "\n"
+    )
 
 
 def _without_unused(function: re.Match[str]) -> str:

@@ -14,7 +14,6 @@ from qcompile.core.capabilities import Capability
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
 
-
 #: Settings of a device that the user gives: which board, and bytes of memory at most.
 LIMITS = ("board", "max_sram", "max_flash")
 

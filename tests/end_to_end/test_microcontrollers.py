@@ -48,7 +48,9 @@ def test_a_model_becomes_a_package(package, tmp_path):
     assert footprint["arena_bytes"] <= 34 * 1024 and report["size"]["artifact_bytes"] == footprint["weight_bytes"]
     manifest = json.loads((output / "manifest.json").read_text())
     assert {"model.c", "model.h", "model_weights.h", "selftest.c", "reference.onnx"} <= set(manifest["files"])
-    subprocess.run(["gcc", "-std=c99", "-O2", "model.c", "selftest.c", "-o", str(tmp_path / "t")], cwd=output, check=True)
+    subprocess.run(
+        ["gcc", "-std=c99", "-O2", "model.c", "selftest.c", "-o", str(tmp_path / "t")], cwd=output, check=True
+    )
     subprocess.run([tmp_path / "t"], check=True)
 
 
@@ -71,7 +73,9 @@ def test_less_memory_means_strips(package):
 )
 def test_what_cannot_be_is_refused_in_one_line(qcompile, resnet8, tmp_path, words, code, facts):
     model, data, _ = resnet8
-    done = qcompile(model, "--target", "cortex-m4", "--data", data, "--observer", "minmax", "-o", tmp_path / "o", *words)
+    done = qcompile(
+        model, "--target", "cortex-m4", "--data", data, "--observer", "minmax", "-o", tmp_path / "o", *words
+    )
     assert done.code == code, done.err
     assert len(done.err.strip().splitlines()) == 1 and all(fact in done.err for fact in facts), done.err
     assert not (tmp_path / "o").exists()
@@ -110,7 +114,9 @@ def test_a_package_runs_under_emulation_in_so_many_instructions(qcompile, packag
 def test_a_wrong_output_is_noticed(qcompile, package):
     _, _, output = package("cortex-m4")
     weights = (output / "model_weights.h").read_text()
-    changed = weights.replace("static const int32_t channels_13[30] = {\n    ", "static const int32_t channels_13[30] = {\n    9", 1)
+    changed = weights.replace(
+        "static const int32_t channels_13[30] = {\n    ", "static const int32_t channels_13[30] = {\n    9", 1
+    )
     assert changed != weights
     (output / "model_weights.h").write_text(changed)
     done = qcompile("run", output)

@@ -9,6 +9,7 @@ from typing import Any
 
 from qcompile.backends.tvm.definitions import Convolution, define_convolution, define_depthwise, define_grouped
 from qcompile.backends.tvm.emit import Function, load_tvm
+from qcompile.backends.tvm.schedules.tiles import register_tile
 
 #: Rows of a tile lie no farther apart than an address has room for.
 REACH = 4096
@@ -61,8 +62,9 @@ def schedule_convolution(shape: Convolution) -> Function:
     first = schedule.get_loops(acc)[-3 if pixels > 1 else -2]
     _start_at_zero(schedule, acc, first, 2)
     if outputs > 1 and length > 1:  # an axis of one is no axis to tensorize along
-        build = _tile if pixels > 1 else _row
-        schedule.tensorize(first, build(outputs, length))
+        extents = {"q": outputs, "k": length} | ({"p": pixels} if pixels > 1 else {})
+        contraction = "pk,qk->pq" if pixels > 1 else "k,qk->q"
+        schedule.tensorize(first, register_tile(f"qc_tile_{pixels}x{outputs}", contraction, extents))
     return schedule.mod["main"]
 
 
@@ -95,7 +97,7 @@ def schedule_depthwise(shape: Convolution) -> Function:
     schedule.split(schedule.get_loops(patch)[-2], list(shape.size))
     first = schedule.get_loops(acc)[-2]
     _start_at_zero(schedule, acc, first, 1)
-    schedule.tensorize(first, _depthwise(shape.taps))
+    schedule.tensorize(first, register_tile("qc_depthwise_4", "tq,tq->q", {"t": shape.taps, "q": GROUP}))
     return schedule.mod["main"]
 
 
@@ -103,123 +105,3 @@ def _start_at_zero(schedule: Any, acc: Any, loop: Any, axes: int) -> None:
     zero = schedule.decompose_reduction(acc, loop)
     for each in schedule.get_loops(zero)[-axes:]:
         schedule.unroll(each)
-
-
-def _tile(outputs: int, length: int) -> str:
-    """Register acc[p, q] += Σ_k a[p, k] · w[q, k] as `qc_tile_2xQ`, and return its name."""
-    tvm = load_tvm()
-    from tvm.script import tirx as T
-
-    pixels = 2
-    name = f"qc_tile_{pixels}x{outputs}"
-
-    @T.prim_func(s_tir=True)
-    def description(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
-        A = T.match_buffer(a, (pixels, length), "int8", offset_factor=1)
-        W = T.match_buffer(w, (outputs, length), "int8", offset_factor=1)
-        C = T.match_buffer(c, (pixels, outputs), "int32", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(C[0:pixels, 0:outputs], A[0:pixels, 0:length], W[0:outputs, 0:length])
-            T.writes(C[0:pixels, 0:outputs])
-            for p, q, k in T.grid(pixels, outputs, length):
-                with T.sblock("acc"):
-                    vp, vq, vk = T.axis.remap("SSR", [p, q, k])
-                    C[vp, vq] = C[vp, vq] + T.Cast("int32", A[vp, vk]) * T.Cast("int32", W[vq, vk])
-
-    @T.prim_func(s_tir=True)
-    def body(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
-        sa, sw, sc = T.int32(), T.int32(), T.int32()
-        A = T.match_buffer(a, (pixels, length), "int8", offset_factor=1, strides=[sa, 1])
-        W = T.match_buffer(w, (outputs, length), "int8", offset_factor=1, strides=[sw, 1])
-        C = T.match_buffer(c, (pixels, outputs), "int32", offset_factor=1, strides=[sc, 1])
-        with T.sblock("root"):
-            T.reads(C[0:pixels, 0:outputs], A[0:pixels, 0:length], W[0:outputs, 0:length])
-            T.writes(C[0:pixels, 0:outputs])
-            T.evaluate(
-                T.call_extern(
-                    "int32", name, T.address_of(A[0, 0]), sa, T.address_of(W[0, 0]), sw, T.address_of(C[0, 0]), length
-                )
-            )
-
-    registered = f"{name}_{length}"
-    tvm.s_tir.TensorIntrin.register(registered, description, body, override=True)
-    return registered
-
-
-def _row(outputs: int, length: int) -> str:
-    """Register acc[q] += Σ_k a[k] · w[q, k] as `qc_tile_1xQ`, and return its name."""
-    tvm = load_tvm()
-    from tvm.script import tirx as T
-
-    name = f"qc_tile_1x{outputs}"
-
-    @T.prim_func(s_tir=True)
-    def description(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
-        A = T.match_buffer(a, (length,), "int8", offset_factor=1)
-        W = T.match_buffer(w, (outputs, length), "int8", offset_factor=1)
-        C = T.match_buffer(c, (outputs,), "int32", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(C[0:outputs], A[0:length], W[0:outputs, 0:length])
-            T.writes(C[0:outputs])
-            for q, k in T.grid(outputs, length):
-                with T.sblock("acc"):
-                    vq, vk = T.axis.remap("SR", [q, k])
-                    C[vq] = C[vq] + T.Cast("int32", A[vk]) * T.Cast("int32", W[vq, vk])
-
-    @T.prim_func(s_tir=True)
-    def body(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
-        sw = T.int32()
-        A = T.match_buffer(a, (length,), "int8", offset_factor=1)
-        W = T.match_buffer(w, (outputs, length), "int8", offset_factor=1, strides=[sw, 1])
-        C = T.match_buffer(c, (outputs,), "int32", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(C[0:outputs], A[0:length], W[0:outputs, 0:length])
-            T.writes(C[0:outputs])
-            T.evaluate(
-                T.call_extern(
-                    "int32", name, T.address_of(A[0]), 0, T.address_of(W[0, 0]), sw, T.address_of(C[0]), length
-                )
-            )
-
-    registered = f"{name}_{length}"
-    tvm.s_tir.TensorIntrin.register(registered, description, body, override=True)
-    return registered
-
-
-def _depthwise(taps: int) -> str:
-    """Register acc[c] += Σ_t a[t, c] · w[t, c] as `qc_depthwise_4`, and return its name."""
-    tvm = load_tvm()
-    from tvm.script import tirx as T
-
-    @T.prim_func(s_tir=True)
-    def description(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
-        A = T.match_buffer(a, (taps, GROUP), "int8", offset_factor=1)
-        W = T.match_buffer(w, (taps, GROUP), "int8", offset_factor=1)
-        C = T.match_buffer(c, (GROUP,), "int32", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(C[0:GROUP], A[0:taps, 0:GROUP], W[0:taps, 0:GROUP])
-            T.writes(C[0:GROUP])
-            for q, t in T.grid(GROUP, taps):
-                with T.sblock("acc"):
-                    vq, vt = T.axis.remap("SR", [q, t])
-                    C[vq] = C[vq] + T.Cast("int32", A[vt, vq]) * T.Cast("int32", W[vt, vq])
-
-    @T.prim_func(s_tir=True)
-    def body(a: T.handle, w: T.handle, c: T.handle):  # type: ignore[no-untyped-def]
-        sa, sw = T.int32(), T.int32()
-        A = T.match_buffer(a, (taps, GROUP), "int8", offset_factor=1, strides=[sa, 1])
-        W = T.match_buffer(w, (taps, GROUP), "int8", offset_factor=1, strides=[sw, 1])
-        C = T.match_buffer(c, (GROUP,), "int32", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(C[0:GROUP], A[0:taps, 0:GROUP], W[0:taps, 0:GROUP])
-            T.writes(C[0:GROUP])
-            T.evaluate(
-                T.call_extern(
-                    "int32", "qc_depthwise_4", T.address_of(A[0, 0]), sa, T.address_of(W[0, 0]), sw,
-                    T.address_of(C[0]), taps,
-                )
-            )  # fmt: skip
-
-    registered = f"qc_depthwise_4_{taps}"
-    tvm.s_tir.TensorIntrin.register(registered, description, body, override=True)
-    return registered

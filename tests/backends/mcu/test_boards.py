@@ -34,7 +34,7 @@ def test_the_tighter_bound_counts_and_is_named():
 
 
 def test_a_board_that_is_not_there_or_not_the_targets_is_refused():
-    with pytest.raises(UsageError, match="no such board; use one of .*nrf52840"):
+    with pytest.raises(UsageError, match=r"no such board; use one of .*nrf52840"):
         find_board("toaster")
     with pytest.raises(UsageError, match="--target cortex-m7"):
         check_board("stm32f746", TARGETS["cortex-m4"])
