@@ -23,6 +23,8 @@ from qcompile.passes.place import Placement
 
 #: Bits of weights that are packed (`core/packing.py`), but for what their block has in common.
 PACKED = 4
+#: How many times as far as the highest score seen in front of a Softmax the codes reach, on either side.
+ROOM = 3.0
 
 
 def allocate_bits(
@@ -50,11 +52,14 @@ def allocate_bits(
         By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
     """
     tensors: dict[str, TensorQuant] = {}
+    values = ir.convenience.create_value_mapping(model.graph)
     for name in placement.activations:
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
+        if target.integer_only and high > 0.0 and _are_scores(values[name]):
+            low, high = max(low, -ROOM * high), ROOM * high
         scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():
@@ -76,6 +81,16 @@ def allocate_bits(
                 quant = replace(quant, scale=tuple(map(max, both)))
             tensors[weight] = quant
     return QuantPlan(tensors, placement.ops)
+
+
+def _are_scores(value: ir.Value) -> bool:
+    """Tell whether a value is what a Softmax alone reads.
+
+    Only distances from the highest score count there, and of these the small ones. So the lowest scores may be clipped;
+    but inputs that the model is surer of than of those it was calibrated with have higher ones.
+    """
+    readers = structure.readers(value)
+    return bool(readers) and all(structure.is_standard(node, "Softmax") for node in readers)
 
 
 def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:

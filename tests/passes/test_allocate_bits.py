@@ -223,3 +223,29 @@ def test_weights_shared_by_two_operators_leave_room_for_both_biases(
     for node in "ab":
         assert np.abs(bias_codes(result, node).astype(np.int64)).min() > 0
         assert np.abs(bias_codes(result, node).astype(np.int64)).max() < 2**31 - 1
+
+
+SCORES = "s = MatMul (x, m) y = Softmax (s)"
+
+
+@pytest.mark.parametrize(
+    ("body", "room"),
+    [
+        (SCORES, True),
+        ("s = MatMul (x, m) y = LogSoftmax (s)", False),
+        (f"{SCORES} z = Relu (s)", False),
+        ("s = MatMul (x, m) y = Relu (s)", False),
+    ],
+)
+def test_scores_of_a_softmax_have_room_above_what_was_seen(
+    body: str, room: bool, m: np.ndarray, eager: Target, model_of: Build, quantized: Build
+) -> None:
+    rules = {**eager.ops, "MatMul": replace(eager.ops["MatMul"], quantized_output=True),
+             "Softmax": replace(eager.ops["Add"])}  # fmt: skip
+    integers = replace(eager, ops=rules, integer_only=True, costs=None)
+    outputs = "float[1,8] y, float[1,8] z" if " z " in body else "float[1,8] y"
+    found = quantized(model_of(rows(body, outputs=outputs), m=m), integers).plan.tensors
+    if "s" not in found:
+        pytest.fail("the scores are not quantized")
+    plain = quantized(model_of(rows(body, outputs=outputs), m=m), replace(integers, integer_only=False)).plan.tensors
+    assert (found["s"].scale[0] > 1.5 * plain["s"].scale[0]) == room

@@ -12,7 +12,9 @@ import pytest
 
 from qcompile.core.plan import Precision, Role
 from qcompile.core.target import OpKind, OpRule, Target
-from qcompile.passes.place import FEWEST_ROWS, Wish
+from qcompile.passes.canonicalize.fix_names import FixNames
+from qcompile.passes.canonicalize.infer_shapes import InferShapes
+from qcompile.passes.place import FEWEST_ROWS, Wish, place
 
 Build = Callable[..., Any]
 NOT_ABSORBED = "not absorbed by the operator in front of it"
@@ -415,3 +417,16 @@ def test_weights_shared_with_an_operator_that_stays_in_float(m: np.ndarray, mode
     result = quantized(model_of(text, m=m), wishes=kept(Precision.FLOAT, "a"))
     assert result.ops == {"a": (FLOAT, "as wished"), "b": INTEGER}
     assert {"m", "m_quantized"} <= set(result.model.graph.initializers)
+
+
+def test_a_target_of_integers_alone_takes_the_first_and_the_last_operator(model_of: Build, eager: Target) -> None:
+    body = "t = MaxPool <kernel_shape = [2,2]> (x) c = Conv (t, w) p = GlobalAveragePool (c) y = Flatten (p)"
+    text = f"(float[1,3,6,6] x) => (float[1,4] y) {{ {body} }}"
+    weights = np.ones((4, 3, 3, 3), np.float32)
+    for integers, expected in ((True, {"integer"}), (False, {"integer", "float"})):
+        model = model_of(text, w=weights)
+        InferShapes()(model)
+        FixNames()(model)
+        placement = place(model, replace(eager, integer_only=integers), True, True)
+        found = {op.precision.value: op.reason for op in placement.ops.values()}
+        assert set(found) == expected, found
