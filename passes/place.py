@@ -269,7 +269,7 @@ class _Placer:
         """Tell whether a value leaves an integer operator (or the activation that it absorbs) as codes."""
         producer = value.producer()
         if producer is None:
-            return False
+            return self.target.integer_only and value.is_graph_input()
         producer = self.absorbed.get(structure.node_name(producer), producer)
         return self.ops[structure.node_name(producer)].output == value.name
 
@@ -285,14 +285,14 @@ class _Placer:
             rule = self.rule(node)
             if rule is None or rule.kind not in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH) or not self.activations:
                 continue
-            if structure.node_name(node) in self.absorbed or self.kept_in_float(node) or _other_float_inputs(node):
-                continue
-            if any(self.behind_inexact_pool(value) for value in node.outputs):
+            if structure.node_name(node) in self.absorbed or self.kept_in_float(node) or self._has_no_kernel(node):
                 continue
             inputs = list(structure.activation_inputs(node))
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
                 self._take(node, rule)
                 taken.append(node)
+        if self.target.integer_only:
+            return  # nothing there would take what is given back
         for node in reversed(taken):
             name = structure.node_name(node)
             behind = [n for n, source in self.absorbed.items() if source is node]
@@ -301,6 +301,16 @@ class _Placer:
                 for activation in behind:
                     del self.absorbed[activation]
                 self.ops[name] = OpPlan(node.op_type, Precision.FLOAT, "no integer operator reads its result")
+
+    def _has_no_kernel(self, node: ir.Node) -> bool:
+        """Tell whether an operator that the target has in integers stays in float for what it reads.
+
+        A kernel of a runtime would need float constants as codes as well; a target without floats refuses when it
+        lowers what it cannot make numbers of.
+        """
+        if self.target.integer_only:
+            return False
+        return _other_float_inputs(node) or any(self.behind_inexact_pool(value) for value in node.outputs)
 
     def extend_backward(self, nodes: list[ir.Node]) -> None:
         """Take in operators that move codes where all their readers take codes."""

@@ -92,7 +92,7 @@ def with_batch_of_one(model: ir.Model) -> ir.Model:
     Raises
     ------
     TargetError
-        If other axes of an input are open, or the batch is a larger number.
+        If other axes of an input are open.
     """
     static = model.clone()
     for value in static.graph.inputs:
@@ -100,9 +100,8 @@ def with_batch_of_one(model: ir.Model) -> ir.Model:
         if shape is None or any(not isinstance(length, int) for length in list(shape)[1:]):
             place = f"input '{value.name}'"
             raise TargetError(place, f"has the open shape {shape}", f"fix it: --shape {value.name}=1x...")
-        if len(shape) > 1 and isinstance(shape[0], int) and shape[0] != 1:
-            raise TargetError(f"input '{value.name}'", f"has a batch of {shape[0]}", "export the model with batch 1")
-        value.shape = ir.Shape([1, *list(shape)[1:]] if len(shape) else [])
+        if len(shape) and not isinstance(shape[0], int):
+            value.shape = ir.Shape([1, *list(shape)[1:]])
     for node in static.graph:
         for value in node.outputs:
             value.shape = None
@@ -165,6 +164,8 @@ class _Lowering:
         if node.domain not in ("", "ai.onnx"):
             refuse(node, f"is of the domain {node.domain}", "only standard ONNX operators have an integer form")
         self._require_shapes(node)
+        if structure.is_standard(node, "Dropout") and len(node.inputs) > 2:
+            refuse(node, "drops values at random", "export the model for inference")
         if structure.is_standard(node, "Identity", "Dropout"):
             value = structure.input_of(node, 0)
             if value in self.known:

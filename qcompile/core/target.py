@@ -83,6 +83,8 @@ class Target:
     costs : CostTable, optional
         What its kernels take; without it whatever can be integers is. In the file, the table's name in ``costs/``.
         See `with_costs`.
+    integer_only : bool
+        It has no float: every operator that can be integers becomes them, the first and the last included.
     settings : mapping
         The backend's own table.
     deployed_opset : int, optional
@@ -105,6 +107,7 @@ class Target:
     per_channel: bool
     ops: Mapping[str, OpRule]
     costs: CostTable | None = None
+    integer_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     deployed_opset: int | None = None
     wide_weight_dtype: str = ""
