@@ -82,12 +82,16 @@ def _wanted_order(value: ir.Value, axes: tuple[int, ...]) -> tuple[int, ...]:
     axes : tuple of int
         Which of the input's axes each axis of the value is.
     """
+    as_given = tuple(sorted(axes))
     for node in structure.readers(value):
+        found = as_given
         if structure.is_standard(node, "QuantizeLinear", "DequantizeLinear", "Identity", "Dropout"):
-            return _wanted_order(node.outputs[0], axes)
-        if structure.is_standard(node, "Transpose"):
+            found = _wanted_order(node.outputs[0], axes)
+        elif structure.is_standard(node, "Transpose"):
             permutation = node.attributes.get_ints("perm", tuple(reversed(range(len(axes)))))
-            return _wanted_order(node.outputs[0], tuple(axes[axis] for axis in permutation))
-        if node.op_type in READS_MAPS and len(axes) in (3, 4):
-            return tuple(axes[axis] for axis in channels_last(len(axes)))
-    return tuple(sorted(axes))
+            found = _wanted_order(node.outputs[0], tuple(axes[axis] for axis in permutation))
+        elif node.op_type in READS_MAPS and len(axes) in (3, 4):
+            found = tuple(axes[axis] for axis in channels_last(len(axes)))
+        if found != as_given:
+            return found
+    return as_given
