@@ -37,6 +37,8 @@ class MemoryPlan:
         Bytes that no placement stays below with this order of operations.
     disjoint_bound : int
         What that would be if no two tensors that live at one time overlapped.
+    peak : str
+        Name of the operation that needs most.
     """
 
     program: Program
@@ -44,6 +46,7 @@ class MemoryPlan:
     offsets: Mapping[str, int]
     bound: int
     disjoint_bound: int
+    peak: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,13 @@ class Layout:
                     graph.remove_edge(name, other)
                     del self.gaps[name, other], self.gaps[other, name]
 
-    def bound(self) -> int:
-        """Return the most bytes that any one operation needs."""
-        return max((self._needed(time) for time in range(len(self.program.operations))), default=0)
+    def bound(self) -> tuple[int, str]:
+        """Return the most bytes that any one operation needs, and which one that is."""
+        found = [(self.needed(time), operation.name) for time, operation in enumerate(self.program.operations)]
+        return max(found, key=lambda one: one[0], default=(0, ""))
 
-    def _needed(self, time: int) -> int:
+    def needed(self, time: int) -> int:
+        """Return the bytes of what lives during an operation."""
         operation = self.program.operations[time]
         alive = {name: buffer.size for name, buffer in self.buffers.items() if buffer.born <= time <= buffer.dies}
         total = sum(alive.values())
@@ -208,7 +213,7 @@ def assign_offsets(program: Program, overlap: bool = True) -> MemoryPlan:
         docs/integer-kernels.md's rules of rows and elements then.
     """
     layout = Layout(program, overlap)
-    bound = layout.bound()
+    bound, peak = layout.bound()
     best: dict[str, int] | None = None
     least = 0
     for order in _orders(layout):
@@ -219,8 +224,8 @@ def assign_offsets(program: Program, overlap: bool = True) -> MemoryPlan:
         if least <= bound:
             break
     offsets = {name: (best or {})[owner] for name, owner in layout.owner.items() if owner in (best or {})}
-    disjoint = bound if not overlap else Layout(program, overlap=False).bound()
-    return MemoryPlan(program, least, offsets, bound, disjoint)
+    disjoint = bound if not overlap else Layout(program, overlap=False).bound()[0]
+    return MemoryPlan(program, least, offsets, bound, disjoint, peak)
 
 
 def _orders(layout: Layout) -> list[list[str]]:
@@ -230,7 +235,7 @@ def _orders(layout: Layout) -> list[list[str]]:
     by_time = sorted(buffers, key=lambda name: (buffers[name].born, -buffers[name].size))
     by_weight = sorted(buffers, key=lambda name: -buffers[name].size * (buffers[name].dies - buffers[name].born + 1))
     # From the operation that needs most outward: what is tightest is placed while everything is free.
-    needs = [layout._needed(time) for time in range(len(layout.program.operations))]
+    needs = [layout.needed(time) for time in range(len(layout.program.operations))]
     peak = needs.index(max(needs)) if needs else 0
     by_distance = sorted(
         buffers, key=lambda name: (max(buffers[name].born - peak, peak - buffers[name].dies, 0), -buffers[name].size)

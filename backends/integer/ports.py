@@ -90,8 +90,17 @@ def _wanted_order(value: ir.Value, axes: tuple[int, ...]) -> tuple[int, ...]:
         elif structure.is_standard(node, "Transpose"):
             permutation = node.attributes.get_ints("perm", tuple(reversed(range(len(axes)))))
             found = _wanted_order(node.outputs[0], tuple(axes[axis] for axis in permutation))
-        elif node.op_type in READS_MAPS and len(axes) in (3, 4):
+        elif len(axes) in (3, 4) and (node.op_type in READS_MAPS or _averages_space(node, len(axes))):
             found = tuple(axes[axis] for axis in channels_last(len(axes)))
         if found != as_given:
             return found
     return as_given
+
+
+def _averages_space(node: ir.Node, rank: int) -> bool:
+    """Tell whether a node is the mean over all positions of a map."""
+    if not structure.is_standard(node, "ReduceMean"):
+        return False
+    axes = structure.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    given = node.attributes.get_ints("axes", ()) if axes is None else axes.reshape(-1)
+    return sorted(int(axis) % rank for axis in given) == list(range(2, rank))
