@@ -240,6 +240,8 @@ class _Placer:
         ONNX Runtime takes any pool between DQ and Q to its integer kernel, which knows neither dilations nor how to
         count the padding of a last window that is cut off.
         """
+        if self.target.integer_only:
+            return False
         node = value.producer() if value is not None else None
         while node is not None and (rule := self.rule(node)) is not None and rule.kind is OpKind.PASSTHROUGH:
             node = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -285,7 +287,12 @@ class _Placer:
             rule = self.rule(node)
             if rule is None or rule.kind not in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH) or not self.activations:
                 continue
-            if structure.node_name(node) in self.absorbed or self.kept_in_float(node) or self._has_no_kernel(node):
+            if structure.node_name(node) in self.absorbed or self.kept_in_float(node):
+                continue
+            # A target without floats makes numbers of constants when it lowers, and refuses what it cannot.
+            if _other_float_inputs(node) and not self.target.integer_only:
+                continue
+            if any(self.behind_inexact_pool(value) for value in node.outputs):
                 continue
             inputs = list(structure.activation_inputs(node))
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
@@ -301,16 +308,6 @@ class _Placer:
                 for activation in behind:
                     del self.absorbed[activation]
                 self.ops[name] = OpPlan(node.op_type, Precision.FLOAT, "no integer operator reads its result")
-
-    def _has_no_kernel(self, node: ir.Node) -> bool:
-        """Tell whether an operator that the target has in integers stays in float for what it reads.
-
-        A kernel of a runtime would need float constants as codes as well; a target without floats refuses when it
-        lowers what it cannot make numbers of.
-        """
-        if self.target.integer_only:
-            return False
-        return _other_float_inputs(node) or any(self.behind_inexact_pool(value) for value in node.outputs)
 
     def extend_backward(self, nodes: list[ir.Node]) -> None:
         """Take in operators that move codes where all their readers take codes."""

@@ -60,7 +60,7 @@ RULES: dict[str, Rule] = {
 }
 #: Rules that can put their weights into the order in which a flattened map is stored.
 TAKES_MAPS = frozenset({"Gemm", "MatMul"})
-QUANTIZE_IT = "quantize every activation; keep_float and --activations none leave some in float"
+QUANTIZE_IT = "quantize every activation: give --data, and keep nothing in float"
 
 
 def lower(model: ir.Model) -> Program:

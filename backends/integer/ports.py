@@ -70,7 +70,8 @@ def _first_grid(value: ir.Value) -> Grid:
             return _first_grid(node.outputs[0])
     reader = structure.readers(value)
     fact = f"is read in float by {reader[0].op_type} '{reader[0].name}'" if reader else "is not quantized"
-    raise TargetError(f"input '{value.name}'", fact, "quantize what reads it")
+    remedy = "quantize everything: give --data, and keep nothing in float"
+    raise TargetError(f"input '{value.name}'", fact, remedy)
 
 
 def _wanted_order(value: ir.Value, axes: tuple[int, ...]) -> tuple[int, ...]:
