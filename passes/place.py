@@ -98,8 +98,9 @@ def place(
     nodes = list(model.graph.all_nodes())
     for node in nodes:
         placer.consider(node, inside=node.graph is not model.graph)
-    placer.extend_forward(nodes)
-    placer.extend_backward(nodes)
+    outside = [node for node in nodes if node.graph is model.graph]
+    placer.extend_forward(outside)
+    placer.extend_backward(outside)
     return placer.placement(nodes)
 
 

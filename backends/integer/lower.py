@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.integer import ports
+from qcompile.backends.integer.join_tables import join_tables
+from qcompile.backends.integer.lower_affine import is_affine, lower_affine
 from qcompile.backends.integer.lower_elementwise import bounds_of, lower_add, lower_function, lower_mul, lower_softmax
 from qcompile.backends.integer.lower_linear import lower_conv, lower_gemm, lower_matmul
 from qcompile.backends.integer.lower_moves import (
@@ -174,8 +176,9 @@ class _Lowering:
         if self._clipped(node):
             return
         inputs = self.activations(node)
-        function = lower_function(node, inputs, self.model.opset_imports.get("", 21))
-        rule = RULES.get(node.op_type)
+        affine = is_affine(node)
+        function = None if affine else lower_function(node, inputs, self.model.opset_imports.get("", 21))
+        rule = lower_affine if affine else RULES.get(node.op_type)
         if function is None and rule is None:
             refuse(node, "has no integer form", "docs/integer-kernels.md lists what has; replace it in the model")
         result = function if function is not None else rule(self.writer, node, inputs)  # type: ignore[misc]
@@ -218,16 +221,9 @@ class _Lowering:
     def program(self) -> Program:
         """Close the program at the model's outputs."""
         outputs = tuple(self._output(value) for value in self.model.graph.outputs)
-        needed = {port.tensor for port in outputs}
-        operations = []
-        for operation in reversed(self.writer.operations):
-            if needed.intersection(operation.outputs):
-                needed.update(operation.inputs)
-                operations.append(operation)
-        needed.update(port.tensor for port in self.inputs)
-        tensors = {name: tensor for name, tensor in self.writer.tensors.items() if name in needed}
         name = self.model.graph.name or "model"
-        return Program(name, tensors, tuple(reversed(operations)), tuple(self.inputs), outputs)
+        writer = self.writer
+        return join_tables(Program(name, writer.tensors, tuple(writer.operations), tuple(self.inputs), outputs))
 
     def _output(self, value: ir.Value) -> Port:
         known, producer = self.known.get(value), value.producer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qcompile.backends.integer.lower_elementwise import FUNCTIONS
 from qcompile.backends.integer.program import Port
 from qcompile.backends.integer.values import Codes, Grid, Writer, channels_last, refuse
 from qcompile.core.errors import TargetError
@@ -15,6 +16,8 @@ OFFSETS = {"int8": ("int8", 0), "uint8": ("int8", 128), "int16": ("int16", 0), "
 MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 #: What reads maps channels last.
 READS_MAPS = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize"})
+#: What leaves axes as they are.
+KEEPS_AXES = FUNCTIONS | {"QuantizeLinear", "DequantizeLinear", "Identity", "Dropout", "BatchNormalization", "Pad"}
 
 
 def grid_of(node: ir.Node) -> Grid:
@@ -74,7 +77,7 @@ def _first_grid(value: ir.Value) -> Grid:
     raise TargetError(f"input '{value.name}'", fact, remedy)
 
 
-def _wanted_order(value: ir.Value, axes: tuple[int, ...]) -> tuple[int, ...]:
+def _wanted_order(value: ir.Value, axes: tuple[int, ...], seen: set[ir.Node] | None = None) -> tuple[int, ...]:
     """Return the order in which an input's axes are to be stored: channels last where a map is wanted of it.
 
     Parameters
@@ -82,15 +85,20 @@ def _wanted_order(value: ir.Value, axes: tuple[int, ...]) -> tuple[int, ...]:
     value : onnx_ir.Value
     axes : tuple of int
         Which of the input's axes each axis of the value is.
+    seen : set of onnx_ir.Node, optional
+        What was looked at.
     """
-    as_given = tuple(sorted(axes))
+    as_given, seen = tuple(sorted(axes)), set() if seen is None else seen
     for node in structure.readers(value):
+        if node in seen:
+            continue
+        seen.add(node)
         found = as_given
-        if structure.is_standard(node, "QuantizeLinear", "DequantizeLinear", "Identity", "Dropout"):
-            found = _wanted_order(node.outputs[0], axes)
+        if node.op_type in KEEPS_AXES and len(node.outputs[0].shape or ()) == len(axes):
+            found = _wanted_order(node.outputs[0], axes, seen)
         elif structure.is_standard(node, "Transpose"):
             permutation = node.attributes.get_ints("perm", tuple(reversed(range(len(axes)))))
-            found = _wanted_order(node.outputs[0], tuple(axes[axis] for axis in permutation))
+            found = _wanted_order(node.outputs[0], tuple(axes[axis] for axis in permutation), seen)
         elif len(axes) in (3, 4) and (node.op_type in READS_MAPS or _averages_space(node, len(axes))):
             found = tuple(axes[axis] for axis in channels_last(len(axes)))
         if found != as_given:

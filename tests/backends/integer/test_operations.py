@@ -252,3 +252,83 @@ def test_sixteen_bit_activations_of_a_linear_operator(model_of: Build, random: n
     expected = runtime.Session(model, optimize=False).run({"x": x})["y"]
     assert found.dtype == np.int16
     assert np.abs(dequantize_output(program, program.outputs[0], found) - expected).max() <= 0.001001
+
+
+def test_what_depends_on_one_code_is_one_table(model_of: Build, random: np.random.Generator) -> None:
+    text = """(float[1, 3, 8, 8] x) => (float[1, 4, 6, 6] y) {
+        c = Conv (x, w)
+        g = HardSigmoid <alpha = 0.2> (c)
+        y = Mul (c, g)
+    }"""
+    program, worst, _ = lowered(model_of(text, w=random.standard_normal((4, 3, 3, 3)).astype(np.float32)))
+    assert (kinds(program), worst <= 1) == (["Conv", "Lookup"], True)
+    assert len(program.tensors) == 3
+
+
+def test_a_table_of_something_else_is_not_joined(model_of: Build) -> None:
+    text = """(float[1, 8] x, float[1, 8] z) => (float[1, 8] y, float[1, 8] g) {
+        g = HardSigmoid (x)
+        h = HardSigmoid (z)
+        y = Mul (g, h)
+    }"""
+    program, worst, _ = lowered(model_of(text))
+    assert (sorted(kinds(program)), worst <= 1) == (["Lookup", "Lookup", "Mul"], True)
+
+
+@pytest.mark.parametrize("line", ["Mul (x, c)", "Div (x, c)", "Add (x, c)", "Sub (x, c)", "Sub (c, x)", "Mul (c, x)"])
+@pytest.mark.parametrize("axis", [1, 3])
+def test_constants_per_channel(model_of: Build, line: str, axis: int, random: np.random.Generator) -> None:
+    shape = [1, 1, 1, 1]
+    shape[axis] = (6, 9, 7)[axis - 1]
+    text = f"(float[1, 6, 9, 7] x) => (float[1, 6, 9, 7] y) {{ r = Softplus (x) y = {line} }}"
+    constant = random.choice([-1.0, 1.0], shape) * random.uniform(0.5, 2.0, shape)
+    program, worst, _ = lowered(model_of(text, c=constant.astype(np.float32)[0]))
+    assert [kind for kind in kinds(program) if kind not in ("View", "Transpose")] == ["Conv"]
+    assert worst <= 1
+
+
+def test_a_factor_of_zero_leaves_the_term(model_of: Build) -> None:
+    text = """(float[1, 3] x) => (float[1, 3] y) {
+        xq = QuantizeLinear (x, s, z)  xd = DequantizeLinear (xq, s, z)
+        v = Mul (xd, c)
+        vq = QuantizeLinear (v, s, z)  y = DequantizeLinear (vq, s, z)
+    }"""
+    model = model_of(text, opset=21, s=np.float32(0.1), z=np.int8(3), c=np.float32([0.0, 1.0, -2.0]))
+    program = lower(model)
+    found = interpret(program, {"x": np.full((1, 3), 13, np.int8)})["y"]
+    assert found.tolist() == [[3, 13, -17]]
+
+
+def test_a_batch_normalization_between_codes(model_of: Build, random: np.random.Generator) -> None:
+    text = """(float[1, 6, 4, 4] x) => (float[1, 6, 4, 4] y) {
+        xq = QuantizeLinear (x, s, z)  xd = DequantizeLinear (xq, s, z)
+        v = BatchNormalization (xd, a, b, m, u)
+        r = Relu (v)
+        rq = QuantizeLinear (r, s, z)  y = DequantizeLinear (rq, s, z)
+    }"""
+    constants = {name: random.uniform(0.2, 2.0, 6).astype(np.float32) for name in "abmu"}
+    model = model_of(text, opset=21, s=np.float32(0.03), z=np.int8(-5), **constants)
+    program = lower(model)
+    feeds = {"x": random.standard_normal((1, 6, 4, 4)).astype(np.float32)}
+    found = interpret(program, {"x": quantize_input(program, program.inputs[0], feeds["x"])})["y"]
+    expected = runtime.Session(model, optimize=False).run(feeds)["y"]
+    apart = np.abs(dequantize_output(program, program.outputs[0], found) - expected)
+    assert [kind for kind in kinds(program) if kind not in ("View", "Transpose")] == ["Conv"]
+    assert apart.max() <= 0.0301
+
+
+def test_a_map_that_is_normalized_first_is_handed_over_channels_last(
+    model_of: Build, random: np.random.Generator
+) -> None:
+    text = """(float[1, 3, 8, 8] x) => (float[1, 4, 8, 8] y) {
+        a = Sub (x, mean)
+        b = Mul (a, factor)
+        y = Conv <pads = [1, 1, 1, 1]> (b, w)
+    }"""
+    constants = {"mean": random.standard_normal((3, 1, 1)), "factor": random.uniform(0.5, 2.0, (3, 1, 1)),
+                 "w": random.standard_normal((4, 3, 3, 3))}  # fmt: skip
+    model = model_of(text, **{name: array.astype(np.float32) for name, array in constants.items()})
+    program, worst, _ = lowered(model)
+    assert set(kinds(program)) == {"Conv"}
+    assert worst <= 1
+    assert program.inputs[0].axes == (0, 2, 3, 1)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 from hypothesis import given, settings
+from random_graphs import models as random_models
 from random_graphs.integer import networks
 from random_graphs.quantized import quantized, random_samples
 
@@ -18,6 +19,7 @@ from qcompile.backends.integer.program import Program
 from qcompile.backends.integer.strips import trade_off
 from qcompile.core import model as models
 from qcompile.core import numerics, runtime
+from qcompile.core.errors import QcompileError, TargetError
 
 
 def inputs_of(program: Program, feeds: dict[str, Any]) -> dict[str, Any]:
@@ -60,3 +62,22 @@ def test_strips_compute_what_whole_maps_do(proto: onnx.ModelProto) -> None:
     for point, plan in trade_off(program):
         placed = run_in_arena(plan, inputs)
         assert all(np.array_equal(placed[name], found[name]) for name in found), point
+
+
+@given(random_models())
+def test_any_model_is_lowered_or_refused_in_one_line(proto: onnx.ModelProto) -> None:
+    model = models.from_proto(proto)
+    samples = random_samples(model, 2)
+    try:
+        qdq = quantized(model, samples)
+    except QcompileError:
+        return  # what cannot be measured is not what this is about
+    try:
+        program = lower(qdq)
+    except TargetError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    simulated = runtime.Session(qdq, optimize=False).run(samples[0])
+    found = interpret(program, inputs_of(program, samples[0]))
+    for port in program.outputs:
+        assert dequantize_output(program, port, found[port.name]).shape == simulated[port.name].shape
