@@ -11,7 +11,14 @@ import onnx_ir as ir
 from qcompile.backends.integer import ports
 from qcompile.backends.integer.join_tables import join_tables
 from qcompile.backends.integer.lower_affine import is_affine, lower_affine
-from qcompile.backends.integer.lower_elementwise import bounds_of, lower_add, lower_function, lower_mul, lower_softmax
+from qcompile.backends.integer.lower_elementwise import (
+    FUNCTIONS,
+    bounds_of,
+    lower_add,
+    lower_function,
+    lower_mul,
+    lower_softmax,
+)
 from qcompile.backends.integer.lower_linear import lower_conv, lower_gemm, lower_matmul
 from qcompile.backends.integer.lower_moves import (
     lower_concat,
@@ -62,6 +69,7 @@ RULES: dict[str, Rule] = {
 }
 #: Rules that can put their weights into the order in which a flattened map is stored.
 TAKES_MAPS = frozenset({"Gemm", "MatMul"})
+NO_FORM = "docs/integer-kernels.md lists what has one; replace it in the model"
 QUANTIZE_IT = "quantize every activation: give --data, and keep nothing in float"
 
 
@@ -121,11 +129,9 @@ class _Lowering:
 
     def take_input(self, value: ir.Value) -> None:
         """Give an input the codes that the model rounds it to first: the rounding is the caller's."""
-        if not value.uses():
-            return
-        codes, port = ports.input_port(self.writer, value)
-        self.known[value] = codes
-        self.inputs.append(port)
+        if value.uses() and (taken := ports.input_port(self.writer, value)) is not None:
+            self.known[value] = taken[0]
+            self.inputs.append(taken[1])
 
     def take(self, node: ir.Node) -> None:
         """Lower one node."""
@@ -175,13 +181,17 @@ class _Lowering:
             return
         if self._clipped(node):
             return
-        inputs = self.activations(node)
-        affine = is_affine(node)
-        function = None if affine else lower_function(node, inputs, self.model.opset_imports.get("", 21))
-        rule = lower_affine if affine else RULES.get(node.op_type)
-        if function is None and rule is None:
-            refuse(node, "has no integer form", "docs/integer-kernels.md lists what has; replace it in the model")
-        result = function if function is not None else rule(self.writer, node, inputs)  # type: ignore[misc]
+        rule = lower_affine if is_affine(node) else RULES.get(node.op_type)
+        if rule is None and node.op_type not in FUNCTIONS:
+            refuse(node, "has no integer form", NO_FORM)
+        inputs, opset = self.activations(node), self.model.opset_imports.get("", 21)
+        result: Known | list[Codes] | None = None
+        if rule is not lower_affine:
+            result = lower_function(node, inputs, opset)
+        if result is None:
+            if rule is None:
+                refuse(node, "is a function of several activations that has no integer form", NO_FORM)
+            result = rule(self.writer, node, inputs)
         results = result if isinstance(result, list) else [result]
         self.known.update(zip(node.outputs, results, strict=False))
 
@@ -213,7 +223,8 @@ class _Lowering:
             if known is not None:
                 found.append(known if node.op_type in TAKES_MAPS else self.writer.settled(known))
             elif structure.produced_by(value, "DequantizeLinear") is None:
-                refuse(node, f"reads '{value.name}', which is neither codes nor constant", QUANTIZE_IT)
+                what = "the model's input" if value.is_graph_input() else "what is neither codes nor constant:"
+                refuse(node, f"reads {what} '{value.name}' in float", QUANTIZE_IT)
         if not found:
             refuse(node, "reads no activation", "fold constants first")
         return found

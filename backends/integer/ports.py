@@ -6,8 +6,7 @@ import onnx_ir as ir
 
 from qcompile.backends.integer.lower_elementwise import FUNCTIONS
 from qcompile.backends.integer.program import Port
-from qcompile.backends.integer.values import Codes, Grid, Writer, channels_last, refuse
-from qcompile.core.errors import TargetError
+from qcompile.backends.integer.values import Codes, Grid, Writer, channels_last, refuse, shape_of
 from qcompile.passes import structure
 
 #: What the signed codes are below those that a model writes.
@@ -47,34 +46,31 @@ def grid_of(node: ir.Node) -> Grid:
     return Grid(float(scale.reshape(-1)[0]), zero - offset, signed, offset != 0)
 
 
-def input_port(writer: Writer, value: ir.Value) -> tuple[Codes, Port]:
+def input_port(writer: Writer, value: ir.Value) -> tuple[Codes, Port] | None:
     """Return an input as the codes that a caller hands over, stored as what reads it first wants it.
 
-    Raises
-    ------
-    TargetError
-        If nothing quantizes the input.
+    None where nothing quantizes it: what reads it says so.
     """
-    shape = tuple(int(length) for length in value.shape or () if isinstance(length, int))
-    grid, order = _first_grid(value), _wanted_order(value, tuple(range(len(shape))))
+    grid = _first_grid(value)
+    if grid is None:
+        return None
+    shape = shape_of(value)
+    order = _wanted_order(value, tuple(range(len(shape))))
     tensor = writer.add_tensor(structure.name_of(value), tuple(shape[axis] for axis in order), grid)
     # An input of codes already is one of its own type; what a caller has is floats otherwise.
     unsigned = value.dtype in (ir.DataType.UINT8, ir.DataType.UINT16)
     return Codes(tensor, shape, order, grid), Port(structure.name_of(value), tensor, shape, order, unsigned)
 
 
-def _first_grid(value: ir.Value) -> Grid:
+def _first_grid(value: ir.Value) -> Grid | None:
     """Return the codes that an input is rounded to, behind what only moves it."""
     for node in structure.readers(value):
         if structure.is_standard(node, "QuantizeLinear", "DequantizeLinear"):
             return grid_of(node)
     for node in structure.readers(value):
-        if structure.is_standard(node, *MOVES):
-            return _first_grid(node.outputs[0])
-    reader = structure.readers(value)
-    fact = f"is read in float by {reader[0].op_type} '{reader[0].name}'" if reader else "is not quantized"
-    remedy = "quantize everything: give --data, and keep nothing in float"
-    raise TargetError(f"input '{value.name}'", fact, remedy)
+        if structure.is_standard(node, *MOVES) and (grid := _first_grid(node.outputs[0])) is not None:
+            return grid
+    return None
 
 
 def _wanted_order(value: ir.Value, axes: tuple[int, ...], seen: set[ir.Node] | None = None) -> tuple[int, ...]:
