@@ -69,7 +69,7 @@ def trade_off(program: Program, overlap: bool = True) -> Iterator[tuple[Point, M
     for cost, (depth, height, again), striped in sorted(
         ((_cost(striped := in_strips(program, *way)), way, striped) for way in ways), key=lambda found: found[:2]
     ):
-        plan = assign_offsets(striped, overlap)
+        plan = assign_offsets(striped, overlap, exact=False)
         yield Point(depth, height, again, plan.arena_bytes, whole + cost[0], cost[1]), plan
 
 

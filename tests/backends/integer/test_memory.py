@@ -11,11 +11,12 @@ import pytest
 from random_graphs import mlperf_tiny
 from random_graphs.quantized import quantized, random_samples
 
+from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.arena import run_in_arena
 from qcompile.backends.integer.interpret import Array, interpret
 from qcompile.backends.integer.lower import lower
-from qcompile.backends.integer.memory import ALIGNMENT, MemoryPlan, assign_offsets, owners
-from qcompile.backends.integer.program import Program, Strips
+from qcompile.backends.integer.memory import ALIGNMENT, Layout, MemoryPlan, assign_offsets, owners
+from qcompile.backends.integer.program import Port, Program, Strips, Tensor
 from qcompile.backends.integer.strips import front, in_strips, moved_bytes, plan_memory, trade_off
 from qcompile.core import model as models
 from qcompile.core.errors import BudgetError
@@ -55,6 +56,7 @@ def test_arenas_of_known_networks(programs: dict[str, Program], name: str) -> No
     assert (apart.arena_bytes, over.arena_bytes) == ARENAS[name]
     assert apart.bound == apart.disjoint_bound == over.disjoint_bound == ARENAS[name][0]
     assert over.bound <= over.arena_bytes
+    assert apart.optimal and over.optimal
     require_equal(apart, programs[name])
     require_equal(over, programs[name])
 
@@ -168,3 +170,35 @@ def test_strips_end_where_a_result_between_is_read_later(model_of: Build, random
     model = model_of(text, w=random.standard_normal((2, 2, 3, 3)).astype(np.float32))
     program = lower(quantized(model, random_samples(model, 1)))
     assert [point.depth for point, _ in trade_off(program)] == [0]
+
+
+def random_joins(random: np.random.Generator, count: int) -> Program:
+    """Return a program in which each tensor joins up to three of those before it."""
+    tensors = {f"t{index}": Tensor(f"t{index}", (1, 4 * int(random.integers(1, 30))), "int8", 1.0, 0)
+               for index in range(count)}  # fmt: skip
+    joins = []
+    for index in range(1, count):
+        read = random.choice(index, min(index, 3), replace=False)
+        joins.append(ops.Concat(f"c{index}", tuple(f"t{place}" for place in read), f"t{index}", 1))
+    ports = [Port(name, name, tensors[name].shape, (0, 1)) for name in ("t0", f"t{count - 1}")]
+    return Program("joins", tensors, tuple(joins), (ports[0],), (ports[1],))
+
+
+@pytest.mark.parametrize(("seed", "quickly", "least"), [(31, 624, 608), (50, 840, 812)])
+def test_what_is_quickly_found_may_be_improved(seed: int, quickly: int, least: int) -> None:
+    program = random_joins(np.random.default_rng(seed), 18)
+    quick, exact = assign_offsets(program, exact=False), assign_offsets(program)
+    assert (quick.arena_bytes, exact.arena_bytes, exact.bound) == (quickly, least, least)
+    assert exact.optimal and not quick.optimal
+    layout = Layout(program)
+    assert layout.holds({name: exact.offsets[name] for name in layout.buffers})
+
+
+def test_what_breaks_a_layout_is_noticed() -> None:
+    layout = Layout(random_joins(np.random.default_rng(1), 4))
+    placed = assign_offsets(layout.program).offsets
+    fits = {name: placed[name] for name in layout.buffers}
+    assert layout.holds(fits)
+    assert not layout.holds(dict.fromkeys(fits, 0))
+    assert not layout.holds({name: offset + 1 for name, offset in fits.items()})
+    assert not layout.holds({name: offset - 4 * 30 for name, offset in fits.items()})
