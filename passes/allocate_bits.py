@@ -23,6 +23,8 @@ from qcompile.passes.place import Placement
 
 #: Bits of weights that are packed (`core/packing.py`), but for what their block has in common.
 PACKED = 4
+#: What is left above the highest score seen, as far as scores also lie below zero: e^8 is 3,000 times as likely.
+HEADROOM = 8.0
 
 
 def allocate_bits(
@@ -50,11 +52,14 @@ def allocate_bits(
         By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
     """
     tensors: dict[str, TensorQuant] = {}
+    scores = _scores(model) if target.integer_only else frozenset()
     for name in placement.activations:
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
+        if name in scores:
+            high = max(high, min(-low, high + HEADROOM))
         scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():
@@ -76,6 +81,20 @@ def allocate_bits(
                 quant = replace(quant, scale=tuple(map(max, both)))
             tensors[weight] = quant
     return QuantPlan(tensors, placement.ops)
+
+
+def _scores(model: ir.Model) -> frozenset[str]:
+    """Return the values that a Softmax at the model's end reads.
+
+    Their highest decide, and are those that calibration may not have seen: samples of no class, or of few, have no
+    score as high as a sure one has. Clipped, two classes that are likely become one another's equal.
+    """
+    ends = (value.producer() for value in model.graph.outputs)
+    return frozenset(
+        structure.name_of(structure.input_of(node, 0))
+        for node in ends
+        if node is not None and structure.is_standard(node, "Softmax")
+    )
 
 
 def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
