@@ -174,10 +174,12 @@ class _Lowering:
         self._require_shapes(node)
         if structure.is_standard(node, "Dropout") and len(node.inputs) > 2:
             refuse(node, "drops values at random", "export the model for inference")
-        if structure.is_standard(node, "Identity", "Dropout"):
-            value = structure.input_of(node, 0)
-            if value in self.known:
-                self.known[node.outputs[0]] = self.known[value]
+        value = node.inputs[0] if node.inputs else None
+        known = self.known.get(value) if value is not None else None
+        if structure.is_standard(node, *ports.MOVES) and known is None:
+            return  # what reads it says that it is float
+        if structure.is_standard(node, "Identity", "Dropout") and known is not None:
+            self.known[node.outputs[0]] = known
             return
         if self._clipped(node):
             return
@@ -223,8 +225,7 @@ class _Lowering:
             if known is not None:
                 found.append(known if node.op_type in TAKES_MAPS else self.writer.settled(known))
             elif structure.produced_by(value, "DequantizeLinear") is None:
-                what = "the model's input" if value.is_graph_input() else "what is neither codes nor constant:"
-                refuse(node, f"reads {what} '{value.name}' in float", QUANTIZE_IT)
+                refuse(node, f"reads '{value.name}' in float", QUANTIZE_IT)
         if not found:
             refuse(node, "reads no activation", "fold constants first")
         return found
