@@ -23,8 +23,8 @@ from qcompile.passes.place import Placement
 
 #: Bits of weights that are packed (`core/packing.py`), but for what their block has in common.
 PACKED = 4
-#: How many times as far as the highest score seen in front of a Softmax the codes reach, on either side.
-ROOM = 3.0
+#: What is left above the highest score seen, as far as scores also lie below zero: e^8 is 3,000 times as likely.
+HEADROOM = 8.0
 
 
 def allocate_bits(
@@ -52,14 +52,14 @@ def allocate_bits(
         By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
     """
     tensors: dict[str, TensorQuant] = {}
-    values = ir.convenience.create_value_mapping(model.graph)
+    scores = _scores(model) if target.integer_only else frozenset()
     for name in placement.activations:
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
-        if target.integer_only and high > 0.0 and _are_scores(values[name]):
-            low, high = max(low, -ROOM * high), ROOM * high
+        if name in scores:
+            high = max(high, min(-low, high + HEADROOM))
         scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():
@@ -83,14 +83,18 @@ def allocate_bits(
     return QuantPlan(tensors, placement.ops)
 
 
-def _are_scores(value: ir.Value) -> bool:
-    """Tell whether a value is what a Softmax alone reads.
+def _scores(model: ir.Model) -> frozenset[str]:
+    """Return the values that a Softmax at the model's end reads.
 
-    Only distances from the highest score count there, and of these the small ones. So the lowest scores may be clipped;
-    but inputs that the model is surer of than of those it was calibrated with have higher ones.
+    Their highest decide, and are those that calibration may not have seen: samples of no class, or of few, have no
+    score as high as a sure one has. Clipped, two classes that are likely become one another's equal.
     """
-    readers = structure.readers(value)
-    return bool(readers) and all(structure.is_standard(node, "Softmax") for node in readers)
+    ends = (value.producer() for value in model.graph.outputs)
+    return frozenset(
+        structure.name_of(structure.input_of(node, 0))
+        for node in ends
+        if node is not None and structure.is_standard(node, "Softmax")
+    )
 
 
 def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:

@@ -9,7 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.integer import ports
-from qcompile.backends.integer.lower_elementwise import bounds_of, lower_add, lower_function, lower_mul, lower_softmax
+from qcompile.backends.integer.join_tables import join_tables
+from qcompile.backends.integer.lower_affine import is_affine, lower_affine
+from qcompile.backends.integer.lower_elementwise import (
+    FUNCTIONS,
+    bounds_of,
+    lower_add,
+    lower_function,
+    lower_mul,
+    lower_softmax,
+)
 from qcompile.backends.integer.lower_linear import lower_conv, lower_gemm, lower_matmul
 from qcompile.backends.integer.lower_moves import (
     lower_concat,
@@ -60,7 +69,8 @@ RULES: dict[str, Rule] = {
 }
 #: Rules that can put their weights into the order in which a flattened map is stored.
 TAKES_MAPS = frozenset({"Gemm", "MatMul"})
-QUANTIZE_IT = "quantize every activation; keep_float and --activations none leave some in float"
+NO_FORM = "docs/integer-kernels.md lists what has one; replace it in the model"
+QUANTIZE_IT = "quantize every activation: give --data, and keep nothing in float"
 
 
 def lower(model: ir.Model) -> Program:
@@ -92,7 +102,7 @@ def with_batch_of_one(model: ir.Model) -> ir.Model:
     Raises
     ------
     TargetError
-        If other axes of an input are open, or the batch is a larger number.
+        If other axes of an input are open.
     """
     static = model.clone()
     for value in static.graph.inputs:
@@ -100,9 +110,8 @@ def with_batch_of_one(model: ir.Model) -> ir.Model:
         if shape is None or any(not isinstance(length, int) for length in list(shape)[1:]):
             place = f"input '{value.name}'"
             raise TargetError(place, f"has the open shape {shape}", f"fix it: --shape {value.name}=1x...")
-        if len(shape) > 1 and isinstance(shape[0], int) and shape[0] != 1:
-            raise TargetError(f"input '{value.name}'", f"has a batch of {shape[0]}", "export the model with batch 1")
-        value.shape = ir.Shape([1, *list(shape)[1:]] if len(shape) else [])
+        if len(shape) and not isinstance(shape[0], int):
+            value.shape = ir.Shape([1, *list(shape)[1:]])
     for node in static.graph:
         for value in node.outputs:
             value.shape = None
@@ -120,11 +129,9 @@ class _Lowering:
 
     def take_input(self, value: ir.Value) -> None:
         """Give an input the codes that the model rounds it to first: the rounding is the caller's."""
-        if not value.uses():
-            return
-        codes, port = ports.input_port(self.writer, value)
-        self.known[value] = codes
-        self.inputs.append(port)
+        if value.uses() and (taken := ports.input_port(self.writer, value)) is not None:
+            self.known[value] = taken[0]
+            self.inputs.append(taken[1])
 
     def take(self, node: ir.Node) -> None:
         """Lower one node."""
@@ -165,19 +172,28 @@ class _Lowering:
         if node.domain not in ("", "ai.onnx"):
             refuse(node, f"is of the domain {node.domain}", "only standard ONNX operators have an integer form")
         self._require_shapes(node)
-        if structure.is_standard(node, "Identity", "Dropout"):
-            value = structure.input_of(node, 0)
-            if value in self.known:
-                self.known[node.outputs[0]] = self.known[value]
+        if structure.is_standard(node, "Dropout") and len(node.inputs) > 2:
+            refuse(node, "drops values at random", "export the model for inference")
+        value = node.inputs[0] if node.inputs else None
+        known = self.known.get(value) if value is not None else None
+        if structure.is_standard(node, *ports.MOVES) and known is None:
+            return  # what reads it says that it is float
+        if structure.is_standard(node, "Identity", "Dropout") and known is not None:
+            self.known[node.outputs[0]] = known
             return
         if self._clipped(node):
             return
-        inputs = self.activations(node)
-        function = lower_function(node, inputs, self.model.opset_imports.get("", 21))
-        rule = RULES.get(node.op_type)
-        if function is None and rule is None:
-            refuse(node, "has no integer form", "docs/integer-kernels.md lists what has; replace it in the model")
-        result = function if function is not None else rule(self.writer, node, inputs)  # type: ignore[misc]
+        rule = lower_affine if is_affine(node) else RULES.get(node.op_type)
+        if rule is None and node.op_type not in FUNCTIONS:
+            refuse(node, "has no integer form", NO_FORM)
+        inputs, opset = self.activations(node), self.model.opset_imports.get("", 21)
+        result: Known | list[Codes] | None = None
+        if rule is not lower_affine:
+            result = lower_function(node, inputs, opset)
+        if result is None:
+            if rule is None:
+                refuse(node, "is a function of several activations that has no integer form", NO_FORM)
+            result = rule(self.writer, node, inputs)
         results = result if isinstance(result, list) else [result]
         self.known.update(zip(node.outputs, results, strict=False))
 
@@ -209,7 +225,7 @@ class _Lowering:
             if known is not None:
                 found.append(known if node.op_type in TAKES_MAPS else self.writer.settled(known))
             elif structure.produced_by(value, "DequantizeLinear") is None:
-                refuse(node, f"reads '{value.name}', which is neither codes nor constant", QUANTIZE_IT)
+                refuse(node, f"reads '{value.name}' in float", QUANTIZE_IT)
         if not found:
             refuse(node, "reads no activation", "fold constants first")
         return found
@@ -217,16 +233,9 @@ class _Lowering:
     def program(self) -> Program:
         """Close the program at the model's outputs."""
         outputs = tuple(self._output(value) for value in self.model.graph.outputs)
-        needed = {port.tensor for port in outputs}
-        operations = []
-        for operation in reversed(self.writer.operations):
-            if needed.intersection(operation.outputs):
-                needed.update(operation.inputs)
-                operations.append(operation)
-        needed.update(port.tensor for port in self.inputs)
-        tensors = {name: tensor for name, tensor in self.writer.tensors.items() if name in needed}
         name = self.model.graph.name or "model"
-        return Program(name, tensors, tuple(reversed(operations)), tuple(self.inputs), outputs)
+        writer = self.writer
+        return join_tables(Program(name, writer.tensors, tuple(writer.operations), tuple(self.inputs), outputs))
 
     def _output(self, value: ir.Value) -> Port:
         known, producer = self.known.get(value), value.producer()

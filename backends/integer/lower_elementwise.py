@@ -142,9 +142,17 @@ def _pair(writer: Writer, node: ir.Node, inputs: list[Codes]) -> tuple[Codes, Co
     a, b = (writer.plain(value, node) for value in inputs)
     if len(a.shape) != len(b.shape):
         refuse(node, f"joins shapes {a.shape} and {b.shape}", "give both the same number of axes")
+    swapped = False
     if math.prod(a.shape) < math.prod(b.shape):
-        return writer.arranged(a, b.order), b
-    return a, writer.arranged(b, a.order)
+        a, b = b, a
+        swapped = True
+    long = [axis for axis, length in enumerate(b.shape) if length != 1]
+    # One number for all is one per channel of an axis of one element.
+    long = long or [axis for axis, length in enumerate(a.shape) if length == 1][:1]
+    if a.shape != b.shape and len(long) == 1:
+        a = writer.arranged(a, (*(axis for axis in a.order if axis != long[0]), long[0]))
+    b = writer.arranged(b, a.order)
+    return (b, a) if swapped else (a, b)
 
 
 def _per_channel(a: Codes, b: Codes) -> bool:

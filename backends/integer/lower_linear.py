@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.backends.integer.bounds import require_no_wrap
-from qcompile.backends.integer.lower_windows import window_of
+from qcompile.backends.integer.lower_windows import require_map, window_of
 from qcompile.backends.integer.operations import Conv, Dense, Requantize
 from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, as_map, channels_last, refuse, shape_of
 from qcompile.core import numerics
@@ -116,8 +116,7 @@ def lower_conv(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
     """Lower a convolution over one or two axes."""
     x = writer.plain(inputs[0], node)
     weights = read_weights(node, 0)
-    if len(x.shape) not in (3, 4):
-        refuse(node, f"goes over {len(x.shape) - 2} axes", "only convolutions over one or two have an integer form")
+    require_map(node, x)
     kernel = weights.codes if len(x.shape) == 4 else weights.codes[..., np.newaxis]
     kernel = np.ascontiguousarray(kernel.transpose(0, 2, 3, 1))
     x = writer.arranged(x, channels_last(len(x.shape)))

@@ -49,11 +49,18 @@ def window_of(
                   (dilations[0], dilations[1]), outside)  # fmt: skip
 
 
+def require_map(node: ir.Node, x: Codes) -> None:
+    """Refuse what is no map of one or two axes of space, or several at once."""
+    if len(x.shape) not in (3, 4):
+        refuse(node, f"goes over {len(x.shape) - 2} axes", "only one or two have an integer form")
+    if x.shape[0] != 1:
+        refuse(node, f"has a batch of {x.shape[0]}", "export the model with batch 1")
+
+
 def _map(writer: Writer, value: Codes, node: ir.Node) -> tuple[Codes, str]:
     """Return a pool's input stored channels last, and its tensor as a map of four axes."""
     x = writer.plain(value, node)
-    if len(x.shape) not in (3, 4):
-        refuse(node, f"goes over {len(x.shape) - 2} axes", "only pools over one or two have an integer form")
+    require_map(node, x)
     x = writer.arranged(x, channels_last(len(x.shape)))
     return x, writer.viewed(x.tensor, as_map(x.stored))
 
@@ -127,6 +134,7 @@ def _average(
     order: tuple[int, ...] | None = None,
 ) -> Pending:
     x = writer.plain(value, node)
+    require_map(node, x)
     order = order or channels_last(len(x.shape))
     x = writer.arranged(x, order)
     source = writer.viewed(x.tensor, as_map(x.stored))
@@ -150,6 +158,7 @@ def lower_resize(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
     shape = shape_of(node.outputs[0])
     if node.attributes.get_string("mode", "nearest") != "nearest":
         refuse(node, "interpolates", "only the nearest neighbour has an integer form")
+    require_map(node, x)
     if len(x.shape) != 4 or shape[:2] != x.shape[:2]:
         refuse(node, "resizes other axes than those of a map", "only height and width can be resized")
     x = writer.arranged(x, channels_last(4))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import networkx
 
 from qcompile.backends.integer import rows
+from qcompile.backends.integer.exact_offsets import exact_offsets
 from qcompile.backends.integer.operations import View
 from qcompile.backends.integer.program import Operation, Program, Strips
 
@@ -37,6 +38,10 @@ class MemoryPlan:
         Bytes that no placement stays below with this order of operations.
     disjoint_bound : int
         What that would be if no two tensors that live at one time overlapped.
+    peak : str
+        Name of the operation that needs most.
+    optimal : bool
+        Whether it is known that no placement takes fewer bytes, with this order of operations.
     """
 
     program: Program
@@ -44,6 +49,8 @@ class MemoryPlan:
     offsets: Mapping[str, int]
     bound: int
     disjoint_bound: int
+    peak: str = ""
+    optimal: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,11 +165,22 @@ class Layout:
                     graph.remove_edge(name, other)
                     del self.gaps[name, other], self.gaps[other, name]
 
-    def bound(self) -> int:
-        """Return the most bytes that any one operation needs."""
-        return max((self._needed(time) for time in range(len(self.program.operations))), default=0)
+    def bound(self) -> tuple[int, str]:
+        """Return the most bytes that any one operation needs, and which one that is."""
+        found = [(self.needed(time), operation.name) for time, operation in enumerate(self.program.operations)]
+        return max(found, key=lambda one: one[0], default=(0, ""))
 
-    def _needed(self, time: int) -> int:
+    def holds(self, offsets: Mapping[str, int]) -> bool:
+        """Tell whether offsets are aligned and keep all buffers as far apart as they have to be."""
+        apart = (
+            offsets[other] >= offsets[one] + self.gaps[one, other]
+            or offsets[one] >= offsets[other] + self.gaps[other, one]
+            for one, other in self.graph.edges
+        )
+        return all(offset >= 0 and offset % ALIGNMENT == 0 for offset in offsets.values()) and all(apart)
+
+    def needed(self, time: int) -> int:
+        """Return the bytes of what lives during an operation."""
         operation = self.program.operations[time]
         alive = {name: buffer.size for name, buffer in self.buffers.items() if buffer.born <= time <= buffer.dies}
         total = sum(alive.values())
@@ -197,7 +215,7 @@ def _window_steps(strips: Strips) -> dict[str, tuple[int, int]]:
     return found
 
 
-def assign_offsets(program: Program, overlap: bool = True) -> MemoryPlan:
+def assign_offsets(program: Program, overlap: bool = True, exact: bool = True) -> MemoryPlan:
     """Place every tensor of a program in an arena.
 
     Parameters
@@ -206,9 +224,11 @@ def assign_offsets(program: Program, overlap: bool = True) -> MemoryPlan:
     overlap : bool
         Whether an output may overlap an input that is read for the last time. The kernels have to keep
         docs/integer-kernels.md's rules of rows and elements then.
+    exact : bool
+        Whether to look for the fewest bytes, and prove them, where what is quickly found does not reach the bound.
     """
     layout = Layout(program, overlap)
-    bound = layout.bound()
+    bound, peak = layout.bound()
     best: dict[str, int] | None = None
     least = 0
     for order in _orders(layout):
@@ -218,9 +238,14 @@ def assign_offsets(program: Program, overlap: bool = True) -> MemoryPlan:
             best, least = placed, extent
         if least <= bound:
             break
-    offsets = {name: (best or {})[owner] for name, owner in layout.owner.items() if owner in (best or {})}
-    disjoint = bound if not overlap else Layout(program, overlap=False).bound()
-    return MemoryPlan(program, least, offsets, bound, disjoint)
+    best = best or {}
+    optimal = least <= bound
+    if not optimal and exact:
+        best, optimal = exact_offsets(layout, best, least)
+        least = max(offset + layout.buffers[name].size for name, offset in best.items())
+    offsets = {name: best[owner] for name, owner in layout.owner.items() if owner in best}
+    disjoint = bound if not overlap else Layout(program, overlap=False).bound()[0]
+    return MemoryPlan(program, least, offsets, bound, disjoint, peak, optimal)
 
 
 def _orders(layout: Layout) -> list[list[str]]:
@@ -230,7 +255,7 @@ def _orders(layout: Layout) -> list[list[str]]:
     by_time = sorted(buffers, key=lambda name: (buffers[name].born, -buffers[name].size))
     by_weight = sorted(buffers, key=lambda name: -buffers[name].size * (buffers[name].dies - buffers[name].born + 1))
     # From the operation that needs most outward: what is tightest is placed while everything is free.
-    needs = [layout._needed(time) for time in range(len(layout.program.operations))]
+    needs = [layout.needed(time) for time in range(len(layout.program.operations))]
     peak = needs.index(max(needs)) if needs else 0
     by_distance = sorted(
         buffers, key=lambda name: (max(buffers[name].born - peak, peak - buffers[name].dies, 0), -buffers[name].size)

@@ -50,7 +50,7 @@ class Tensor:
     @property
     def rows(self) -> int:
         """How many rows kernels go through from the top: those of a map, or all positions in front of the last axis."""
-        return self.shape[1] if len(self.shape) == 4 else self.size // self.shape[-1]
+        return self.shape[0] * self.shape[1] if len(self.shape) == 4 else self.size // max(self.shape[-1:], default=1)
 
     @property
     def row_bytes(self) -> int:

@@ -69,7 +69,7 @@ def trade_off(program: Program, overlap: bool = True) -> Iterator[tuple[Point, M
     for cost, (depth, height, again), striped in sorted(
         ((_cost(striped := in_strips(program, *way)), way, striped) for way in ways), key=lambda found: found[:2]
     ):
-        plan = assign_offsets(striped, overlap)
+        plan = assign_offsets(striped, overlap, exact=False)
         yield Point(depth, height, again, plan.arena_bytes, whole + cost[0], cost[1]), plan
 
 
@@ -100,9 +100,11 @@ def plan_memory(program: Program, max_sram: int | None = None, overlap: bool = T
             return plan
         found = plan if found is None or plan.arena_bytes < found.arena_bytes else found
     assert found is not None and max_sram is not None
-    plain = assign_offsets(program, overlap).arena_bytes
-    fact = f"{plain} bytes of activations do not fit, nor {found.arena_bytes} in strips"
-    remedy = f"allow {found.arena_bytes}, or make the largest layer smaller: {widest(program)}"
+    plain = assign_offsets(program, overlap)
+    fact = f"{plain.arena_bytes} bytes of activations do not fit"
+    if found.arena_bytes < plain.arena_bytes:
+        fact += f", nor {found.arena_bytes} in strips"
+    remedy = f"allow {found.arena_bytes}, or make smaller what needs most: '{plain.peak}' needs {plain.bound}"
     raise BudgetError(f"--max-sram {max_sram}", fact, remedy)
 
 
@@ -122,17 +124,6 @@ def _cost(program: Program) -> tuple[int, int]:
     strips = program.operations[0]
     assert isinstance(strips, Strips)
     return strips.recomputed, moved_bytes(strips, program)
-
-
-def widest(program: Program) -> str:
-    """Return which operation reads and writes most bytes."""
-    sizes = {
-        operation.name: sum(program.tensors[name].nbytes for name in (*operation.inputs, operation.output))
-        for operation in program.operations
-        if not isinstance(operation, Strips)
-    }
-    name = max(sizes, key=lambda key: sizes[key], default="")
-    return f"'{name}' reads and writes {sizes.get(name, 0)} bytes"
 
 
 def _deepest(program: Program) -> int:

@@ -9,8 +9,9 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Histogram, Observer
 from qcompile.core import halves, numerics
 from qcompile.core.plan import Precision, Role
-from qcompile.core.target import Target
-from qcompile.passes.allocate_bits import allocate_bits
+from qcompile.core.target import OpKind, OpRule, Target
+from qcompile.passes.allocate_bits import HEADROOM, allocate_bits
+from qcompile.passes.canonicalize.infer_shapes import InferShapes
 from qcompile.passes.place import Wish, place
 
 Build = Callable[..., Any]
@@ -225,27 +226,26 @@ def test_weights_shared_by_two_operators_leave_room_for_both_biases(
         assert np.abs(bias_codes(result, node).astype(np.int64)).max() < 2**31 - 1
 
 
-SCORES = "s = MatMul (x, m) y = Softmax (s)"
-
-
-@pytest.mark.parametrize(
-    ("body", "room"),
-    [
-        (SCORES, True),
-        ("s = MatMul (x, m) y = LogSoftmax (s)", False),
-        (f"{SCORES} z = Relu (s)", False),
-        ("s = MatMul (x, m) y = Relu (s)", False),
-    ],
-)
-def test_scores_of_a_softmax_have_room_above_what_was_seen(
-    body: str, room: bool, m: np.ndarray, eager: Target, model_of: Build, quantized: Build
+@pytest.mark.parametrize(("high", "expected"), [(3.0, 6.0), (30.0, 30.0 + HEADROOM), (60.0, 60.0)])
+def test_scores_have_room_above_those_that_were_seen(
+    high: float, expected: float, m: np.ndarray, eager: Target, model_of: Build
 ) -> None:
-    rules = {**eager.ops, "MatMul": replace(eager.ops["MatMul"], quantized_output=True),
-             "Softmax": replace(eager.ops["Add"])}  # fmt: skip
-    integers = replace(eager, ops=rules, integer_only=True, costs=None)
-    outputs = "float[1,8] y, float[1,8] z" if " z " in body else "float[1,8] y"
-    found = quantized(model_of(rows(body, outputs=outputs), m=m), integers).plan.tensors
-    if "s" not in found:
-        pytest.fail("the scores are not quantized")
-    plain = quantized(model_of(rows(body, outputs=outputs), m=m), replace(integers, integer_only=False)).plan.tensors
-    assert (found["s"].scale[0] > 1.5 * plain["s"].scale[0]) == room
+    low = -6.0 if expected == 6.0 else -50.0
+    model = model_of(rows("[gemm] s = Gemm (x, m) [softmax] y = Softmax (s)"), m=m)
+    InferShapes()(model)
+    rules = {**eager.ops, "Gemm": OpRule(OpKind.LINEAR), "Softmax": OpRule(OpKind.ELEMENTWISE)}
+    target = replace(eager, ops=rules, integer_only=True)
+    placement = place(model, target, True, True)
+    seen = Statistics({name: histogram_of(low, high) for name in placement.activations})
+    observers = dict.fromkeys(placement.activations, Observer.MINMAX)
+    tensors = allocate_bits(model, placement, seen, target, observers).tensors
+    assert tensors["s"].scale[0] == np.float32((expected - low) / 255)
+    assert tensors["y"].scale[0] == tensors["x"].scale[0] == np.float32((high - low) / 255)
+    floats = allocate_bits(model, placement, seen, replace(target, integer_only=False), observers).tensors
+    assert floats["s"].scale[0] == np.float32((high - low) / 255)
+
+
+def histogram_of(low: float, high: float) -> Histogram:
+    histogram = Histogram()
+    histogram.add(np.array([low, 0.0, high], np.float32))
+    return histogram

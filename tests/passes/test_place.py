@@ -12,9 +12,7 @@ import pytest
 
 from qcompile.core.plan import Precision, Role
 from qcompile.core.target import OpKind, OpRule, Target
-from qcompile.passes.canonicalize.fix_names import FixNames
-from qcompile.passes.canonicalize.infer_shapes import InferShapes
-from qcompile.passes.place import FEWEST_ROWS, Wish, place
+from qcompile.passes.place import FEWEST_ROWS, Wish
 
 Build = Callable[..., Any]
 NOT_ABSORBED = "not absorbed by the operator in front of it"
@@ -419,14 +417,21 @@ def test_weights_shared_with_an_operator_that_stays_in_float(m: np.ndarray, mode
     assert {"m", "m_quantized"} <= set(result.model.graph.initializers)
 
 
-def test_a_target_of_integers_alone_takes_the_first_and_the_last_operator(model_of: Build, eager: Target) -> None:
-    body = "t = MaxPool <kernel_shape = [2,2]> (x) c = Conv (t, w) p = GlobalAveragePool (c) y = Flatten (p)"
-    text = f"(float[1,3,6,6] x) => (float[1,4] y) {{ {body} }}"
-    weights = np.ones((4, 3, 3, 3), np.float32)
-    for integers, expected in ((True, {"integer"}), (False, {"integer", "float"})):
-        model = model_of(text, w=weights)
-        InferShapes()(model)
-        FixNames()(model)
-        placement = place(model, replace(eager, integer_only=integers), True, True)
-        found = {op.precision.value: op.reason for op in placement.ops.values()}
-        assert set(found) == expected, found
+def test_a_target_without_floats_takes_all_in(w: np.ndarray, model_of: Build, eager: Target, decided: Build) -> None:
+    elementwise = OpRule(OpKind.ELEMENTWISE)
+    target = replace(eager, ops={**eager.ops, "Sigmoid": elementwise, "Mul": elementwise}, integer_only=True)
+    # A constant beside an activation, what no integer operator reads, and an input that none quantizes for itself.
+    model = model_of(image("[mul] m = Mul (c, two) [last] y = Sigmoid (m)"), w=w, two=np.float32(2.0))
+    assert decided(model, target) == {"conv": INTEGER, "mul": INTEGER, "last": INTEGER}
+    alone = model_of("(float[1,4] x) => (float[1,4] y) { [first] y = Sigmoid (x) }")
+    assert decided(alone, target) == {"first": INTEGER}
+    assert decided(alone, replace(target, integer_only=False))["first"][0] == FLOAT
+
+
+def test_a_target_without_floats_takes_a_pool_as_the_model_has_it(
+    w: np.ndarray, model_of: Build, eager: Target, decided: Build
+) -> None:
+    pool = "[pool] p = AveragePool <kernel_shape = [2,2], strides = [4,4], ceil_mode = 1> (c) [last] y = Conv (p, v)"
+    model = model_of(image(pool, "float[1,2,2,2] y"), w=w, v=np.ones((2, 4, 1, 1), np.float32))
+    assert decided(model, replace(eager, integer_only=True)) == {"conv": INTEGER, "pool": INTEGER, "last": INTEGER}
+    assert decided(model, eager)["pool"][0] == FLOAT

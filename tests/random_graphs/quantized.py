@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import pytest
 
 from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, input_specs
@@ -23,19 +23,15 @@ from qcompile.passes.place import place
 Samples = Sequence[dict[str, np.ndarray[Any, np.dtype[Any]]]]
 
 
-@pytest.fixture(scope="session")
+@functools.cache
 def integer_target() -> Target:
     """Return a target whose every operator is an integer one."""
     return Target.from_toml(Path(__file__).parent / "integer.toml")
 
 
-@pytest.fixture(scope="session")
-def quantize(integer_target: Target) -> Callable[[ir.Model, Samples], ir.Model]:
-    """Return what quantizes a model with ranges that just hold what the samples have."""
-    return lambda model, samples: quantized(model, integer_target, samples)
-
-
-def quantized(model: ir.Model, target: Target, samples: Samples) -> ir.Model:
+def quantized(model: ir.Model, samples: Samples) -> ir.Model:
+    """Quantize a model, which is made canonical, with ranges that just hold what the samples have."""
+    target = integer_target()
     Canonicalize(target.opset)(model)
     data = Dataset("samples", lambda: samples, input_specs(model))
     placement = place(model, target, True, True)
@@ -47,4 +43,5 @@ def quantized(model: ir.Model, target: Target, samples: Samples) -> ir.Model:
 
 
 def random_samples(model: ir.Model, count: int) -> Samples:
+    """Return random inputs, the same for the same model."""
     return [dict(runtime.synthetic_feeds(model, seed)) for seed in range(count)]
