@@ -33,11 +33,17 @@ class Lowered:
         For each operator that really runs as integer, planned or not, the kernel that runs it.
     refusals : tuple of Refusal
         Operators that were planned as integer and that the target runs in float all the same.
+    bytes_by_cause : mapping of str to int, optional
+        What the device stores, where that is not the files; without it the first file is an ONNX model.
+    measured : mapping of str to object, optional
+        What this machine's tools say of the artifact, JSON-ready.
     """
 
     files: tuple[str, ...]
     kernels: Mapping[str, str]
     refusals: tuple[Refusal, ...]
+    bytes_by_cause: Mapping[str, int] | None = None
+    measured: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,14 @@ class Backend(Protocol):
 
     def targets(self) -> Iterable[Target]:
         """Return the targets that it lowers for."""
+        ...
+
+    def available(self) -> bool:
+        """Tell whether what it lowers with is installed."""
+        ...
+
+    def check(self, target: Target) -> None:
+        """Refuse a target whose settings it cannot follow, or that it cannot lower for here, before the work begins."""
         ...
 
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:

@@ -98,8 +98,9 @@ def place(
     nodes = list(model.graph.all_nodes())
     for node in nodes:
         placer.consider(node, inside=node.graph is not model.graph)
-    placer.extend_forward(nodes)
-    placer.extend_backward(nodes)
+    outside = [node for node in nodes if node.graph is model.graph]
+    placer.extend_forward(outside)
+    placer.extend_backward(outside)
     return placer.placement(nodes)
 
 
@@ -240,6 +241,8 @@ class _Placer:
         ONNX Runtime takes any pool between DQ and Q to its integer kernel, which knows neither dilations nor how to
         count the padding of a last window that is cut off.
         """
+        if self.target.integer_only:
+            return False
         node = value.producer() if value is not None else None
         while node is not None and (rule := self.rule(node)) is not None and rule.kind is OpKind.PASSTHROUGH:
             node = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -269,7 +272,7 @@ class _Placer:
         """Tell whether a value leaves an integer operator (or the activation that it absorbs) as codes."""
         producer = value.producer()
         if producer is None:
-            return False
+            return self.target.integer_only and value.is_graph_input()
         producer = self.absorbed.get(structure.node_name(producer), producer)
         return self.ops[structure.node_name(producer)].output == value.name
 
@@ -285,7 +288,10 @@ class _Placer:
             rule = self.rule(node)
             if rule is None or rule.kind not in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH) or not self.activations:
                 continue
-            if structure.node_name(node) in self.absorbed or self.kept_in_float(node) or _other_float_inputs(node):
+            if structure.node_name(node) in self.absorbed or self.kept_in_float(node):
+                continue
+            # A target without floats makes numbers of constants when it lowers, and refuses what it cannot.
+            if _other_float_inputs(node) and not self.target.integer_only:
                 continue
             if any(self.behind_inexact_pool(value) for value in node.outputs):
                 continue
@@ -293,6 +299,8 @@ class _Placer:
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
                 self._take(node, rule)
                 taken.append(node)
+        if self.target.integer_only:
+            return  # nothing there would take what is given back
         for node in reversed(taken):
             name = structure.node_name(node)
             behind = [n for n, source in self.absorbed.items() if source is node]

@@ -12,9 +12,16 @@ from qcompile.core.errors import BudgetError, UsageError
 #: Bytes, and microseconds, of a unit.
 UNITS = {
     "--max-size": {"B": 1.0, "KB": 1024.0, "MB": 1024.0**2, "GB": 1024.0**3},
+    "--max-sram": {"B": 1.0, "KB": 1024.0, "MB": 1024.0**2},
+    "--max-flash": {"B": 1.0, "KB": 1024.0, "MB": 1024.0**2},
     "--max-latency": {"us": 1.0, "ms": 1e3, "s": 1e6},
 }
-EXAMPLES = {"--max-size": "0.2x of float, or 5MB", "--max-latency": "0.6x of float, or 12ms"}
+EXAMPLES = {
+    "--max-size": "0.2x of float, or 5MB", "--max-latency": "0.6x of float, or 12ms",
+    "--max-sram": "a number of bytes with a unit, 64KB", "--max-flash": "a number of bytes with a unit, 512KB",
+}  # fmt: skip
+#: Bounds that are not in parts of float's: the device's memory is what it is.
+ABSOLUTE = ("--max-sram", "--max-flash")
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Budget:
             If it is none.
         """
         found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-        units = {"x": 1.0, **UNITS[flag]}
+        units = UNITS[flag] | ({} if flag in ABSOLUTE else {"x": 1.0})
         try:
             number = float(found[1]) if found else math.nan
         except ValueError:

@@ -97,6 +97,9 @@ FLAGS = {
     "max_latency": click.option(
         "--max-latency", metavar="0.6x|12ms", help="Time of a run at most, by the cost table; the rest buys fidelity."
     ),
+    "board": click.option("--board", help="Microcontroller's board, whose SRAM and flash the artifact must fit."),
+    "max_sram": click.option("--max-sram", metavar="64KB", help="SRAM at most, of arena and stack together."),
+    "max_flash": click.option("--max-flash", metavar="512KB", help="Flash at most, of weights and code together."),
     "min_fidelity": click.option(
         "--min-fidelity",
         multiple=True,
@@ -149,8 +152,8 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
 @cli.command("compile")
 @takes(
     "target", "data", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "min_fidelity", "pareto", "recipe", "cache", "seed",
-    "threads", "workers",
+    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "board", "max_sram", "max_flash",
+    "min_fidelity", "pareto", "recipe", "cache", "seed", "threads", "workers",
 )  # fmt: skip
 def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
@@ -202,7 +205,10 @@ def plan_command(
 
 
 @cli.command("apply")
-@takes("target", "data", "eval", "output", "costs", "min_fidelity", "recipe", "cache", "seed", "threads")
+@takes(
+    "target", "data", "eval", "output", "costs", "board", "max_sram", "max_flash", "min_fidelity", "recipe", "cache",
+    "seed", "threads",
+)  # fmt: skip
 @click.option("--plan", required=True, type=click.Path(path_type=Path), help="What 'qcompile plan' wrote; edit it.")
 def apply_command(model: Path, plan: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Quantize MODEL as a plan says and write the artifact: the last stage of a compile."""
@@ -234,6 +240,27 @@ def probe_command(
     elif not quiet:
         click.echo(f"{done['runtime']} on {done['processor']}: {done['patterns']} patterns, {done['kernels']} kernels")
         click.echo(f"wrote {file}")
+
+
+@cli.command("run")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--on", type=click.Choice(["qemu"]), default="qemu", show_default=True, help="Where to run it.")
+@click.option("--data", help="Inputs to run, as of a compile; without them random ones.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was seen as JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def run_command(package: Path, on: str, data: str | None, samples: int, as_json: bool, debug: bool) -> None:
+    """Run PACKAGE, a microcontroller's artifact, under emulation: check its outputs, count its instructions."""
+    from dataclasses import asdict
+
+    from qcompile import terminal
+    from qcompile.emulation import run
+
+    seen = run(package, data, samples)
+    if as_json:
+        click.echo(json.dumps(asdict(seen), indent=1))
+    else:
+        terminal.show_run(Console(), seen)
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,9 +309,8 @@ def targets(as_json: bool) -> None:
     """List the targets, and which of them can run here."""
     from qcompile import terminal
     from qcompile.backends.base import backends
-    from qcompile.core import runtime
 
-    found = [(t, bool(runtime.distributions())) for b in backends().values() for t in b.targets()]
+    found = [(t, b.available()) for b in backends().values() for t in b.targets()]
     if as_json:
         rows = [{"name": t.name, "backend": t.backend, "summary": t.summary, "here": here} for t, here in found]
         click.echo(json.dumps(rows, indent=1))

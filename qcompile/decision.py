@@ -245,7 +245,7 @@ def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mappi
         return placement, pipeline.measure(stage + turn, STATISTICS, lambda: collect(canonical, names, data, track))
 
     placement, statistics = seen(spared, "statistics")
-    if unlike := unlike_ranges(canonical, placement, statistics):
+    if not job.target.integer_only and (unlike := unlike_ranges(canonical, placement, statistics)):
         spared = {**unlike, **spared}
         placement, statistics = seen(spared, "statistics apart")
     # How wide an activation's range is hardly bears on the weights' scales: the first observer serves for these.

@@ -108,16 +108,17 @@ def deliver(
     """Lower, verify on what calibration did not see, and write the artifact."""
     evidence, quantized = job.evidence.told(plan), deploy(job, quantized)
     with artifact.staged(output) as folder:
-        lowered = job.backend.lower(quantized, plan, job.target, folder)
+        lowered = job.backend.lower(quantized, plan, job.device, folder)
         run = job.backend.open(folder, lowered.files)
         proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track)
         proof.require(job.options.min_fidelity)
-        latency = timing.interleave(proof.reference, run, job.evidence.samples)
+        # A device that is not here has no latency here.
+        timed = None if job.target.integer_only else timing.interleave(proof.reference, run, job.evidence.samples)
         content = report.build(
             job.model, job.target, job.options, evidence, plan, job.pipeline.steps, lowered, proof, folder
         ) | report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
         require_size(job.options.max_size, content["size"]["float_bytes"], content["size"]["artifact_bytes"])
-        measurements = report.measurements(content, latency, job.pipeline)
+        measurements = report.measurements(content, timed, lowered, job.pipeline)
         drawn = pareto.write(folder / pareto.FOLDER, front, job.model.graph.name or "model") if front else None
         artifact.write(folder, plan, content, measurements)
     return CompileResult(output, plan, content, measurements, drawn)

@@ -51,6 +51,11 @@ class Job:
     track: Track[Any]
 
     @property
+    def device(self) -> Target:
+        """The target with the memory that the options give it."""
+        return with_limits(self.target, self.options)
+
+    @property
     def workers(self) -> Workers:
         """What runs trials."""
         return Workers(self.options.threads, self.options.workers, cache.identity)
@@ -59,6 +64,7 @@ class Job:
     def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:
         """Load what the options name."""
         target, backend = chosen_target(options)
+        backend.check(with_limits(target, options))
         taken = take(source)
         evidence = gather(taken.model, options)
         pipeline = Pipeline.start(taken.model, evidence, target, options)
@@ -74,6 +80,11 @@ def chosen_target(options: Options) -> tuple[Target, Backend]:
         return replace(target, costs=None), backend
     table = options.cost_table
     return (target if table is None else target.with_costs(table)), backend
+
+
+def with_limits(target: Target, options: Options) -> Target:
+    """Return a target whose settings hold what the options say of the device's memory."""
+    return replace(target, settings={**target.settings, **options.limits})
 
 
 def take(source: Source) -> Rewritten:

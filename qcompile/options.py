@@ -16,6 +16,7 @@ from qcompile.calib.observers import Observer
 from qcompile.calib.workers import Workers
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import UsageError
+from qcompile.core.target import LIMITS
 from qcompile.override import Override
 
 #: Fidelity measures that --min-fidelity can bound; all are better when larger.
@@ -64,6 +65,10 @@ class Options:
         The artifact's bytes at most: in parts of float's, ``0.2x``, or with a unit, ``5MB``.
     max_latency : str, optional
         What a run may take by the cost table: in parts of float's, ``0.6x``, or with a unit, ``12ms``.
+    board : str, optional
+        Board of a microcontroller, whose SRAM and flash the artifact must fit.
+    max_sram, max_flash : str, optional
+        What it may take of either at most, with a unit: ``64KB``.
     min_fidelity : mapping of str to float
         Bounds on ``sqnr`` (dB), ``cosine`` or ``top1``; missed is an error.
     pareto : bool
@@ -99,6 +104,9 @@ class Options:
     shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     max_size: str | None = None
     max_latency: str | None = None
+    board: str | None = None
+    max_sram: str | None = None
+    max_flash: str | None = None
     min_fidelity: Mapping[str, float] = field(default_factory=dict)
     pareto: bool = False
     cache: Path | None = None
@@ -132,9 +140,9 @@ class Options:
         if unknown := sorted(set(self.min_fidelity) - set(FIDELITY_MEASURES)):
             fact = f"there is no measure '{unknown[0]}'"
             raise UsageError("--min-fidelity", fact, f"use one of {', '.join(FIDELITY_MEASURES)}")
-        for flag, text in (("--max-size", self.max_size), ("--max-latency", self.max_latency)):
-            if text is not None:
-                Budget.parse(text, flag)
+        for name in ("max_size", "max_latency", "max_sram", "max_flash"):
+            if (text := getattr(self, name)) is not None:
+                Budget.parse(text, f"--{name.replace('_', '-')}")
         if self.pareto and self.weights == "none":
             raise UsageError("--pareto", "leaves nothing to choose with --weights none", "leave out one of them")
         if self.threads < 1:
@@ -154,6 +162,15 @@ class Options:
     def observers(self) -> tuple[Observer, ...]:
         """The observers to choose among."""
         return tuple(Observer) if self.observer == "auto" else (Observer(self.observer),)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The device's memory, as a target's settings have it: bytes."""
+        texts = {"max_sram": self.max_sram, "max_flash": self.max_flash}
+        found: dict[str, Any] = {"board": self.board}
+        for name, text in texts.items():
+            found[name] = None if text is None else int(Budget.parse(text, f"--{name.replace('_', '-')}").amount)
+        return found
 
     @cached_property
     def cost_table(self) -> CostTable | None:
@@ -188,13 +205,13 @@ class Options:
         """Return what decides a plan, as a recipe has it; data, places and bounds on the result do not."""
         decisive = self.decisive()
         decisive["override"] = decisive.pop("overrides")
-        left_out = ("min_fidelity", "seed")
+        left_out = ("min_fidelity", "seed", *LIMITS)
         return {key: value for key, value in decisive.items() if key not in left_out and value is not None}
 
     def measured_by(self) -> dict[str, Any]:
         """Return the options that measurements depend on: what is chosen by them afterwards, for a budget, is not."""
         free = {"weights": self.weights != "none", "max_size": None, "max_latency": None, "min_fidelity": None}
-        return self.decisive() | free
+        return self.decisive() | free | dict.fromkeys(LIMITS)
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

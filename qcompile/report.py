@@ -105,10 +105,12 @@ def warnings(content: Mapping[str, Any], measured: Mapping[str, Any]) -> list[st
     return [*([caveat] if caveat else []), *measured["warnings"], *content["warnings"]]
 
 
-def measurements(content: Mapping[str, Any], latency: Latency, pipeline: Pipeline) -> dict[str, Any]:
+def measurements(
+    content: Mapping[str, Any], latency: Latency | None, lowered: Lowered, pipeline: Pipeline
+) -> dict[str, Any]:
     """Return what was seen on this machine."""
     warnings = []
-    if latency.ratio > 1.0 + NOISE:
+    if latency is not None and latency.ratio > 1.0 + NOISE:
         times = f"{latency.candidate_ms:.3g} ms against {latency.reference_ms:.3g} ms"
         warnings.append(f"Slower than float here: {times}.")
     if pipeline.cache is not None and pipeline.cache.failure:
@@ -116,13 +118,15 @@ def measurements(content: Mapping[str, Any], latency: Latency, pipeline: Pipelin
     return {
         "schema_version": SCHEMA_VERSION,
         "processor": timing.processor(),
-        "latency": {
+        "latency": latency
+        and {
             "float_ms": latency.reference_ms,
             "artifact_ms": latency.candidate_ms,
             "ratio": latency.ratio,
             "rounds": latency.rounds,
             "threads": 1,
         },
+        "device": lowered.measured and dict(lowered.measured),
         "seconds": dict(pipeline.seconds),
         "warnings": warnings,
         "report_sha256": cache.key(repr(content)),
@@ -166,6 +170,11 @@ def describe(model: ir.Model) -> dict[str, Any]:
 
 def _size(model: ir.Model, lowered: Lowered, folder: Path) -> dict[str, Any]:
     float_bytes = models.file_bytes(model)
+    if lowered.bytes_by_cause is not None:
+        stored = sum(lowered.bytes_by_cause.values())
+        by_cause = dict(lowered.bytes_by_cause)
+        ratio = round(stored / float_bytes, 4)
+        return {"float_bytes": float_bytes, "artifact_bytes": stored, "ratio": ratio, "by_cause": by_cause}
     artifact_bytes = sum((folder / name).stat().st_size for name in lowered.files)
     causes = _bytes_by_cause(models.load_written(folder / lowered.files[0]))
     causes["graph, names and metadata"] = artifact_bytes - sum(causes.values())

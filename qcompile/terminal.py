@@ -6,7 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -19,6 +19,9 @@ from qcompile.driver import CompileResult
 from qcompile.inspection import by_fate
 from qcompile.report import warnings
 from qcompile.stages import Planned, Written
+
+if TYPE_CHECKING:
+    from qcompile.backends.mcu.emulated_run import EmulatedRun
 
 T = TypeVar("T")
 
@@ -83,6 +86,10 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)
+    if (device := measurements["device"]) is not None and device["compiler"]:
+        stack = f"{device['stack_bytes']:,} of stack, by {device['compiler']}"
+        table.add_row("code", "", _bytes(device["code_bytes"]), "")
+        table.add_row("SRAM", "", _bytes(device["sram_bytes"]), stack)
     if (expected := report["predicted_latency"]) is not None:
         reference, artifact = (f"{expected[key] / 1e3:.3g} ms" for key in ("float_us", "artifact_us"))
         table.add_row("latency predicted", reference, artifact, f"{expected['ratio']:.2f}x")
@@ -137,6 +144,18 @@ def _refusals(report: Mapping[str, Any]) -> Table:
         more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
         table.add_row(stage, _plain(nodes[0] + more), _plain(reason))
     return table
+
+
+def show_run(console: Console, seen: EmulatedRun) -> None:
+    """Print what a package did under emulation."""
+    table = _table(f"{seen.processor}, emulated", "layer", "operation", "multiply-accumulates", "instructions", "each")
+    for layer in seen.layers:
+        each = f"{layer['instructions'] / layer['macs']:.2f}" if layer["macs"] else ""
+        counts = f"{layer['macs']:,}", f"{layer['instructions']:,}"
+        table.add_row(_plain(layer["name"]), layer["operation"], *counts, each)
+    console.print(table)
+    equal = f"{seen.samples} inputs: every output equals the integer program's"
+    console.print(f"{equal}; {seen.instructions:,} instructions each, which are no time", highlight=False)
 
 
 def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> None:

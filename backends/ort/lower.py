@@ -18,10 +18,10 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Refusal, Track
 from qcompile.core.costs import CostTable
-from qcompile.core.errors import ModelError, VerificationError
+from qcompile.core.errors import ModelError, UsageError, VerificationError
 from qcompile.core.execution import Kernel
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
-from qcompile.core.target import OpKind, Target
+from qcompile.core.target import LIMITS, OpKind, Target
 
 MODEL_FILE = "model.onnx"
 
@@ -43,6 +43,23 @@ class OrtBackend:
         for entry in sorted((here / "targets").iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith(".toml"):
                 yield Target.from_toml(entry, here / "costs")
+
+    def available(self) -> bool:
+        """Tell whether an ONNX Runtime is installed."""
+        return bool(runtime.distributions())
+
+    def check(self, target: Target) -> None:
+        """Refuse bounds on memory, which the runtime manages as it likes.
+
+        Raises
+        ------
+        UsageError
+            Naming the option.
+        """
+        for key in LIMITS:
+            if target.settings.get(key) is not None:
+                fact = f"means nothing for {target.name}, whose runtime manages memory as it likes"
+                raise UsageError(f"--{key.replace('_', '-')}", fact, "leave it out, or choose a microcontroller")
 
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""

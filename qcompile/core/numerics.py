@@ -17,6 +17,9 @@ IntArray = npt.NDArray[np.integer[Any]]
 #: Below this a scale would make `1 / scale` overflow float32; a tensor that narrow is constant for every purpose.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
+#: Of a fixed-point multiplier: with it a product of 32 by 31 bits, rounded, still fits int64.
+LARGEST_SHIFT = 62
+
 
 def code_range(dtype: str, symmetric: bool = False) -> tuple[int, int]:
     """Return the lowest and highest code of an integer type.
@@ -121,6 +124,55 @@ def dequantize(
     z = along_axis(np.asarray(zero_point, np.int64), axis, codes.ndim)
     real: npt.NDArray[np.float32] = (codes.astype(np.int64) - z).astype(np.float32) * s
     return real
+
+
+def fixed_point(ratio: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return multiplier and shift with ratio ≈ multiplier · 2^-shift, to 31 bits.
+
+    Parameters
+    ----------
+    ratio : array_like of float, shape (n,)
+        From 0 to below 2^29.
+
+    Returns
+    -------
+    multiplier : ndarray of int32
+        From 2^30 to 2^31 - 1; less where the ratio is so small that the shift would exceed 62.
+    shift : ndarray of int32
+        From 1 to 62.
+
+    Raises
+    ------
+    ValueError
+        If a ratio is out of range.
+    """
+    real = np.asarray(ratio, np.float64)
+    if not np.all((real >= 0.0) & (real < 2.0**29)):
+        raise ValueError(f"a ratio of {float(np.max(np.abs(real)))} is no fixed-point multiplier")
+    # A fraction of nearly 1 is rounded to 2^31, one too many: half of it with one shift less.
+    exponent = np.frexp(real)[1] + (np.rint(np.frexp(real)[0] * 2.0**31) >= 2.0**31)
+    shift = np.clip(31 - exponent, 1, LARGEST_SHIFT)
+    return np.rint(np.ldexp(real, shift)).astype(np.int32), shift.astype(np.int32)
+
+
+def requantize(
+    accumulator: IntArray, multiplier: IntArray, shift: IntArray, zero_point: int, low: int, high: int
+) -> npt.NDArray[np.int64]:
+    """Return clip(((acc · multiplier + 2^(shift-1)) >> shift) + zero_point, low, high): the one rounding of integers.
+
+    Ties go up (Yao et al. 2021, HAWQ-V3, section 3.2, has the dyadic form). Exact: the product needs 63 bits.
+
+    Parameters
+    ----------
+    accumulator : ndarray of int, shape (..., channels)
+        Within int32.
+    multiplier, shift : ndarray of int, shape (channels,) or (1,)
+    zero_point, low, high : int
+    """
+    places = np.asarray(shift, np.int64)
+    product = np.asarray(accumulator, np.int64) * np.asarray(multiplier, np.int64)
+    rounded: npt.NDArray[np.int64] = (product + (np.int64(1) << (places - 1))) >> places
+    return np.clip(rounded + zero_point, low, high)
 
 
 def sqnr(reference: FloatArray, candidate: FloatArray) -> float:

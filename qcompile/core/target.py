@@ -14,6 +14,9 @@ from qcompile.core.capabilities import Capability
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
 
+#: Settings of a device that the user gives: which board, and bytes of memory at most.
+LIMITS = ("board", "max_sram", "max_flash")
+
 
 class OpKind(StrEnum):
     """How an operator takes part in integer arithmetic."""
@@ -83,6 +86,8 @@ class Target:
     costs : CostTable, optional
         What its kernels take; without it whatever can be integers is. In the file, the table's name in ``costs/``.
         See `with_costs`.
+    integer_only : bool
+        It has no float: every operator that can be integers becomes them, the first and the last included.
     settings : mapping
         The backend's own table.
     deployed_opset : int, optional
@@ -105,6 +110,7 @@ class Target:
     per_channel: bool
     ops: Mapping[str, OpRule]
     costs: CostTable | None = None
+    integer_only: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     deployed_opset: int | None = None
     wide_weight_dtype: str = ""

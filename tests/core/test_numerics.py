@@ -257,3 +257,50 @@ INF, NAN = math.inf, math.nan
 )
 def test_relative_error(reference: list[float], candidate: list[float], expected: float) -> None:
     assert numerics.relative_error(np.float32(reference), np.float32(candidate)) == expected
+
+
+ratios = st.floats(2.0**-60, 2.0**29, exclude_max=True)
+
+
+@given(st.lists(ratios, min_size=1, max_size=8))
+def test_a_fixed_point_multiplier_has_31_bits(values: list[float]) -> None:
+    multiplier, shift = numerics.fixed_point(values)
+    assert multiplier.dtype == shift.dtype == np.int32
+    assert np.all((shift >= 1) & (shift <= numerics.LARGEST_SHIFT)) and np.all(multiplier >= 0)
+    for value, m, s in zip(values, multiplier, shift, strict=True):
+        assert m >= 2**30 or s == numerics.LARGEST_SHIFT
+        assert abs(math.ldexp(int(m), -int(s)) - value) <= max(value * 2.0**-31, 2.0**-63)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "multiplier", "shift"),
+    [(0.0, 0, 31), (1.0, 2**30, 30), (1.0 - 2.0**-40, 2**30, 30), (0.25, 2**30, 32), (2.0**-62, 1, 62)],
+)
+def test_fixed_point_by_hand(ratio: float, multiplier: int, shift: int) -> None:
+    found = numerics.fixed_point([ratio])
+    assert (int(found[0][0]), int(found[1][0])) == (multiplier, shift)
+
+
+@pytest.mark.parametrize("ratio", [-1.0, 2.0**29, float("nan"), float("inf")])
+def test_ratios_out_of_range_are_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match="no fixed-point multiplier"):
+        numerics.fixed_point([0.5, ratio])
+
+
+@given(st.integers(-(2**31), 2**31 - 1), ratios, st.integers(-128, 127))
+def test_requantization_is_that_of_unbounded_integers(accumulator: int, ratio: float, zero_point: int) -> None:
+    multiplier, shift = numerics.fixed_point([ratio])
+    m, s = int(multiplier[0]), int(shift[0])
+    expected = min(max(((accumulator * m + (1 << (s - 1))) >> s) + zero_point, -128), 127)
+    found = numerics.requantize(np.array([accumulator], np.int32), multiplier, shift, zero_point, -128, 127)
+    assert int(found[0]) == expected
+
+
+@given(st.integers(-(2**31), 2**31 - 1), st.floats(2.0**-20, 0.25, exclude_max=True))
+def test_the_high_word_is_enough_for_small_ratios(accumulator: int, ratio: float) -> None:
+    multiplier, shift = numerics.fixed_point([ratio])
+    m, s = int(multiplier[0]), int(shift[0])
+    assert s >= 33
+    high = (accumulator * m) >> 32
+    found = numerics.requantize(np.array([accumulator]), multiplier, shift, 0, -(2**31), 2**31 - 1)
+    assert int(found[0]) == (high + (1 << (s - 33))) >> (s - 32)

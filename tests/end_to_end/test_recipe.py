@@ -66,6 +66,9 @@ def test_every_option_is_a_key(small, recipe):
         no_added_nodes = true
         max_size = "0.2x"
         max_latency = "12ms"
+        board = "nrf52840"
+        max_sram = "64KB"
+        max_flash = "0.5MB"
         pareto = true
         costs = "costs.json"
         cache = "../cache"
@@ -101,6 +104,9 @@ def test_every_option_is_a_key(small, recipe):
         shape={"x": (1, 3, 8, 8)},
         max_size="0.2x",
         max_latency="12ms",
+        board="nrf52840",
+        max_sram="64KB",
+        max_flash="0.5MB",
         pareto=True,
         min_fidelity={"sqnr": 20.0, "cosine": 0.9},
         cache=small.folder / "../cache",

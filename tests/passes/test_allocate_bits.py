@@ -82,6 +82,7 @@ def test_ranges_come_from_the_statistics_and_the_observer(
     [
         ("q = Mul (x, x) a = Gemm (q, m) y = Softmax (a)", True),
         ("q = Mul (x, x) a = Gemm (q, m) b = Reshape (a, s) y = Softmax (b)", True),
+        ("q = Mul (x, x) n = Neg (q) a = Gemm (n, m) y = Softmax (a)", False),
         ("q = Mul (x, x) a = Gemm (q, m) b = Softmax (a) y = Gemm (b, m)", False),
         ("q = Mul (x, x) a = Gemm (q, m) y = Sigmoid (a)", False),
     ],
@@ -246,3 +247,9 @@ def test_weights_shared_by_two_operators_leave_room_for_both_biases(
     for node in "ab":
         assert np.abs(bias_codes(result, node).astype(np.int64)).min() > 0
         assert np.abs(bias_codes(result, node).astype(np.int64)).max() < 2**31 - 1
+
+
+def histogram_of(low: float, high: float) -> Histogram:
+    histogram = Histogram()
+    histogram.add(np.array([low, 0.0, high], np.float32))
+    return histogram

@@ -1,0 +1,152 @@
+"""The backend ``mcu``: a package of C for microcontrollers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from qcompile.backends.base import Lowered, Subject
+from qcompile.backends.integer.interpret import dequantize_output, quantize_input
+from qcompile.backends.integer.lower import lower
+from qcompile.backends.integer.memory import MemoryPlan
+from qcompile.backends.integer.program import Program
+from qcompile.backends.integer.strips import plan_memory
+from qcompile.backends.mcu import footprint as footprints
+from qcompile.backends.mcu.boards import Limits, check_board
+from qcompile.backends.mcu.compiler import Compiled, compile_package
+from qcompile.backends.mcu.footprint import Footprint
+from qcompile.backends.mcu.host import HostNetwork
+from qcompile.backends.mcu.layers import Layers
+from qcompile.backends.mcu.package import Example, write_package
+from qcompile.backends.mcu.write_c import Source, identifier
+from qcompile.backends.tvm.emit import load_tvm
+from qcompile.core import model as models
+from qcompile.core.contract import Track
+from qcompile.core.costs import CostTable
+from qcompile.core.errors import TargetError
+from qcompile.core.execution import Kernel
+from qcompile.core.plan import Precision, QuantPlan
+from qcompile.core.runtime import Feeds, Outputs
+from qcompile.core.target import Target
+
+#: The quantized model that the C computes, beside it.
+REFERENCE = "reference.onnx"
+
+
+class McuBackend:
+    """The backend ``mcu``."""
+
+    name: ClassVar[str] = "mcu"
+
+    def targets(self) -> Iterable[Target]:
+        """Return the targets of backends/mcu/targets."""
+        here = files("qcompile.backends.mcu") / "targets"
+        for entry in sorted(here.iterdir(), key=lambda entry: entry.name):
+            if entry.name.endswith(".toml"):
+                yield Target.from_toml(entry)
+
+    def available(self) -> bool:
+        """Tell whether TVM is installed, which generates the kernels."""
+        return importlib.util.find_spec("tvm") is not None
+
+    def check(self, target: Target) -> None:
+        """Refuse a board that is none of the target's, and a machine without TVM.
+
+        Raises
+        ------
+        UsageError, TargetError
+        """
+        if board := target.settings.get("board"):
+            check_board(board, target)
+        if not self.available():
+            load_tvm()
+
+    def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
+        """Write the package; see docs/targets/mcu.md.
+
+        Raises
+        ------
+        TargetError
+            If an operator has no integer form.
+        BudgetError
+            If the network does not fit.
+        """
+        program, limits = lower(model), Limits.of(target.settings)
+        built = _fitted(program, target, limits, folder)
+        models.save(model, folder / REFERENCE)
+        kernels = {name: "C" for name, op in plan.ops.items() if op.precision is Precision.INTEGER and not op.reason}
+        sizes = {"weights, biases and multipliers": built.footprint.weight_bytes}
+        measured = footprints.measured(built.footprint, built.compiled, limits)
+        return Lowered((*built.files, REFERENCE), kernels, (), sizes, measured)
+
+    def size(self, model: ir.Model) -> int:
+        """Return the bytes of constants that `lower` would write."""
+        from qcompile.backends.integer.operations import Conv, Dense
+
+        weighted = [part for part in lower(model).operations if isinstance(part, Conv | Dense)]
+        return sum(part.weights.nbytes + 3 * part.bias.nbytes for part in weighted)
+
+    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
+        """Return nothing: no table prices kernels of a device that is not here."""
+        del model
+        return [[] for _ in samples]
+
+    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
+        """Refuse: a device that is not here cannot be timed.
+
+        Raises
+        ------
+        TargetError
+            Always.
+        """
+        del subjects, processor, track
+        fact = "has no clock here: an emulator counts instructions, which are no times"
+        raise TargetError(f"probe {target.name}", fact, "leave it out")
+
+    def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
+        """Compile the package for this machine and return a function that runs one sample."""
+        del threads, files
+        program = lower(models.load(folder / REFERENCE))
+        network = HostNetwork(folder, identifier(program.name), program)
+
+        def run(feeds: Feeds) -> Outputs:
+            codes = {port.name: quantize_input(program, port, feeds[port.name]) for port in program.inputs}
+            made = network.run(codes)
+            return {port.name: dequantize_output(program, port, made[port.name]) for port in program.outputs}
+
+        return run
+
+
+@dataclass(frozen=True)
+class Built:
+    """A package as it was written, and what it takes."""
+
+    source: Source
+    footprint: Footprint
+    compiled: Compiled | None
+    files: tuple[str, ...]
+
+
+def _fitted(program: Program, target: Target, limits: Limits, folder: Path) -> Built:
+    """Write the package; with less arena, if arena and stack do not fit otherwise."""
+    plan = plan_memory(program, limits.sram_bytes)
+    built = _written(plan, target, folder)
+    stack = built.compiled.stack_bytes if built.compiled else 0
+    if limits.sram_bytes is not None and plan.arena_bytes + stack > limits.sram_bytes:
+        built = _written(plan_memory(program, limits.sram_bytes - stack), target, folder)
+    built.footprint.require(limits, built.compiled)
+    return built
+
+
+def _written(plan: MemoryPlan, target: Target, folder: Path) -> Built:
+    layers = Layers.of(plan.program, plan.offsets)
+    source = Source(identifier(plan.program.name), plan.program, plan.offsets, plan.arena_bytes, layers)
+    footprint = Footprint.of(source.name, target.name, plan, layers)
+    written = write_package(source, footprint, Example.of(source), folder)
+    return Built(source, footprint, compile_package(folder, target.settings), written)

@@ -1,0 +1,1 @@
+"""What is done to a definition for each architecture: tiles, instructions, where a patch is gathered."""

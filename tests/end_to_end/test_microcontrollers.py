@@ -1,0 +1,123 @@
+"""A model becomes a package for a microcontroller, and runs there as it does here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from qcompile.backends.mcu.emulate import missing
+
+pytest.importorskip("tvm")
+
+ROOT = Path(__file__).parents[2]
+#: Executed instructions of one run, by compiler: exact, so that a slower kernel does not pass.
+COUNTS = json.loads((ROOT / "tests/backends/mcu/instructions.json").read_text())
+#: TFLM with CMSIS-NN's kernels on the same network.
+TFLM = 29_800_000
+
+
+@pytest.fixture
+def package(qcompile, resnet8, tmp_path):
+    """Return what compiles ResNet-8 for a target: the report, the measurements and the folder."""
+    model, data, evaluation = resnet8
+
+    def compiled(target, *words):
+        output = tmp_path / target
+        done = qcompile(model, "--target", target, "--data", data, "--eval", evaluation, "--observer", "minmax",
+                        "-o", output, "--json", *words)  # fmt: skip
+        assert done.code == 0, done.err
+        content = json.loads(done.out)
+        return content["report"], content["measurements"], output
+
+    return compiled
+
+
+def test_a_model_becomes_a_package(package, tmp_path):
+    report, measurements, output = package("cortex-m4")
+    for name, content in (("report", report), ("measurements", measurements)):
+        jsonschema.validate(content, json.loads((ROOT / f"docs/schemas/{name}.schema.json").read_text()))
+    assert {op["kernel"] for op in report["operators"] if op["op_type"] == "Conv"} == {"C"}
+    assert report["refusals"] == [] or all(entry["stage"] != "backend" for entry in report["refusals"])
+    assert measurements["latency"] is None, "the device is not here"
+    footprint = json.loads((output / "footprint.json").read_text())
+    assert footprint["arena_bytes"] <= 34 * 1024 and report["size"]["artifact_bytes"] == footprint["weight_bytes"]
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert {"model.c", "model.h", "model_weights.h", "selftest.c", "reference.onnx"} <= set(manifest["files"])
+    subprocess.run(
+        ["gcc", "-std=c99", "-O2", "model.c", "selftest.c", "-o", str(tmp_path / "t")], cwd=output, check=True
+    )
+    subprocess.run([tmp_path / "t"], check=True)
+
+
+def test_less_memory_means_strips(package):
+    _, _, output = package("cortex-m4", "--max-sram", "30KB")
+    footprint = json.loads((output / "footprint.json").read_text())
+    assert footprint["arena_bytes"] <= 30 * 1024 and "steps_0" in (output / "model_weights.h").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "facts"),
+    [
+        (("--max-sram", "8KB"), 5, ("--max-sram", "do not fit", "layer")),
+        (("--max-flash", "50KB"), 5, ("--max-flash", "bytes of flash", "conv2d_7")),
+        (("--board", "toaster"), 2, ("no such board", "stm32f446")),
+        (("--board", "stm32f746"), 2, ("has a cortex-m7", "--target cortex-m7")),
+        (("--max-sram", "0.5x"), 2, ("is not a budget", "64KB")),
+        (("--activations", "none"), 7, ("in float", "quantize")),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(qcompile, resnet8, tmp_path, words, code, facts):
+    model, data, _ = resnet8
+    done = qcompile(
+        model, "--target", "cortex-m4", "--data", data, "--observer", "minmax", "-o", tmp_path / "o", *words
+    )
+    assert done.code == code, done.err
+    assert len(done.err.strip().splitlines()) == 1 and all(fact in done.err for fact in facts), done.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_runtime_with_its_own_memory_takes_no_bounds(qcompile, resnet8, tmp_path):
+    done = qcompile(resnet8[0], "--target", "cpu", "--max-sram", "64KB", "-o", tmp_path / "o")
+    assert done.code == 2 and "--max-sram" in done.err and "microcontroller" in done.err
+
+
+def test_run_wants_a_package(qcompile, tmp_path):
+    done = qcompile("run", tmp_path)
+    assert done.code == 2 and "footprint.json" in done.err
+
+
+@pytest.mark.qemu
+@pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
+@pytest.mark.parametrize("target", ["cortex-m4", "cortex-m7", "cortex-m55"])
+def test_a_package_runs_under_emulation_in_so_many_instructions(qcompile, package, resnet8, target):
+    if target == "cortex-m55" and shutil.which("clang-19") is None:
+        pytest.skip("needs clang-19")
+    _, measurements, output = package(target)
+    done = qcompile("run", output, "--data", resnet8[2], "--samples", 2, "--json")
+    assert done.code == 0, done.err
+    seen = json.loads(done.out)
+    assert seen["samples"] == 2 and sum(layer["macs"] for layer in seen["layers"]) == 12_501_632
+    assert measurements["device"]["code_bytes"] <= 12 * 1024 or target == "cortex-m55"
+    if target == "cortex-m4":
+        assert seen["instructions"] < TFLM
+    known = COUNTS.get(f"{measurements['device']['compiler']}, {target}")
+    assert known is None or seen["instructions"] == known["resnet8"], "update instructions.json if this is meant"
+
+
+@pytest.mark.qemu
+@pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
+def test_a_wrong_output_is_noticed(qcompile, package):
+    _, _, output = package("cortex-m4")
+    weights = (output / "model_weights.h").read_text()
+    # The power that a Softmax gives the highest score.
+    changed = re.sub(r"(uint32_t table_\d+\[256\] = \{\n    )\d+u", r"\g<1>1u", weights)
+    assert changed != weights
+    (output / "model_weights.h").write_text(changed)
+    done = qcompile("run", output)
+    assert done.code == 6 and "not the integer program's" in done.err

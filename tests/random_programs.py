@@ -1,0 +1,196 @@
+"""Random small integer programs: every operation, odd sizes, tails, strides, dilations, uneven padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer.program import Operation, Port, Program, Tensor
+from qcompile.core import numerics
+
+Random = np.random.Generator
+
+
+class Growing:
+    """A program that grows operation by operation."""
+
+    def __init__(self, random: Random, shape: tuple[int, ...]) -> None:
+        self.random = random
+        self.tensors: dict[str, Tensor] = {}
+        self.operations: list[Operation] = []
+        self.last = self.tensor(shape)
+
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        name = f"t{len(self.tensors)}"
+        self.tensors[name] = Tensor(name, tuple(map(int, shape)), "int8", 0.05, int(self.random.integers(-40, 41)))
+        return self.tensors[name]
+
+    def add(self, kind: type[Operation], shape: tuple[int, ...], inputs: tuple[Tensor, ...], **fields: Any) -> None:
+        target = self.tensor(shape)
+        names = tuple(tensor.name for tensor in inputs)
+        self.operations.append(kind(f"op{len(self.operations)}", names, target.name, **fields))
+        self.last = target
+
+    def requantize(self, channels: int, spread: int) -> ops.Requantize:
+        """Return one with ratios that use the codes when accumulators are about `spread`; some are above a quarter."""
+        ratio = 60.0 / spread * np.exp2(self.random.uniform(-2.0, 2.0, channels))
+        multiplier, shift = numerics.fixed_point(ratio)
+        low, high = sorted(self.random.integers(-128, 128, 2)) if self.random.random() < 0.3 else (-128, 127)
+        return ops.Requantize(multiplier, shift, int(self.random.integers(-40, 41)), int(low), int(high))
+
+    def weights(self, *shape: int) -> dict[str, Any]:
+        bias = self.random.integers(-3000, 3000, shape[0]).astype(np.int32)
+        codes = self.random.integers(-127, 128, shape).astype(np.int8)
+        spread = int(5000 * np.sqrt(np.prod(shape[1:])))
+        return {"weights": codes, "bias": bias, "requantize": self.requantize(shape[0], spread)}
+
+    def window(self, rows: int, columns: int, padded: bool = True) -> tuple[ops.Window, int, int]:
+        """Return a window that fits a map, and the rows and columns of its result."""
+        pads = (
+            tuple(int(n) for n in self.random.integers(0, 3, 4)) if padded and self.random.random() < 0.7 else (0,) * 4
+        )
+        dilations = (2, 1) if self.random.random() < 0.2 else (1, 1)
+        strides = tuple(int(n) for n in self.random.integers(1, 4, 2)) if self.random.random() < 0.4 else (1, 1)
+        size, result = [], []
+        for axis, length in enumerate((rows, columns)):
+            room = length + pads[axis] + pads[axis + 2]
+            most = min(4, (room - 1) // dilations[axis] + 1)
+            size.append(int(self.random.integers(1, most + 1)))
+            result.append((room - (size[-1] - 1) * dilations[axis] - 1) // strides[axis] + 1)
+        outside = int(self.random.integers(-128, 128))
+        return ops.Window((size[0], size[1]), strides, pads, dilations, outside), result[0], result[1]
+
+    def program(self) -> Program:
+        first, last = next(iter(self.tensors.values())), self.last
+        ports = [Port(name, tensor.name, tensor.shape, tuple(range(len(tensor.shape))))
+                 for name, tensor in (("x", first), ("y", last))]  # fmt: skip
+        return Program("random net", self.tensors, tuple(self.operations), (ports[0],), (ports[1],))
+
+
+def conv(grown: Growing) -> None:
+    _, rows, columns, channels = grown.last.shape
+    window, height, width = grown.window(rows, columns)
+    way = grown.random.random()
+    groups = channels if way < 0.35 else 2 if way < 0.5 and channels % 2 == 0 else 1
+    multiple = int(grown.random.integers(1, 3))
+    outputs = channels * multiple if groups == channels else groups * int(grown.random.integers(1, 8))
+    fields = grown.weights(outputs, *window.size, channels // groups)
+    grown.add(ops.Conv, (1, height, width, outputs), (grown.last,), **fields, window=window, groups=groups)
+
+
+def pointwise(grown: Growing) -> None:
+    _, rows, columns, channels = grown.last.shape
+    outputs = int(grown.random.integers(1, 10))
+    fields = grown.weights(outputs, 1, 1, channels)
+    grown.add(ops.Conv, (1, rows, columns, outputs), (grown.last,), **fields, window=ops.Window((1, 1)))
+
+
+def dense(grown: Growing) -> None:
+    outputs = int(grown.random.integers(1, 10))
+    fields = grown.weights(outputs, grown.last.shape[-1])
+    grown.add(ops.Dense, (*grown.last.shape[:-1], outputs), (grown.last,), **fields)
+
+
+def flattened(grown: Growing) -> None:
+    grown.add(ops.View, (1, grown.last.size), (grown.last,))
+    dense(grown)
+    grown.add(ops.View, (1, 1, 1, grown.last.size), (grown.last,))
+
+
+def skip(grown: Growing) -> None:
+    before = grown.last
+    grown.add(ops.Lookup, before.shape, (before,), table=grown.random.integers(-128, 128, 256).astype(np.int8))
+    multipliers = tuple(int(n) for n in grown.random.integers(-(2**20), 2**20, 2))
+    bias, low = int(grown.random.integers(-(2**27), 2**27)), int(grown.random.integers(-128, 0))
+    grown.add(
+        ops.Add, before.shape, (before, grown.last), multipliers=multipliers, bias=bias, shift=21, low=low, high=127
+    )
+
+
+def gate(grown: Growing) -> None:
+    before = grown.last
+    _, rows, columns, channels = before.shape
+    window = ops.Window((rows, columns))
+    fields = {"window": window, "bias": 7, "requantize": grown.requantize(1, 60 * rows * columns)}
+    grown.add(ops.AveragePool, (1, 1, 1, channels), (before,), **fields)
+    zeros = tuple(int(n) for n in grown.random.integers(-128, 128, 2))
+    grown.add(
+        ops.Mul, before.shape, (before, grown.last), zero_points=zeros, requantize=grown.requantize(1, 8000)
+    )  # fmt: skip
+
+
+def pool(grown: Growing) -> None:
+    _, rows, columns, channels = grown.last.shape
+    window, height, width = grown.window(rows, columns, padded=False)
+    if grown.random.random() < 0.5:
+        fields = {"low": -100, "high": 100}
+        grown.add(ops.MaxPool, (1, height, width, channels), (grown.last,), window=window, **fields)
+    else:
+        requantize = grown.requantize(1, 60 * window.size[0] * window.size[1])
+        grown.add(
+            ops.AveragePool, (1, height, width, channels), (grown.last,), window=window, bias=-3, requantize=requantize
+        )
+
+
+def joined(grown: Growing) -> None:
+    before = grown.last
+    grown.add(ops.Lookup, before.shape, (before,), table=grown.random.integers(-128, 128, 256).astype(np.int8))
+    axis = int(grown.random.integers(1, 4))
+    shape = tuple(n * 2 if place == axis else n for place, n in enumerate(before.shape))
+    grown.add(ops.Concat, shape, (before, grown.last), axis=axis)
+
+
+def padded(grown: Growing) -> None:
+    before, after = ((0, *(int(n) for n in grown.random.integers(0, 3, 3))) for _ in range(2))
+    shape = tuple(int(sum(parts)) for parts in zip(grown.last.shape, before, after, strict=True))
+    grown.add(ops.Pad, shape, (grown.last,), before=before, after=after, code=-9)
+
+
+def sliced(grown: Growing) -> None:
+    starts = tuple(int(grown.random.integers(0, n)) for n in grown.last.shape)
+    shape = tuple(int(-(-(n - start) // 2)) for n, start in zip(grown.last.shape, starts, strict=True))
+    grown.add(ops.Slice, shape, (grown.last,), starts=starts, steps=(2, 2, 2, 2))
+
+
+def resized(grown: Growing) -> None:
+    _, rows, columns, channels = grown.last.shape
+    picked = [tuple((np.arange(2 * n) // 2).tolist()) for n in (rows, columns)]
+    grown.add(ops.Resize, (1, 2 * rows, 2 * columns, channels), (grown.last,), rows=picked[0], columns=picked[1])
+
+
+def transposed(grown: Growing) -> None:
+    axes = (0, *(1 + int(n) for n in grown.random.permutation(3)))
+    grown.add(ops.Transpose, tuple(grown.last.shape[axis] for axis in axes), (grown.last,), axes=axes)
+
+
+def softmax(grown: Growing) -> None:
+    table = np.rint(2.0**16 * np.exp(-0.05 * np.arange(256))).astype(np.uint32)
+    grown.add(ops.Softmax, grown.last.shape, (grown.last,), table=table, factor=256 << 4, shift=4, zero_point=-128,
+              low=-128, high=127)  # fmt: skip
+
+
+GROWTHS = (conv, conv, conv, pointwise, pointwise, dense, flattened, skip, gate, pool, joined, padded, sliced, resized,
+           transposed, softmax)  # fmt: skip
+#: A map that is larger says nothing more.
+LARGEST = 3000
+
+
+def random_program(seed: int) -> Program:
+    """Return a program of one to five random steps."""
+    random = np.random.default_rng(seed)
+    grown = Growing(random, (1, *(int(n) for n in random.integers(1, 9, 3))))
+    for _ in range(int(random.integers(1, 6))):
+        growth = GROWTHS[int(random.integers(len(GROWTHS)))]
+        if grown.last.size <= LARGEST and (growth is not softmax or grown.last.shape[-1] <= 16):
+            growth(grown)
+    if not grown.operations:
+        conv(grown)
+    return grown.program()
+
+
+def random_codes(program: Program, seed: int) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    return {port.name: random.integers(-128, 128, program.tensors[port.tensor].shape).astype(np.int8)
+            for port in program.inputs}  # fmt: skip
