@@ -51,7 +51,7 @@ def compensate(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPl
     if not job.evidence.calibrated:
         _decline(job, CorrectBias, quantized, ((Refusal("model", UNKNOWN),) if biases else ()) + biases_left)
         return quantized
-    data, pipeline, track = job.evidence.calibration, job.pipeline, job.track
+    data, pipeline, track = job.evidence.fitted(job.evidence.calibration), job.pipeline, job.track
     useful = pipeline.measure("compensation", NAMES, lambda: _useful(job, canonical, quantized, operators, biases))
     if RoundWeights.__name__ in useful:
         codes = pipeline.measure("codes", CODES, lambda: _codes(job, canonical, operators, data))
@@ -74,12 +74,13 @@ def _useful(
     two dozen samples few are held out, and rounding helps on nearly all models (docs/rounding.md).
     """
     fit, others = job.evidence.calibration.split(HELD_OUT)
+    fitted = job.evidence.fitted(fit)
     trials: list[tuple[tuple[type[Pass], ...], ir.Model]] = [((), quantized)]
     if operators:
-        codes = _codes(job, canonical, operators, fit)
+        codes = _codes(job, canonical, operators, fitted)
         trials.append(((RoundWeights,), RoundWeights(codes)(quantized.clone()).model))
     for passes, model in tuple(trials) if biases else ():
-        drift = measure_drift(canonical, model, biases, fit, job.track)
+        drift = measure_drift(canonical, model, biases, fitted, job.track)
         trials.append(((*passes, CorrectBias), CorrectBias(drift)(model.clone()).model))
     if len(trials) == 1:
         return []
