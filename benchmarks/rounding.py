@@ -9,7 +9,6 @@ Needs the extra `models` for what is not in the cache yet. `--measured` keeps ca
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ from catalog import ROOT, fetch
 
 from qcompile import Options, compensation, stages
 from qcompile.calib.rounding import round_weights, second_moments
-from qcompile.calib.sensitivity import SURE
 from qcompile.core.numerics import IntArray
 from qcompile.passes.insert_qdq import InsertQdq, quantized_name
 from qcompile.passes.round_weights import roundable
@@ -62,9 +60,8 @@ def _gains(nearest: Sequence[float], found: Sequence[float]) -> list[float]:
 def applied(subject: Subject, paths: Sequence[Path], nearest: bool) -> Mapping[str, Any]:
     """Compile with all weights in four bits, from the calibration on, and return the report."""
     model, data, evaluation = map(str, paths)
-    # Rounding is kept where it is better by more than so many standard errors.
-    sure = math.inf if nearest else SURE
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(compensation, "SURE", sure):
+    found = (lambda *_: ({}, ())) if nearest else roundable
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(compensation, "roundable", found):
         options = Options("cpu", data=data, eval=evaluation, weights="4", output=Path(folder) / "out")
         plan = Path(folder) / "plan.json"
         stages.plan(model, options, subject.folder / f"{subject.name}.npz", plan)

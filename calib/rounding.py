@@ -36,8 +36,8 @@ ROWS = 4096
 #: Rows that are multiplied at once.
 AT_ONCE = 512
 #: Added to the diagonal of H, in parts of its mean: what few samples tell of small directions is chance. Coarse steps
-#: make more of it, so that packed codes have more.
-DAMPING, PACKED_DAMPING = 0.1, 0.3
+#: make more of it, so that packed codes have as much as there are columns for each row.
+DAMPING = 0.1
 #: Rows of weights whose errors are passed on at once to those behind them.
 BLOCK = 128
 #: Multiply-accumulates that collecting the rows may take, over all batches of operators.
@@ -144,9 +144,24 @@ def _windows(node: ir.Node, x: npt.NDArray[np.float32], kernel: Sequence[int]) -
     return np.moveaxis(view, 1, 1 + rank)
 
 
+@dataclass(frozen=True)
+class SecondMoments:
+    """What an operator's weights are multiplied by, on average.
+
+    Parameters
+    ----------
+    matrices : ndarray of float64, shape (groups, depth, depth)
+    rows : int
+        How many rows they are the mean of.
+    """
+
+    matrices: FloatArray
+    rows: int
+
+
 def second_moments(
     model: ir.Model, operators: Sequence[Operator], data: Dataset, track: Track[Sample]
-) -> Iterator[tuple[Operator, FloatArray]]:
+) -> Iterator[tuple[Operator, SecondMoments]]:
     """Yield for each operator the second moments of what its weights are multiplied by.
 
     Positions count by 1 / variance of the result over its channels, as in `drift`: a normalization divides by that.
@@ -164,7 +179,7 @@ def second_moments(
 
     Yields
     ------
-    Operator, ndarray of float64, shape (groups, depth, depth)
+    Operator, SecondMoments
     """
     first = next(iter(data))
     batches = list(_batches(operators))
@@ -186,19 +201,21 @@ class _Products:
     """Sums of products of rows; many rows are multiplied at once, which takes a quarter of the time."""
 
     total: FloatArray
+    rows: int = 0
     pending: list[FloatArray] = field(default_factory=list)
 
     def add(self, rows: FloatArray) -> None:
         """Add the products of some rows, `[groups, rows, depth]`."""
         self.pending.append(rows)
+        self.rows += rows.shape[1]
         if sum(part.shape[1] for part in self.pending) >= AT_ONCE:
             self._multiply()
 
-    def mean(self, samples: int) -> FloatArray:
+    def mean(self, samples: int) -> SecondMoments:
         """Return the mean over so many samples of what was added."""
         if self.pending:
             self._multiply()
-        return self.total / samples
+        return SecondMoments(self.total / samples, self.rows)
 
     def _multiply(self) -> None:
         rows = np.concatenate(self.pending, axis=1)
@@ -229,13 +246,13 @@ def _batches(operators: Sequence[Operator]) -> Iterator[list[Operator]]:
         yield batch
 
 
-def round_weights(operator: Operator, moments: FloatArray) -> numerics.IntArray:
+def round_weights(operator: Operator, moments: SecondMoments) -> numerics.IntArray:
     """Return the codes of an operator's weights by GPTQ, in the weights' shape.
 
     Parameters
     ----------
     operator : Operator
-    moments : ndarray of float64, shape (groups, depth, depth)
+    moments : SecondMoments
     """
     quant, value = operator.quant, operator.node.inputs[1]
     assert value is not None and value.const_value is not None
@@ -245,12 +262,11 @@ def round_weights(operator: Operator, moments: FloatArray) -> numerics.IntArray:
     if quant.block_size:
         multiples = packing.multiples(weights / scales, quant.axis, quant.block_size)
     matrices = (operator.matrix(array.astype(np.float64)) for array in (weights, scales, multiples))
-    rounding = operator.step**2 / 12.0 * np.eye(operator.depth)
-    damping = PACKED_DAMPING if quant.block_size else DAMPING
+    damping = operator.depth / max(1, moments.rows) if quant.block_size else DAMPING
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
     codes = []
-    for part, step, multiple, h in zip(*matrices, moments, strict=True):
-        trusted = damped(h + rounding, damping)
+    for part, step, multiple, h in zip(*matrices, moments.matrices, strict=True):
+        trusted = damped(h + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
         chosen = gptq(part, step[0], trusted, limits, multiple)
         if quant.block_size:
             scaled = part / step[0]

@@ -6,7 +6,7 @@ what a decision hangs on. Forward runs tell, and need neither labels nor gradien
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -97,6 +97,7 @@ def choose_observers(
     track: Track[Any],
     workers: Workers,
     dynamic: Mapping[str, float] = MappingProxyType({}),
+    fitted: Callable[[Dataset], Dataset] = lambda data: data,
 ) -> Choice:
     """Choose for each measured tensor the observer whose range moves the model's outputs least.
 
@@ -135,6 +136,8 @@ def choose_observers(
     dynamic : mapping of str to float
         The values whose range may be taken when the model runs, and by how much that must lessen the noise over signal.
         It is a choice for single tensors: others pay for it what it does not gain.
+    fitted : callable
+        Adds to samples what is to be measured with them.
     """
     candidates = {
         name: quantizations(seen, among, dtype, name in dynamic) for name, seen in statistics.histograms.items()
@@ -151,7 +154,7 @@ def choose_observers(
         first,
         dynamic,
     )
-    search = _Search(trials, candidates, data, among, track, workers)
+    search = _Search(trials, candidates, data, among, track, workers, fitted)
     if len(among) == 1:
         alone_by_it = _spoilt(search.alone_by(among[0]))
         together = {among[0].value: 0.0}  # it is compared with nothing: what the tensors do alone is all that is known
@@ -189,6 +192,7 @@ class _Search:
     among: Sequence[Observer]
     track: Track[Any]
     workers: Workers
+    fitted: Callable[[Dataset], Dataset]
 
     def halves(self, model: ir.Model) -> list[_Half]:
         """Measure the ranges of each half of the samples; a single sample is judged by itself."""
@@ -198,7 +202,7 @@ class _Search:
         found = []
         for measured, held_out in ((even := range(0, count, 2), odd := range(1, count, 2)), (odd, even)):
             chosen = _evenly(measured, min(MEASURED, TOGETHER / self.trials.work / 2))
-            seen = collect(model, list(self.candidates), _subset(self.data, chosen), self.track)
+            seen = collect(model, list(self.candidates), self.fitted(_subset(self.data, chosen)), self.track)
             ranges = {name: quantizations(histogram, self.among, self.trials.dtype, name in self.trials.dynamic)
                       for name, histogram in seen.histograms.items()}  # fmt: skip
             found.append(_Half(measured, held_out, ranges))

@@ -56,6 +56,9 @@ FLAGS = {
     "data": click.option("--data", help="Calibration data: .npz, folder of samples, or module:function."),
     "eval": click.option("--eval", help="Evaluation data; without it a fifth of the calibration data is held out."),
     "output": click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the artifact."),
+    "enlarge": click.option(
+        "--enlarge", type=int, metavar="N", help="Make calibration samples of those given, until there are N."
+    ),
     "weights": click.option(
         "--weights",
         type=click.Choice(["auto", "8", "4", "mixed", "none"]),
@@ -151,7 +154,7 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
 
 @cli.command("compile")
 @takes(
-    "target", "data", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
+    "target", "data", "enlarge", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
     "no_added_nodes", "costs", "shape", "max_size", "max_latency", "board", "max_sram", "max_flash",
     "min_fidelity", "pareto", "recipe", "cache", "seed", "threads", "workers",
 )  # fmt: skip
@@ -164,8 +167,8 @@ def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flag
 
 @cli.command("calibrate")
 @takes(
-    "target", "data", "eval", "weights", "activations", "observer", "smoothing", "rotation", "no_added_nodes", "costs",
-    "shape", "max_size", "max_latency", "recipe", "cache", "threads", "workers",
+    "target", "data", "enlarge", "eval", "weights", "activations", "observer", "smoothing", "rotation",
+    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "recipe", "cache", "threads", "workers",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:

@@ -6,14 +6,14 @@ Both are tried on three quarters of the samples and judged on the others; what i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset
 from qcompile.calib.drift import losses, measure_drift
-from qcompile.calib.output_error import surely_less
+from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.rounding import Operator, round_weights, second_moments
-from qcompile.calib.sensitivity import SURE
 from qcompile.core.contract import Pass, Refusal
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import QuantPlan
@@ -24,10 +24,12 @@ from qcompile.pipeline import CODES, DRIFT, NAMES
 
 #: Part of the samples that trials are judged on.
 HELD_OUT = 0.25
+#: Standard errors by which noise must be less without rounding for it to be left out.
+SURE = 1.0
 #: Why a pass is not applied though it could be.
 UNKNOWN = "no biases are corrected: without data nothing tells what they lack"
 USELESS = {
-    RoundWeights: "rounding weights with regard to one another did not surely help on samples held out from it",
+    RoundWeights: "weights rounded with regard to one another lost more on samples held out from it",
     CorrectBias: "correcting biases did not help on samples held out from it",
 }
 
@@ -49,7 +51,7 @@ def compensate(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPl
     if not job.evidence.calibrated:
         _decline(job, CorrectBias, quantized, ((Refusal("model", UNKNOWN),) if biases else ()) + biases_left)
         return quantized
-    data, pipeline, track = job.evidence.calibration, job.pipeline, job.track
+    data, pipeline, track = job.evidence.fitted(job.evidence.calibration), job.pipeline, job.track
     useful = pipeline.measure("compensation", NAMES, lambda: _useful(job, canonical, quantized, operators, biases))
     if RoundWeights.__name__ in useful:
         codes = pipeline.measure("codes", CODES, lambda: _codes(job, canonical, operators, data))
@@ -68,25 +70,33 @@ def _useful(
 ) -> list[str]:
     """Return the names of the passes that help.
 
-    Biases are corrected where that leaves less noise. What fits the samples more closely must be surely better than
-    what does so less: rounding than what there is without it, biases corrected behind it than that.
+    Biases are corrected where that leaves less noise. Weights stay at nearest only where that surely leaves less: of
+    two dozen samples few are held out, and rounding helps on nearly all models (docs/rounding.md).
     """
     fit, others = job.evidence.calibration.split(HELD_OUT)
+    fitted = job.evidence.fitted(fit)
     trials: list[tuple[tuple[type[Pass], ...], ir.Model]] = [((), quantized)]
     if operators:
-        codes = _codes(job, canonical, operators, fit)
+        codes = _codes(job, canonical, operators, fitted)
         trials.append(((RoundWeights,), RoundWeights(codes)(quantized.clone()).model))
     for passes, model in tuple(trials) if biases else ():
-        drift = measure_drift(canonical, model, biases, fit, job.track)
+        drift = measure_drift(canonical, model, biases, fitted, job.track)
         trials.append(((*passes, CorrectBias), CorrectBias(drift)(model.clone()).model))
     if len(trials) == 1:
         return []
     errors = losses(canonical, [model for _, model in trials], others, job.track)
     found = dict(zip((passes for passes, _ in trials), errors, strict=True))
-    best = min((one for one in found if RoundWeights not in one), key=lambda one: found[one].value)
-    for passes in (one for one in found if RoundWeights in one):
-        best = passes if surely_less(found[passes], found[best], SURE) else best
+    least = partial(min, key=lambda passes: found[passes].value)
+    best = least(passes for passes in found if RoundWeights not in passes)
+    if operators:
+        rounded = least(passes for passes in found if RoundWeights in passes)
+        best = best if _surely_worse(found[rounded], found[best]) else rounded
     return [pass_.__name__ for pass_ in best]
+
+
+def _surely_worse(error: OutputError, other: OutputError) -> bool:
+    """Tell whether an error is larger by more than its standard error; of one sample, whether it is larger."""
+    return surely_less(other, error, SURE) if error.samples > 1 else other.value < error.value
 
 
 def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], data: Dataset) -> dict[str, IntArray]:

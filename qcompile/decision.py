@@ -64,6 +64,7 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
     if text is not None:
         _require_time(job, canonical)
     if not job.evidence.calibrated:
+        _require_samples(job)
         return _guess(job, canonical)
     pricer = pricer_for(job, canonical, kept)
     dear = job.pipeline.measure("costs", WISHES, pricer.dear) if pricer is not None else {}
@@ -120,6 +121,12 @@ def _require_time(job: Job, canonical: ir.Model) -> None:
     else:
         return
     raise UsageError(f"--max-latency {job.options.max_latency}", fact, remedy)
+
+
+def _require_samples(job: Job) -> None:
+    """Refuse to make samples of none."""
+    if (count := job.options.enlarge) is not None:
+        raise UsageError(f"--enlarge {count}", "has nothing to make samples of", "give --data, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -237,12 +244,14 @@ def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = Mapping
 
 def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mapping[str, Wish], turn: str) -> _Measured:
     data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
-    among, workers = job.options.observers, job.workers
+    among, workers, fitted = job.options.observers, job.workers, job.evidence.fitted
 
     def seen(wishes: Mapping[str, Wish], stage: str) -> tuple[Placement, Statistics]:
         placement = choose_operators(canonical, job.target, job.options, True, wishes)
         names = placement.activations
-        return placement, pipeline.measure(stage + turn, STATISTICS, lambda: collect(canonical, names, data, track))
+        return placement, pipeline.measure(
+            stage + turn, STATISTICS, lambda: collect(canonical, names, fitted(data), track)
+        )
 
     placement, statistics = seen(spared, "statistics")
     if not job.target.integer_only and (unlike := unlike_ranges(canonical, placement, statistics)):
@@ -256,7 +265,9 @@ def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mappi
     choice = pipeline.measure(
         f"observers{turn}",
         CHOICE,
-        lambda: choose_observers(canonical, rounded, statistics, readers, among, dtype, data, track, workers, dynamic),
+        lambda: choose_observers(
+            canonical, rounded, statistics, readers, among, dtype, data, track, workers, dynamic, fitted
+        ),
     )
     return _Measured(spared, statistics, choice)
 

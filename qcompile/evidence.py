@@ -8,6 +8,7 @@ from itertools import islice
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample, input_specs, open_data
+from qcompile.calib.enlarge import Enlarger
 from qcompile.calib.moments import known_moments
 from qcompile.core.plan import QuantPlan, Role
 from qcompile.core.runtime import synthetic_feeds
@@ -49,6 +50,8 @@ class Evidence:
         Whether the calibration samples are real. If not, activations are quantized where their ranges can be derived.
     caveat : str
         What the figures do not show; empty where they stand on their own.
+    enlarger : Enlarger, optional
+        What makes further samples to fit to.
     """
 
     calibration: Dataset
@@ -56,6 +59,11 @@ class Evidence:
     source: str
     calibrated: bool
     caveat: str = ""
+    enlarger: Enlarger | None = None
+
+    def fitted(self, data: Dataset) -> Dataset:
+        """Return what is to be fitted to where these samples are: with those made of them, where that is asked for."""
+        return data if self.enlarger is None else self.enlarger(data)
 
     def told(self, plan: QuantPlan) -> Evidence:
         """Return the same with what there is to say of a plan with scales of activations that no data here led to."""
@@ -100,10 +108,30 @@ def gather(model: ir.Model, options: Options) -> Evidence:
         If they do not fit the model.
     ModelError
         If the model has inputs or outputs that no data fit.
+    UsageError
+        If samples are to be made that nobody knows how to.
     """
     # Data have the shapes that the compiled model takes, not those that it could have taken.
     model = FixShapes(options.shape)(model.clone()).model
     check_interface(model)
+    evidence = _given(model, options)
+    if options.enlarge is None or not evidence.calibrated:
+        return evidence
+    return _enlarged(model, evidence, options.enlarge)
+
+
+def _enlarged(model: ir.Model, evidence: Evidence, count: int) -> Evidence:
+    """Return evidence with samples made of the calibration samples, as long as these are fewer."""
+    real = len(evidence.calibration)
+    if real >= count:
+        return evidence
+    caveat = f"Calibrated on {real} samples and on {count - real} that were made of them."
+    enlarger = Enlarger.of(model, evidence.calibration, count)
+    return replace(evidence, enlarger=enlarger, caveat=" ".join(filter(None, (caveat, evidence.caveat))))
+
+
+def _given(model: ir.Model, options: Options) -> Evidence:
+    """Return what the options name, and what stands in for what is missing."""
     specs = input_specs(model)
     given = open_data(options.data, specs) if options.data is not None else None
     evaluation = open_data(options.eval, specs) if options.eval is not None else None

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from qcompile.budget import Budget
 from qcompile.calib.observers import Observer
+from qcompile.calib.sensitivity import SAMPLES
 from qcompile.calib.workers import Workers
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import UsageError
@@ -40,6 +41,8 @@ class Options:
     data : str, optional
         Calibration data, see docs/data.md. Without them activations are quantized only where BatchNormalization tells
         their ranges.
+    enlarge : int, optional
+        How many calibration samples there are to be: as many as are missing are made of those that are given.
     eval : str, optional
         Evaluation data. Without them the last fifth of the calibration data is held out.
     output : Path, optional
@@ -92,6 +95,7 @@ class Options:
 
     target: str
     data: str | None = None
+    enlarge: int | None = None
     eval: str | None = None
     output: Path | None = None
     weights: Literal["auto", "8", "4", "mixed", "none"] = "auto"
@@ -145,6 +149,9 @@ class Options:
                 Budget.parse(text, f"--{name.replace('_', '-')}")
         if self.pareto and self.weights == "none":
             raise UsageError("--pareto", "leaves nothing to choose with --weights none", "leave out one of them")
+        if self.enlarge is not None and not 1 <= self.enlarge <= SAMPLES:
+            fact = f"{self.enlarge} is not a number of samples that rounding looks at"
+            raise UsageError("--enlarge", fact, f"give 1 to {SAMPLES}")
         if self.threads < 1:
             raise UsageError("--threads", f"{self.threads} is not a number of threads", "give 1 or more")
         Workers(self.threads, self.workers)

@@ -171,6 +171,7 @@ def _bounds(value: object, folder: Path) -> dict[str, float]:
 _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "target": ("a text", _text),
     "data": ("a path or module:function", _data),
+    "enlarge": ("a whole number", _whole),
     "eval": ("a path or module:function", _data),
     "output": ("a path", _path),
     "weights": ('"auto", 8, 4, "mixed" or "none"', _whole_or_text),

@@ -59,7 +59,7 @@ def find_codes(job: Job, canonical: ir.Model, planned: Planned) -> dict[int, dic
     initializers = {operator: name for name, operator in operators[EIGHT].items()}
     fit, _ = job.evidence.calibration.split(HELD_OUT)
     found: dict[int, dict[str, IntArray]] = {bits: {} for bits in plans}
-    for operator, moments in second_moments(canonical, list(initializers), fit, job.track):
+    for operator, moments in second_moments(canonical, list(initializers), job.evidence.fitted(fit), job.track):
         name = initializers[operator]
         for bits, codes in found.items():
             codes[name] = round_weights(operators[bits][name], moments)

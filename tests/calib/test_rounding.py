@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qcompile.calib import rounding
 from qcompile.calib.data import Dataset, Sample, input_specs
-from qcompile.calib.rounding import Operator, damped, gptq, round_weights, second_moments
+from qcompile.calib.rounding import Operator, SecondMoments, damped, gptq, round_weights, second_moments
 from qcompile.core import model as models
 from qcompile.core import packing, runtime
 from qcompile.core.plan import Role, TensorQuant
@@ -82,13 +82,29 @@ def test_packed_codes_stay_packed_and_compute_more_nearly_the_same(random: np.ra
     packed = TensorQuant(Role.WEIGHT, "int8", tuple(map(float, scale)), (0,) * 48, 1, packing.BLOCK)
     model = ir.from_proto(proto_from_text("(float[1,64] x) => (float[1,48] y) { y = MatMul (x, w) }", w=weights))
     (node,) = model.graph
-    codes = round_weights(Operator(node, packed), (rows.T @ rows / len(rows))[None])
+    moments = SecondMoments((rows.T @ rows / len(rows))[None], len(rows))
+    codes = round_weights(Operator(node, packed), moments)
     assert codes.dtype == np.int8 and packing.unpacked(codes, 1) is not None
 
     def error(found: np.ndarray) -> float:
         return float(np.square(rows @ (packed.dequantize(found) - weights)).sum())
 
     assert error(codes) < 0.5 * error(packed.quantize(weights))
+
+
+def test_packed_codes_trust_few_rows_less(random: np.random.Generator) -> None:
+    """What two rows have in common is chance: codes come nearer to those of rows that have nothing in common."""
+    weights, rows = random.normal(size=(64, 48)).astype(np.float32), correlated(random, 500, 64)
+    scale = packing.packed_scale(np.abs(weights).max(axis=0))
+    packed = TensorQuant(Role.WEIGHT, "int8", tuple(map(float, scale)), (0,) * 48, 1, packing.BLOCK)
+    model = ir.from_proto(proto_from_text("(float[1,64] x) => (float[1,48] y) { y = MatMul (x, w) }", w=weights))
+    operator = Operator(next(iter(model.graph)), packed)
+
+    def lost(count: int) -> float:
+        codes = round_weights(operator, SecondMoments((rows.T @ rows / len(rows))[None], count))
+        return float(np.square(packed.dequantize(codes) - weights).sum())
+
+    assert lost(1) < lost(64) < lost(4096)
 
 
 def test_a_dead_input_leaves_codes_to_nearest() -> None:
@@ -134,9 +150,12 @@ def test_moments_are_of_weighted_rows_and_codes_have_the_weights_shape(name: str
     samples = [runtime.synthetic_feeds(model, seed) for seed in range(3)]
     data = Dataset("synthetic", lambda: samples, input_specs(model))
     ((found, moments),) = second_moments(model, [operator], data, untracked)
-    assert found is operator and moments.shape == (operator.groups, operator.depth, operator.depth)
-    np.testing.assert_allclose(moments, moments.transpose(0, 2, 1))
-    assert (np.linalg.eigvalsh(moments) > -1e-9).all()
+    matrices = moments.matrices
+    assert found is operator and matrices.shape == (operator.groups, operator.depth, operator.depth)
+    np.testing.assert_allclose(matrices, matrices.transpose(0, 2, 1))
+    assert (np.linalg.eigvalsh(matrices) > -1e-9).all()
+    positions = runtime.Session(model, optimize=False).run(samples[0])["y"].size // len(operator.quant.scales)
+    assert moments.rows == 3 * positions
     codes = round_weights(operator, moments)
     assert codes.dtype == np.int8 and codes.shape == weights.shape
     # One step of its scale at most lies between a weight and its code, but for what is made up for.
@@ -155,7 +174,7 @@ def test_moments_that_do_not_fit_together_are_measured_apart(
     monkeypatch.setattr(rounding, "MEMORY", 1)
     apart = dict(second_moments(model, operators, data, untracked))
     for operator in operators:
-        np.testing.assert_array_equal(together[operator], apart[operator])
+        np.testing.assert_array_equal(together[operator].matrices, apart[operator].matrices)
 
 
 def test_fewer_samples_are_run_where_batches_are_many(

@@ -56,6 +56,7 @@ def test_every_option_is_a_key(small, recipe):
     text = """
         target = "cpu"
         data = "data.npz"
+        enlarge = 64
         eval = "module.of:samples"
         output = "sub/out"
         weights = 8
@@ -92,6 +93,7 @@ def test_every_option_is_a_key(small, recipe):
     assert found == Options(
         "cpu",
         data=str(small.folder / "data.npz"),
+        enlarge=64,
         eval="module.of:samples",
         output=small.folder / "sub/out",
         weights="8",
