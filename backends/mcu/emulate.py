@@ -27,12 +27,15 @@ class Machine:
     flags : tuple of str
         What the compiler is told of its processor.
     flash_bytes, ram_bytes : int
+    libraries : tuple of str
+        What the linker is given behind the objects.
     """
 
     name: str
     flags: tuple[str, ...]
     flash_bytes: int = 4 << 20
     ram_bytes: int = 4 << 20
+    libraries: tuple[str, ...] = ()
 
 
 #: By processor. No board of QEMU's has a Cortex-M0+: the M3 runs its code, which is a subset.
@@ -78,7 +81,7 @@ def missing() -> str:
 
 def emulate(
     sources: Sequence[Path],
-    processor: str,
+    processor: str | Machine,
     given: Mapping[str, bytes],
     compiler: Sequence[str] = (),
     timeout: float = 300.0,
@@ -90,8 +93,8 @@ def emulate(
     ----------
     sources : sequence of Path
         C files, one with a main; they may include ``semihosting.h``.
-    processor : str
-        One of `MACHINES`.
+    processor : str or Machine
+        One of `MACHINES`, or another one.
     given : mapping of str to bytes
         Files that the program finds.
     compiler : sequence of str
@@ -109,9 +112,10 @@ def emulate(
         If it does not end.
     """
     if absent := missing():
-        raise TargetError(f"emulate {processor}", f"needs {absent}", f"apt-get install {PACKAGES}")
+        raise TargetError("emulate", f"needs {absent}", f"apt-get install {PACKAGES}")
     with tempfile.TemporaryDirectory() as name, as_file(files("qcompile.backends.mcu") / "emulation") as here:
-        folder, machine = Path(name), MACHINES[processor]
+        folder = Path(name)
+        machine = MACHINES[processor] if isinstance(processor, str) else processor
         headers = [] if include is None else [f"-I{include.absolute()}"]
         program = _linked(sources, machine, [*(compiler or (GCC, *machine.flags)), *headers], here, folder)
         plugin = folder / "count.so"
@@ -136,7 +140,7 @@ def _linked(sources: Sequence[Path], machine: Machine, compiler: Sequence[str], 
         _call([*compiler, *flags, "-c", str(source), "-o", str(objects[-1])])
     # GCC links what clang compiles as well: it knows where its C library is.
     link = ["-Wl,--gc-sections", "-nostartfiles", "-T", str(here / "machine.ld"), *limits]
-    _call([GCC, *machine.flags, *map(str, objects), *link, "-o", str(program)])
+    _call([GCC, *machine.flags, *map(str, objects), *link, *machine.libraries, "-o", str(program)])
     return program
 
 
