@@ -16,7 +16,7 @@ from qcompile.backends.integer.interpret import dequantize_output, quantize_inpu
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.memory import MemoryPlan
 from qcompile.backends.integer.program import Program
-from qcompile.backends.integer.strips import plan_memory
+from qcompile.backends.integer.strips import Point, plan_memory
 from qcompile.backends.mcu import footprint as footprints
 from qcompile.backends.mcu.boards import Limits, check_board
 from qcompile.backends.mcu.compiler import Compiled, compile_package
@@ -29,7 +29,7 @@ from qcompile.backends.tvm.emit import load_tvm
 from qcompile.core import model as models
 from qcompile.core.contract import Track
 from qcompile.core.costs import CostTable
-from qcompile.core.errors import TargetError
+from qcompile.core.errors import BudgetError, TargetError
 from qcompile.core.execution import Kernel
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
@@ -135,18 +135,29 @@ class Built:
 
 def _fitted(program: Program, target: Target, limits: Limits, folder: Path) -> Built:
     """Write the package; with less arena, if arena and stack do not fit otherwise."""
-    plan = plan_memory(program, limits.sram_bytes)
-    built = _written(plan, target, folder)
+    plan = _planned(program, limits)
+    curve = footprints.front(program) if limits.sram_bytes is not None else ()
+    built = _written(plan, target, folder, curve)
     stack = built.compiled.stack_bytes if built.compiled else 0
     if limits.sram_bytes is not None and plan.arena_bytes + stack > limits.sram_bytes:
-        built = _written(plan_memory(program, limits.sram_bytes - stack), target, folder)
+        built = _written(_planned(program, limits, stack), target, folder, curve)
     built.footprint.require(limits, built.compiled)
     return built
 
 
-def _written(plan: MemoryPlan, target: Target, folder: Path) -> Built:
+def _planned(program: Program, limits: Limits, stack: int = 0) -> MemoryPlan:
+    """Plan the arena; what does not fit is told of the bound that the user gave."""
+    most = None if limits.sram_bytes is None else limits.sram_bytes - stack
+    try:
+        return plan_memory(program, most)
+    except BudgetError as error:
+        beside = f", with {stack} of stack beside them" if stack else ""
+        raise BudgetError(limits.sram_place, error.fact + beside, error.remedy) from error
+
+
+def _written(plan: MemoryPlan, target: Target, folder: Path, curve: tuple[Point, ...]) -> Built:
     layers = Layers.of(plan.program, plan.offsets)
     source = Source(identifier(plan.program.name), plan.program, plan.offsets, plan.arena_bytes, layers)
-    footprint = Footprint.of(source.name, target.name, plan, layers)
+    footprint = Footprint.of(source.name, target.name, plan, layers, curve)
     written = write_package(source, footprint, Example.of(source), folder)
     return Built(source, footprint, compile_package(folder, target.settings), written)

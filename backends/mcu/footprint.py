@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qcompile.backends.integer.memory import MemoryPlan
-from qcompile.backends.integer.program import Strips
+from qcompile.backends.integer.program import Program, Strips
+from qcompile.backends.integer.strips import Point, trade_off
 from qcompile.backends.mcu.boards import Limits
 from qcompile.backends.mcu.compiler import Compiled
 from qcompile.backends.mcu.layers import Layers, macs, weight_bytes
@@ -57,6 +58,8 @@ class Footprint:
     recomputed_macs : int
         That strips add.
     layers : tuple of Row
+    trade_off : tuple of Point
+        What strips take instead, each in less arena than those in front of it; empty where nobody asked.
     """
 
     name: str
@@ -66,9 +69,12 @@ class Footprint:
     weight_bytes: int
     recomputed_macs: int
     layers: tuple[Row, ...]
+    trade_off: tuple[Point, ...] = ()
 
     @classmethod
-    def of(cls, name: str, target: str, plan: MemoryPlan, layers: Layers) -> Footprint:
+    def of(
+        cls, name: str, target: str, plan: MemoryPlan, layers: Layers, trade_off: tuple[Point, ...] = ()
+    ) -> Footprint:
         """Add up a program's layers."""
         tensors = plan.program.tensors
         rows = tuple(
@@ -77,7 +83,7 @@ class Footprint:
             for layer in layers.layers
         )  # fmt: skip
         again = sum(part.recomputed for part in plan.program.operations if isinstance(part, Strips))
-        return cls(name, target, plan.arena_bytes, plan.bound, weight_bytes(layers.layers), again, rows)
+        return cls(name, target, plan.arena_bytes, plan.bound, weight_bytes(layers.layers), again, rows, trade_off)
 
     def require(self, limits: Limits, compiled: Compiled | None) -> None:
         """Hold it to what the device has.
@@ -115,7 +121,7 @@ class Footprint:
             f"- {self.arena_bytes:,} bytes of arena in SRAM, besides the stack",
             f"- {total:,} multiply-accumulates",
         ]
-        return "\n".join([*head, "", *_table(self.layers)])
+        return "\n".join([*head, "", *_table(self.layers), *_curve(self.trade_off)])
 
 
 def _table(layers: Iterable[Row]) -> list[str]:
@@ -124,6 +130,26 @@ def _table(layers: Iterable[Row]) -> list[str]:
         shape = "x".join(map(str, row.shape))
         name = row.name.replace("|", "/")
         lines.append(f"| {index} | {name} | {row.operation} | {shape} | {row.macs:,} | {row.weight_bytes:,} |")
+    return lines
+
+
+def front(program: Program) -> tuple[Point, ...]:
+    """Return ways to run a program in strips: by rising work, each in less arena than all in front of it."""
+    found: list[Point] = []
+    for point, _ in trade_off(program):
+        if not found or point.arena_bytes < found[-1].arena_bytes:
+            found.append(point)
+    return tuple(found)
+
+
+def _curve(points: Sequence[Point]) -> list[str]:
+    if not points:
+        return []
+    lines = ["", "Less arena for more work, as `--max-sram` chooses among:", ""]
+    lines += ["| arena | layers in strips | rows | multiply-accumulates | bytes moved |", "|---|---|---|---|---|"]
+    for point in points:
+        rows = f"{point.height}, {'computed again' if point.recomputes else 'kept'}" if point.depth else ""
+        lines.append(f"| {point.arena_bytes:,} | {point.depth} | {rows} | {point.macs:,} | {point.moved_bytes:,} |")
     return lines
 
 

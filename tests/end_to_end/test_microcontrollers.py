@@ -58,13 +58,15 @@ def test_a_model_becomes_a_package(package, tmp_path):
 def test_less_memory_means_strips(package):
     _, _, output = package("cortex-m4", "--max-sram", "30KB")
     footprint = json.loads((output / "footprint.json").read_text())
+    arenas = [point["arena_bytes"] for point in footprint["trade_off"]]
+    assert footprint["arena_bytes"] in arenas and arenas == sorted(arenas, reverse=True) and len(arenas) > 2
     assert footprint["arena_bytes"] <= 30 * 1024 and "steps_0" in (output / "model_weights.h").read_text()
 
 
 @pytest.mark.parametrize(
     ("words", "code", "facts"),
     [
-        (("--max-sram", "8KB"), 5, ("--max-sram", "do not fit", "layer")),
+        (("--max-sram", "8KB"), 5, ("--max-sram: ", "do not fit", "conv2d")),
         (("--max-flash", "50KB"), 5, ("--max-flash", "bytes of flash", "conv2d_7")),
         (("--board", "toaster"), 2, ("no such board", "stm32f446")),
         (("--board", "stm32f746"), 2, ("has a cortex-m7", "--target cortex-m7")),

@@ -415,23 +415,3 @@ def test_weights_shared_with_an_operator_that_stays_in_float(m: np.ndarray, mode
     result = quantized(model_of(text, m=m), wishes=kept(Precision.FLOAT, "a"))
     assert result.ops == {"a": (FLOAT, "as wished"), "b": INTEGER}
     assert {"m", "m_quantized"} <= set(result.model.graph.initializers)
-
-
-def test_a_target_without_floats_takes_all_in(w: np.ndarray, model_of: Build, eager: Target, decided: Build) -> None:
-    elementwise = OpRule(OpKind.ELEMENTWISE)
-    target = replace(eager, ops={**eager.ops, "Sigmoid": elementwise, "Mul": elementwise}, integer_only=True)
-    # A constant beside an activation, what no integer operator reads, and an input that none quantizes for itself.
-    model = model_of(image("[mul] m = Mul (c, two) [last] y = Sigmoid (m)"), w=w, two=np.float32(2.0))
-    assert decided(model, target) == {"conv": INTEGER, "mul": INTEGER, "last": INTEGER}
-    alone = model_of("(float[1,4] x) => (float[1,4] y) { [first] y = Sigmoid (x) }")
-    assert decided(alone, target) == {"first": INTEGER}
-    assert decided(alone, replace(target, integer_only=False))["first"][0] == FLOAT
-
-
-def test_a_target_without_floats_takes_a_pool_as_the_model_has_it(
-    w: np.ndarray, model_of: Build, eager: Target, decided: Build
-) -> None:
-    pool = "[pool] p = AveragePool <kernel_shape = [2,2], strides = [4,4], ceil_mode = 1> (c) [last] y = Conv (p, v)"
-    model = model_of(image(pool, "float[1,2,2,2] y"), w=w, v=np.ones((2, 4, 1, 1), np.float32))
-    assert decided(model, replace(eager, integer_only=True)) == {"conv": INTEGER, "pool": INTEGER, "last": INTEGER}
-    assert decided(model, eager)["pool"][0] == FLOAT
