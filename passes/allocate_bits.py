@@ -17,12 +17,14 @@ from qcompile.calib.collect import Statistics
 from qcompile.calib.observers import Observer, value_range
 from qcompile.core import halves, numerics, packing
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
-from qcompile.core.target import OpKind, Target
+from qcompile.core.target import Target
 from qcompile.passes import structure
 from qcompile.passes.place import Placement
 
 #: Bits of weights that are packed (`core/packing.py`), but for what their block has in common.
 PACKED = 4
+#: What is left above the highest score seen, as far as scores also lie below zero: e^8 is 3,000 times as likely.
+HEADROOM = 8.0
 
 
 def allocate_bits(
@@ -50,15 +52,14 @@ def allocate_bits(
         By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
     """
     tensors: dict[str, TensorQuant] = {}
-    scores = _last_scores(model, target)
+    scores = _scores(model) if target.integer_only else frozenset()
     for name in placement.activations:
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
         if name in scores:
-            high = max(high, (high - low) / 2.0)
-            low = max(low, -high)
+            high = max(high, min(-low, high + HEADROOM))
         scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():
@@ -82,24 +83,18 @@ def allocate_bits(
     return QuantPlan(tensors, placement.ops)
 
 
-def _last_scores(model: ir.Model, target: Target) -> set[str]:
-    """Return what a last Softmax reads, and what that was before its elements were moved.
+def _scores(model: ir.Model) -> frozenset[str]:
+    """Return the values that a Softmax at the model's end reads.
 
-    What is surer of its class than all samples were is not to saturate: classes whose scores do are alike. Scores that
-    reach far below zero are those of classes that are out of the question, so where they reach farther down than up, a
-    range of the same width lies around zero.
+    Their highest decide, and are those that calibration may not have seen: samples of no class, or of few, have no
+    score as high as a sure one has. Clipped, two classes that are likely become one another's equal.
     """
-    found = set[str]()
-    for node in model.graph:
-        if structure.is_standard(node, "Softmax", "LogSoftmax") and node.outputs[0].is_graph_output():
-            moved: ir.Node | None = node
-            while moved is not None:
-                value = structure.input_of(moved, 0)
-                found.add(structure.name_of(value))
-                producer = value.producer()
-                rule = None if producer is None else target.ops.get(producer.op_type)
-                moved = producer if rule is not None and rule.kind is OpKind.PASSTHROUGH else None
-    return found
+    ends = (value.producer() for value in model.graph.outputs)
+    return frozenset(
+        structure.name_of(structure.input_of(node, 0))
+        for node in ends
+        if node is not None and structure.is_standard(node, "Softmax")
+    )
 
 
 def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
