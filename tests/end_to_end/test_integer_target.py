@@ -40,6 +40,12 @@ class Interpreted:
     def targets(self) -> Iterable[Target]:
         return [integer_target()]
 
+    def available(self) -> bool:
+        return True
+
+    def check(self, target: Target) -> None:
+        pass
+
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         self.program = lower(model)
         models.save(model, folder / "model.onnx")
