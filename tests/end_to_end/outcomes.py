@@ -12,6 +12,22 @@ def settled(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in unsettled}
 
 
+def stages_agree(qcompile, model: Path, data: Path, folder: Path, *more: str, **costs) -> dict:
+    """Compile at once and stage by stage, hold that both leave the same bytes, and return the plan."""
+    words = ("--target", "cpu", "--data", data, *more)
+    assert qcompile(model, *words, "-o", folder / "whole", "--quiet", **costs).code == 0
+    calibration, plan, output = folder / "calibration.npz", folder / "plan.json", folder / "staged"
+    for command in (
+        ("calibrate", model, *words, "-o", calibration),
+        ("plan", model, "--target", "cpu", "--calibration", calibration, "-o", plan),
+        ("apply", model, "--plan", plan, "--data", data, "-o", output),
+    ):
+        assert qcompile(*command, "--quiet", **costs).code == 0
+    assert plan.read_bytes() == (folder / "whole/plan.json").read_bytes()
+    assert settled(output) == settled(folder / "whole")
+    return json.loads(plan.read_text())
+
+
 def report(done) -> dict:
     assert done.code == 0, done
     return json.loads(done.out)["report"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from end_to_end.outcomes import report, settled
+from end_to_end.outcomes import report, stages_agree
 
 from qcompile import compensation, decision
 from qcompile.calib.trials import Trials
@@ -50,16 +50,7 @@ def test_ranges_are_of_made_samples_too_and_nothing_is_judged_on_them(qcompile, 
 
 
 def test_the_stages_agree_with_one_compile(qcompile, small, tmp_path):
-    words = ("--target", "cpu", "--data", small.data)
-    assert qcompile(small.model, *words, "--enlarge", "32", "-o", tmp_path / "whole", "--quiet").code == 0
-    calibration, plan, output = tmp_path / "calibration.npz", tmp_path / "plan.json", tmp_path / "staged"
-    for command in (
-        ("calibrate", small.model, *words, "--enlarge", "32", "-o", calibration),
-        ("plan", small.model, "--target", "cpu", "--calibration", calibration, "-o", plan),
-        ("apply", small.model, "--plan", plan, "--data", small.data, "-o", output),
-    ):
-        assert qcompile(*command, "--quiet").code == 0
-    assert settled(output) == settled(tmp_path / "whole")
+    stages_agree(qcompile, small.model, small.data, tmp_path, "--enlarge", "32")
 
 
 @pytest.mark.parametrize(("count", "fact"), [

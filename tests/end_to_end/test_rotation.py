@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from end_to_end.outcomes import report, settled, sqnr
+from end_to_end.outcomes import report, settled, sqnr, stages_agree
 from onnx import numpy_helper, parser
 
 WIDTH, WIDE, ROWS = 128, 256, 200
@@ -120,20 +120,8 @@ def test_products_are_added_only_where_they_may_be(qcompile, stream, tmp_path, m
 def test_the_stages_agree_with_one_compile(qcompile, stream, tmp_path, monkeypatch, costs):
     monkeypatch.setattr("qcompile.outcome.NOISE", 1.0)
     monkeypatch.setattr("qcompile.rotation.INPUT_GAIN", 1.0)
-    model, data = stream()
-    words = ("--target", "cpu", "--data", data)
-    assert qcompile(model, *words, "-o", tmp_path / "whole", "--quiet", costs=costs).code == 0
-    calibration, plan, output = tmp_path / "calibration.npz", tmp_path / "plan.json", tmp_path / "staged"
-    for command in (
-        ("calibrate", model, *words, "-o", calibration),
-        ("plan", model, "--target", "cpu", "--calibration", calibration, "-o", plan),
-        ("apply", model, "--plan", plan, "--data", data, "-o", output),
-    ):
-        assert qcompile(*command, "--quiet", costs=costs).code == 0
-    rotation = json.loads(plan.read_text())["rotation"]
+    rotation = stages_agree(qcompile, *stream(), tmp_path, costs=costs)["rotation"]
     assert rotation["folded"] and bool(rotation["inputs"]) == (costs is None)
-    assert plan.read_bytes() == (tmp_path / "whole/plan.json").read_bytes()
-    assert settled(output) == settled(tmp_path / "whole")
 
 
 def test_a_cache_brings_the_matrices_back(qcompile, stream, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from end_to_end.outcomes import report, settled, sqnr
+from end_to_end.outcomes import report, sqnr, stages_agree
 from onnx import numpy_helper, parser
 
 from qcompile import compensation
@@ -61,17 +61,7 @@ def test_where_it_is_worse_weights_stay_at_nearest_and_the_report_says_so(qcompi
 
 
 def test_the_stages_agree_with_one_compile(qcompile, linear, tmp_path):
-    model, data = linear(4)
-    words = ("--target", "cpu", "--data", data)
-    assert qcompile(model, *words, "-o", tmp_path / "whole", "--quiet").code == 0
-    calibration, plan, output = tmp_path / "calibration.npz", tmp_path / "plan.json", tmp_path / "staged"
-    for command in (
-        ("calibrate", model, *words, "-o", calibration),
-        ("plan", model, "--target", "cpu", "--calibration", calibration, "-o", plan),
-        ("apply", model, "--plan", plan, "--data", data, "-o", output),
-    ):
-        assert qcompile(*command, "--quiet").code == 0
-    assert settled(output) == settled(tmp_path / "whole")
+    stages_agree(qcompile, *linear(4), tmp_path)
 
 
 def test_a_cache_brings_the_codes_back(qcompile, linear, tmp_path):

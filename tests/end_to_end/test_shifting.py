@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from end_to_end.outcomes import report, settled, sqnr
+from end_to_end.outcomes import report, sqnr, stages_agree
 from onnx import numpy_helper, parser
 
 #: A post-norm block: the norm feeds a product and the residual, which meets the bias of the branch.
@@ -59,18 +59,7 @@ def test_channels_off_zero_are_shifted(qcompile, block, tmp_path):
 
 
 def test_the_stages_agree_with_one_compile(qcompile, block, tmp_path):
-    model, data = block
-    words = ("--target", "cpu", "--data", data)
-    assert qcompile(model, *words, "-o", tmp_path / "whole", "--quiet").code == 0
-    calibration, plan, output = tmp_path / "calibration.npz", tmp_path / "plan.json", tmp_path / "staged"
-    for command in (
-        ("calibrate", model, *words, "-o", calibration),
-        ("plan", model, "--target", "cpu", "--calibration", calibration, "-o", plan),
-        ("apply", model, "--plan", plan, "--data", data, "-o", output),
-    ):
-        assert qcompile(*command, "--quiet").code == 0
-    assert json.loads(plan.read_text())["smoothing"]["n"]["shift"]
-    assert settled(output) == settled(tmp_path / "whole")
+    assert stages_agree(qcompile, *block, tmp_path)["smoothing"]["n"]["shift"]
 
 
 def test_a_shift_that_does_not_fit_is_said(qcompile, block, tmp_path):
