@@ -187,7 +187,8 @@ class ChannelFactors:
         Raises
         ------
         ValueError
-            If a factor is beyond what is ever chosen, or a fraction of another kind, or a shift is no number.
+            If a factor is beyond what is ever chosen, or a fraction of another kind, or a shift is no number, or what
+            is split is to be shifted.
         """
         log2 = tuple(float(number) for number in entry["log2"])
         if not all(abs(number) <= LARGEST_LOG2 and (8.0 * number).is_integer() for number in log2):
@@ -198,6 +199,8 @@ class ChannelFactors:
         shift = tuple(float(number) for number in entry.get("shift", ()))
         if not np.all(np.isfinite(shift)):
             raise ValueError("a shift is a number")
+        if shift and How(entry["how"]) is How.SPLIT:
+            raise ValueError("what is split is not shifted")
         return cls(How(entry["how"]), log2, str(entry["reason"]), tuple(map(int, entry["channels"])), *bounds, shift)
 
 

@@ -181,6 +181,25 @@ def test_a_malformed_plan_is_a_usage_error(edit: Callable[[dict[str, Any]], None
         QuantPlan.from_json(json.dumps(plan), "my plan")
 
 
+SPLIT = {"how": "split", "log2": [2.0], "reason": "", "channels": [3], "low": 0.0, "high": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("entry", "fact"),
+    [
+        (SPLIT | {"shift": [0.5, 0.0]}, "what is split is not shifted"),
+        (SPLIT | {"how": "aside", "shift": [float("inf")]}, "a shift is a number"),
+        (SPLIT | {"log2": [0.3]}, "factors are powers of 2 by eighths"),
+        (SPLIT | {"high": float("inf")}, "bounds"),
+    ],
+)
+def test_what_no_search_chooses_for_channels_is_refused(entry: dict[str, Any], fact: str) -> None:
+    plan = content()
+    QuantPlan.from_json(json.dumps(plan | {"smoothing": {"x": SPLIT}}))
+    with pytest.raises(UsageError, match=fact):
+        QuantPlan.from_json(json.dumps(plan | {"smoothing": {"x": entry}}))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"plan"', '{"schema_version": 1'])
 def test_text_that_is_no_plan_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match=r"^plan\.json: is not a quantization plan"):
