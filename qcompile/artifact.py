@@ -187,10 +187,11 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
         if file.is_file() and name not in UNSETTLED and name != MANIFEST:
-            listing[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            listing[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     write_json(folder / MANIFEST, {**content, "files": listing})
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the checksum of a file's content, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

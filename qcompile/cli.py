@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 import qcompile
+from qcompile.artifact_commands import COMMANDS
 from qcompile.calib.observers import Observer
 from qcompile.core.errors import QcompileError, first_line
 from qcompile.options import Options, parse_bound, parse_shape
@@ -245,27 +246,6 @@ def probe_command(
         click.echo(f"wrote {file}")
 
 
-@cli.command("run")
-@click.argument("package", type=click.Path(path_type=Path))
-@click.option("--on", type=click.Choice(["qemu"]), default="qemu", show_default=True, help="Where to run it.")
-@click.option("--data", help="Inputs to run, as of a compile; without them random ones.")
-@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was seen as JSON.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def run_command(package: Path, on: str, data: str | None, samples: int, as_json: bool, debug: bool) -> None:
-    """Run PACKAGE, a microcontroller's artifact, under emulation: check its outputs, count its instructions."""
-    from dataclasses import asdict
-
-    from qcompile import terminal
-    from qcompile.emulation import run
-
-    seen = run(package, data, samples)
-    if as_json:
-        click.echo(json.dumps(asdict(seen), indent=1))
-    else:
-        terminal.show_run(Console(), seen)
-
-
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `Options` that flags and recipe give; flags count more."""
     from qcompile import recipe
@@ -344,6 +324,10 @@ def inspect(model: Path, target: str, ops: bool, data: str | None, streams: bool
         click.echo(json.dumps(content, indent=1))
     else:
         terminal.show_inspection(Console(), content, ops)
+
+
+for command in COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -115,7 +115,16 @@ def deliver(
         # A device that is not here has no latency here.
         timed = None if job.target.integer_only else timing.interleave(proof.reference, run, job.evidence.samples)
         content = report.build(
-            job.model, job.target, job.options, evidence, plan, job.pipeline.steps, lowered, proof, folder
+            job.model,
+            job.target,
+            job.options,
+            evidence,
+            plan,
+            job.pipeline.steps,
+            lowered,
+            proof,
+            folder,
+            canonical,
         ) | report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
         require_size(job.options.max_size, content["size"]["float_bytes"], content["size"]["artifact_bytes"])
         measurements = report.measurements(content, timed, lowered, job.pipeline)

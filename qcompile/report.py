@@ -17,6 +17,7 @@ from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.options import EXPECTED_SQNR, Options
+from qcompile.passes import structure
 from qcompile.pipeline import Pipeline, Step
 from qcompile.pricing import Prediction
 from qcompile.timing import Latency
@@ -39,11 +40,14 @@ def build(
     lowered: Lowered,
     proof: Proof,
     folder: Path,
+    canonical: ir.Model,
 ) -> dict[str, Any]:
     """Put the report together. It holds nothing of the machine and the moment, so that equal inputs give equal bytes.
 
     Parameters
     ----------
+    canonical : onnx_ir.Model
+        What the plan names.
     folder : Path
         Where the backend wrote its files, for their size.
     """
@@ -66,7 +70,7 @@ def build(
         "precision": {precision.value: plan.count(precision) for precision in Precision},
         "activation_ranges": _ranges(plan),
         "allocation": dict(plan.allocation) or None,
-        "operators": _operators(plan, lowered, proof),
+        "operators": _operators(plan, lowered, proof, canonical),
         "passes": [
             {"name": s.name, "effect": s.effect, "nodes_before": s.nodes_before, "nodes_after": s.nodes_after,
              "relative_error": s.error if math.isfinite(s.error) else None} for s in steps
@@ -222,7 +226,9 @@ def _outputs(fidelity: Fidelity) -> dict[str, Any]:
     return {name: comparison.measures() for name, comparison in fidelity.outputs.items()}
 
 
-def _operators(plan: QuantPlan, lowered: Lowered, proof: Proof) -> list[dict[str, Any]]:
+def _operators(plan: QuantPlan, lowered: Lowered, proof: Proof, canonical: ir.Model) -> list[dict[str, Any]]:
+    reads = {structure.node_name(node): [structure.name_of(value) for value in node.inputs if value is not None]
+             for node in canonical.graph.all_nodes()}  # fmt: skip
     rows = []
     for name, op in plan.ops.items():
         layer = proof.layers.get(name)
@@ -233,6 +239,7 @@ def _operators(plan: QuantPlan, lowered: Lowered, proof: Proof) -> list[dict[str
             "kernel": lowered.kernels.get(name),
             "reason": _reason(op, lowered.kernels.get(name)),
             "sqnr": layer.measures()["sqnr"] if layer is not None else None,
+            "reads": [value for value in reads.get(name, ()) if value in plan.tensors],
         })  # fmt: skip
     return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +17,9 @@ from rich.table import Table
 from qcompile.core.plan import Role
 from qcompile.core.target import Target
 from qcompile.driver import CompileResult
+from qcompile.explanation import Explanation
 from qcompile.inspection import by_fate
+from qcompile.regression import Comparison, text
 from qcompile.report import warnings
 from qcompile.stages import Planned, Written
 
@@ -156,6 +159,30 @@ def show_run(console: Console, seen: EmulatedRun) -> None:
     console.print(table)
     equal = f"{seen.samples} inputs: every output equals the integer program's"
     console.print(f"{equal}; {seen.instructions:,} instructions each, which are no time", highlight=False)
+
+
+def show_comparison(console: Console, found: Comparison) -> None:
+    """Print an artifact's figures beside those of an earlier report, what makes them hard to compare first."""
+    for note in found.notes:
+        console.print(f"[yellow]note:[/] {_plain(note)}", highlight=False, soft_wrap=True)
+    table = _table(f"{found.output}, against the earlier report", "", "earlier", "now", "worse by", "")
+    for one in found.figures:
+        values = text(one.before, one.unit), text(one.now, one.unit)
+        table.add_row(
+            _plain(one.name),
+            *values,
+            f"{one.worse_by:+.1%}" if isfinite(one.worse_by) else "",
+            "too much" if one in found.worse else "",
+        )
+    console.print(table)
+
+
+def show_explanations(console: Console, found: Iterable[Explanation]) -> None:
+    """Print what became of operators, a paragraph each."""
+    for one in found:
+        console.print(f"[bold]{_plain(one.name)}[/], {one.op_type}", highlight=False, soft_wrap=True)
+        for fact in one.facts:
+            console.print(f"  {_plain(fact)}", highlight=False, soft_wrap=True)
 
 
 def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> None:

@@ -105,10 +105,26 @@ small (float[1, 3, 8, 8] x) => (float[1, 5] y)
 @pytest.fixture
 def small(tmp_path: Path) -> Small:
     """A small model with seeded weights, and eight samples for it."""
+    return _small(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the small model became, for those that only read it."""
+    from qcompile import Options, compile
+    from qcompile.options import NO_COSTS
+
+    found = _small(tmp_path_factory.mktemp("small"))
+    output = found.folder / "artifact"
+    compile(found.model, Options("cpu", data=str(found.data), output=output, costs=NO_COSTS))
+    return output
+
+
+def _small(folder: Path) -> Small:
     generator = np.random.default_rng(7)
     proto = onnx.parser.parse_model(TEXT)
     for name, shape in {"w": (4, 3, 3, 3), "b": (4,), "g": (4, 5), "c": (5,)}.items():
         array = generator.normal(size=shape).astype(np.float32)
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     samples = generator.normal(size=(8, 1, 3, 8, 8)).astype(np.float32)
-    return Small(tmp_path, proto, samples)
+    return Small(folder, proto, samples)
