@@ -37,8 +37,23 @@ class DefaultToCompile(click.Group):
         return super().parse_args(ctx, args)
 
 
+def cmake_dir(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Print where `find_package(qcompile)` looks."""
+    if asked:
+        click.echo(Path(qcompile.__file__).parent / "cmake")
+        context.exit()
+
+
 @click.group(cls=DefaultToCompile, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(qcompile.__version__, "--version", message="qcompile %(version)s")
+@click.option(
+    "--cmake-dir",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=cmake_dir,
+    help="Print the folder of the CMake package and exit.",
+)
 def cli() -> None:
     r"""Compile an ONNX model for an edge device: quantized, verified, and with its reasons.
 
@@ -159,11 +174,17 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
     "no_added_nodes", "costs", "shape", "max_size", "max_latency", "board", "max_sram", "max_flash",
     "min_fidelity", "pareto", "recipe", "cache", "seed", "threads", "workers",
 )  # fmt: skip
-def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
+@click.option("--depfile", type=click.Path(path_type=Path), help="Write what was read, as make and ninja read it.")
+def compile_command(model: Path, depfile: Path | None, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
+    from qcompile.depfile import write_depfile
     from qcompile.driver import compile as compile_model
 
-    show(compile_model(model, options(given(flags)), progress()), as_json, quiet)
+    chosen = options(given(flags))
+    result = compile_model(model, chosen, progress())
+    if depfile is not None:
+        write_depfile(depfile, result.output, model, chosen, flags["recipe"])
+    show(result, as_json, quiet)
 
 
 @cli.command("calibrate")
