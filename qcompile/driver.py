@@ -113,7 +113,8 @@ def deliver(
         proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track)
         proof.require(job.options.min_fidelity)
         # A device that is not here has no latency here.
-        timed = None if job.target.integer_only else timing.interleave(proof.reference, run, job.evidence.samples)
+        here = job.target.timed_here or not job.target.integer_only
+        timed = timing.interleave(proof.reference, run, job.evidence.samples) if here else None
         content = report.build(
             job.model,
             job.target,

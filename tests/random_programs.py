@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,23 @@ def random_codes(program: Program, seed: int) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     return {port.name: random.integers(-128, 128, program.tensors[port.tensor].shape).astype(np.int8)
             for port in program.inputs}  # fmt: skip
+
+
+def wide(
+    random: Random,
+    channels: int,
+    outputs: int,
+    size: int,
+    stride: int = 1,
+    groups: int = 1,
+    side: tuple[int, int] = (9, 11),
+) -> Program:
+    """Return one convolution of more channels than a register has lanes, so that tiles and what they leave are met."""
+    grown = Growing(random, (1, *side, channels))
+    pad = (size - 1) // 2
+    window = ops.Window((size, size), (stride, stride), (pad, pad, pad, pad), outside=int(random.integers(-128, 128)))
+    shape = tuple((n + 2 * pad - size) // stride + 1 for n in side)
+    fields = grown.weights(outputs, size, size, channels // groups)
+    fields["requantize"] = replace(fields["requantize"], low=-128, high=127)
+    grown.add(ops.Conv, (1, *shape, outputs), (grown.last,), **fields, window=window, groups=groups)
+    return grown.program()

@@ -62,7 +62,7 @@ def _lowered(module: Any, target: Any) -> Any:
     ]  # fmt: skip
     flat = tvm.ir.transform.Sequential(blocks)(module)
     raw = {
-        name: _raw(function.with_body(_on_stack(_copied(function.body)))) for name, function in flat.functions.items()
+        name: _raw(function.with_body(on_stack(_copied(function.body)))) for name, function in flat.functions.items()
     }
     return tvm.ir.transform.Sequential([x.LowerTVMBuiltin(), x.LowerIntrin()])(tvm.IRModule(raw))
 
@@ -88,7 +88,7 @@ def _raw(function: Function) -> Function:
     return raw
 
 
-def _on_stack(body: Any) -> Any:
+def on_stack(body: Any) -> Any:
     """Return a body whose buffers are arrays of C: larger ones would be asked of TVM's runtime."""
     tirx = load_tvm().tirx
     import tvm_ffi

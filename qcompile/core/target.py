@@ -88,6 +88,8 @@ class Target:
         See `with_costs`.
     integer_only : bool
         It has no float: every operator that can be integers becomes them, the first and the last included.
+    timed_here : bool
+        Its artifact runs on this machine, so that it can be timed, although it has no float.
     settings : mapping
         The backend's own table.
     deployed_opset : int, optional
@@ -111,6 +113,7 @@ class Target:
     ops: Mapping[str, OpRule]
     costs: CostTable | None = None
     integer_only: bool = False
+    timed_here: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     deployed_opset: int | None = None
     wide_weight_dtype: str = ""

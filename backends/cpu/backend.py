@@ -1,0 +1,173 @@
+"""The backend ``cpu``: a network as one shared library of kernels that TVM generates."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.backends.base import Lowered, Subject
+from qcompile.backends.cpu import library
+from qcompile.backends.cpu.layout import ALIGNMENT
+from qcompile.backends.cpu.network import Network
+from qcompile.backends.cpu.session import DESCRIPTION, InferenceSession, absent
+from qcompile.backends.integer.lower import lower
+from qcompile.backends.integer.operations import Conv, Dense
+from qcompile.backends.integer.program import Port, Program
+from qcompile.backends.mcu.write_c import identifier
+from qcompile.backends.tvm.emit import load_tvm
+from qcompile.backends.tvm.schedules.x86 import OFFSET, PROCESSORS, Processor
+from qcompile.core import model as models
+from qcompile.core.contract import Track
+from qcompile.core.costs import CostTable
+from qcompile.core.errors import TargetError, UsageError
+from qcompile.core.execution import Kernel
+from qcompile.core.plan import Precision, QuantPlan
+from qcompile.core.runtime import Feeds, Outputs
+from qcompile.core.target import LIMITS, Target
+
+#: The quantized model that the library computes, beside it.
+REFERENCE = "reference.onnx"
+SESSION = "session.py"
+
+
+class CpuBackend:
+    """The backend ``cpu``."""
+
+    name: ClassVar[str] = "cpu"
+
+    def targets(self) -> Iterable[Target]:
+        """Return the targets of backends/cpu/targets."""
+        here = files("qcompile.backends.cpu") / "targets"
+        for entry in sorted(here.iterdir(), key=lambda entry: entry.name):
+            if entry.name.endswith(".toml"):
+                yield Target.from_toml(entry)
+
+    def available(self) -> bool:
+        """Tell whether TVM is installed, which generates the kernels."""
+        return importlib.util.find_spec("tvm") is not None
+
+    def check(self, target: Target) -> None:
+        """Refuse bounds on memory, and a machine that cannot build or run the library.
+
+        Raises
+        ------
+        UsageError, TargetError
+        """
+        for key in LIMITS:
+            if target.settings.get(key) is not None:
+                fact = f"means nothing for {target.name}, whose library works in memory that its caller gives it"
+                raise UsageError(f"--{key.replace('_', '-')}", fact, "leave it out, or choose a microcontroller")
+        load_tvm()
+        library.linker()
+        if missing := absent(_processor(target).flags):
+            fact = f"this machine's processor has no {missing[0]}, so that the result could not be verified"
+            raise TargetError(
+                f"--target {target.name}", fact, "compile on a machine that has it, or choose --target cpu"
+            )
+
+    def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
+        """Write the library and what goes with it; see docs/targets/cpu-tvm.md.
+
+        Raises
+        ------
+        TargetError
+            If an operator has no integer form, or no kernel.
+        """
+        program = lower(model)
+        name, processor = identifier(program.name), _processor(target)
+        network = library.network_of(program, processor)
+        written = write(network, name, folder)
+        models.save(model, folder / REFERENCE)
+        kernels = {node: processor.name for node, op in plan.ops.items()
+                   if op.precision is Precision.INTEGER and not op.reason}  # fmt: skip
+        stored = len(network.constants)
+        code = (folder / written[0]).stat().st_size - stored
+        sizes = {"weights, biases and multipliers": stored, "code": code}
+        return Lowered((*written, REFERENCE), kernels, (), sizes)
+
+    def size(self, model: ir.Model) -> int:
+        """Return the bytes of constants that `lower` would write, but for rounding up to whole vectors."""
+        weighted = [part for part in lower(model).operations if isinstance(part, Conv | Dense)]
+        return sum(part.weights.nbytes + 6 * part.bias.nbytes for part in weighted)
+
+    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
+        """Return nothing: no table prices these kernels yet."""
+        del model
+        return [[] for _ in samples]
+
+    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
+        """Refuse: every operator becomes integers there, so that no time decides anything.
+
+        Raises
+        ------
+        TargetError
+            Always.
+        """
+        del subjects, processor, track
+        fact = "computes in integers alone, whatever they take: no cost decides anything there"
+        raise TargetError(f"probe {target.name}", fact, "leave it out")
+
+    def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
+        """Load the library and return a function that runs one sample."""
+        del threads, files
+        session = InferenceSession(folder)
+        names = [port.name for port in session.get_outputs()]
+        return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
+
+
+def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
+    """Write a network's library, header, description and session, and return their names.
+
+    Parameters
+    ----------
+    network : Network
+    name : str
+        A C identifier.
+    folder : Path
+    """
+    program, shared = network.layout.program, f"lib{name}.so"
+    library.link(library.compiled(network, name), name, folder / shared)
+    (folder / f"{name}.h").write_text(library.header(program, name, network.layout.workspace), encoding="utf-8")
+    (folder / DESCRIPTION).write_text(json.dumps(describe(network, name), indent=1) + "\n", encoding="utf-8")
+    session = files("qcompile.backends.cpu") / SESSION
+    (folder / SESSION).write_text(session.read_text(encoding="utf-8"), encoding="utf-8")
+    return shared, f"{name}.h", DESCRIPTION, SESSION
+
+
+def describe(network: Network, name: str) -> dict[str, Any]:
+    """Return what `network.json` holds: ports, memory, and which kernel computes which operation, in which tile."""
+    program = network.layout.program
+    return {
+        "name": name,
+        "library": f"lib{name}.so",
+        "instructions": list(network.processor.flags),
+        "workspace_bytes": network.layout.workspace,
+        "alignment": ALIGNMENT,
+        "inputs": [_port(program, port) for port in program.inputs],
+        "outputs": [_port(program, port) for port in program.outputs],
+        "kernels": [
+            {"operation": call.operation, "kernel": call.kernel, "tile": vars(network.tiles[call.kernel])}
+            if call.kernel in network.tiles else {"operation": call.operation, "kernel": call.kernel}
+            for call in network.calls
+        ],
+    }  # fmt: skip
+
+
+def _port(program: Program, port: Port) -> dict[str, Any]:
+    tensor = program.tensors[port.tensor]
+    return {
+        "name": port.name, "shape": list(port.shape), "stored": list(tensor.shape), "axes": list(port.axes),
+        "scale": float(np.float32(tensor.scale)), "zero_point": tensor.zero_point,
+        "offset": OFFSET if port.unsigned else 0,
+    }  # fmt: skip
+
+
+def _processor(target: Target) -> Processor:
+    return PROCESSORS[target.settings["processor"]]

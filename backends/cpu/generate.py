@@ -1,0 +1,327 @@
+"""From the operations of an integer program to kernels and their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.backends.cpu.layout import Layout, extents, strides
+from qcompile.backends.cpu.network import Argument, Network, collapsed
+from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer.program import Operation
+from qcompile.backends.tvm.schedules import x86_codes as codes
+from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import x86_windows as windows
+from qcompile.backends.tvm.schedules.x86 import OFFSET, Processor, Rounding, high_word
+from qcompile.core.errors import TargetError
+
+Array = npt.NDArray[Any]
+
+
+def generate(layout: Layout, processor: Processor) -> Network:
+    """Return the kernels of a program.
+
+    Parameters
+    ----------
+    layout : Layout
+    processor : Processor
+
+    Raises
+    ------
+    TargetError
+        If an operation has no kernel, naming it.
+    """
+    made = Network(layout, processor)
+    for port in layout.program.inputs:
+        made.surround(port.tensor, port.name)
+    for operation in layout.program.operations:
+        if not isinstance(operation, ops.View):
+            _require(made, operation)
+            made.surround(operation.output, operation.name)
+            GENERATORS[type(operation)](made, operation)
+    return made
+
+
+def _require(network: Network, operation: Operation) -> None:
+    for name in (*operation.inputs, operation.output):
+        if network.tensor(name).dtype != "int8":
+            fact = f"has {network.tensor(name).dtype} activations, for which there is no kernel yet"
+            raise TargetError(f"operator '{operation.name}'", fact, "leave its activations at 8 bits")
+    if type(operation) not in GENERATORS:
+        fact = f"{type(operation).__name__} has no kernel for this processor yet"
+        raise TargetError(f"operator '{operation.name}'", fact, "choose --target cpu")
+
+
+def rounding(requantize: ops.Requantize) -> Rounding:
+    """Return the rounding of stored codes."""
+    numbers = (requantize.zero_point + OFFSET, requantize.low + OFFSET, requantize.high + OFFSET)
+    return Rounding(high_word(requantize.shift.tolist()), *numbers)
+
+
+def _stored_bias(bias: Array, weights: Array) -> Array:
+    """Return biases for sums over stored codes, 128 above: they are 128 · Σ weights less."""
+    sums: Array = bias.astype(np.int64) - OFFSET * weights.reshape(len(weights), -1).astype(np.int64).sum(axis=1)
+    return sums
+
+
+def _conv(network: Network, operation: ops.Conv) -> None:
+    source, target = (network.tensor(name) for name in (operation.inputs[0], operation.output))
+    if operation.groups == source.shape[3] == target.shape[3] > 1:
+        _depthwise(network, operation)
+        return
+    here, there = (network.layout.places[tensor.name] for tensor in (source, target))
+    rows, columns, outputs = extents(target)
+    window = operation.window
+    (height, width), (down, beside) = window.size, window.dilations
+    fewer = source.shape[3] // operation.groups
+    joined = operation.groups == 1 and (beside == 1 or width == 1)
+    taps = ((height, down * here.row), (1 if joined else width, beside * here.column))
+    shape = linear.Linear(
+        rows, columns, outputs // operation.groups, taps, width * fewer if joined else fewer,
+        window.strides[0] * here.row, window.strides[1] * here.column, there.row, there.column,
+        rounding(operation.requantize),
+    )  # fmt: skip
+    whole = window.strides == (1, 1) and here.row == columns * here.column and there.row == columns * there.column
+    if window.size == (1, 1) and whole:
+        shape = replace(shape, rows=1, columns=rows * columns)
+    weights = operation.weights.reshape(outputs, -1, shape.length)
+    for group in range(operation.groups):
+        channels = slice(group * shape.outputs, (group + 1) * shape.outputs)
+        places = (group * fewer, group * shape.outputs)
+        _linear(network, operation, shape, (weights[channels], channels), places)
+
+
+def _dense(network: Network, operation: ops.Dense) -> None:
+    source, target = (network.tensor(name) for name in (operation.inputs[0], operation.output))
+    depth, outputs = operation.weights.shape[1], operation.weights.shape[0]
+    positions = target.size // outputs
+    there = network.layout.places[target.name]
+    rows, columns = (positions, 1) if len(target.shape) != 4 else extents(target)[:2]
+    if len(target.shape) != 4 or there.row == columns * outputs:
+        rows, columns = 1, positions
+    here = network.layout.places[source.name]
+    shape = linear.Linear(
+        rows,
+        columns,
+        outputs,
+        ((1, 0), (1, 0)),
+        depth,
+        here.row,
+        depth,
+        there.row,
+        outputs,
+        rounding(operation.requantize),
+    )
+    _linear(network, operation, shape, (operation.weights[:, None, :], slice(0, outputs)), (0, 0))
+
+
+def _linear(
+    network: Network, operation: Any, shape: linear.Linear, part: tuple[Array, slice], places: tuple[int, int]
+) -> None:
+    weights, channels = part
+    processor, tile = network.processor, linear.choose_tile(shape, network.processor)
+    requantize = operation.requantize
+    multiplier, shift = (
+        np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
+    )
+    bias = _stored_bias(operation.bias[channels], weights)
+    table = linear.scaling_table(processor, shape.outputs, bias, multiplier, shift)
+    given = [
+        network.at(operation.inputs[0], places[0]), network.constant(linear.pack(shape, tile, processor, weights)),
+        network.constant(table), network.at(operation.output, places[1]),
+    ]  # fmt: skip
+    name = network.add(linear.linear_kernel, (shape, tile, processor), given, operation.name)
+    network.tiles[name] = tile
+
+
+def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Windows:
+    source, target = (network.tensor(name) for name in (operation.inputs[0], operation.output))
+    here, there = (network.layout.places[tensor.name] for tensor in (source, target))
+    window = operation.window
+    steps = (window.dilations[0] * here.row, window.dilations[1] * here.column)
+    taps = ((window.size[0], steps[0]), (window.size[1], steps[1]))
+    return windows.Windows(
+        *extents(target),
+        taps,
+        window.strides[0] * here.row,
+        window.strides[1] * here.column,
+        there.row,
+        there.column,
+        numbers,
+    )
+
+
+def _depthwise(network: Network, operation: ops.Conv) -> None:
+    shape, requantize = _windows(network, operation, rounding(operation.requantize)), operation.requantize
+    weights = operation.weights.reshape(len(operation.weights), -1)
+    table = linear.scaling_table(
+        network.processor, len(weights), _stored_bias(operation.bias, weights), requantize.multiplier, requantize.shift
+    )
+    given = [
+        network.at(operation.inputs[0]), network.constant(windows.pack(shape, network.processor, weights)),
+        network.constant(table), network.at(operation.output),
+    ]  # fmt: skip
+    network.add(windows.depthwise_kernel, (shape, network.processor), given, operation.name)
+
+
+def _average(network: Network, operation: ops.AveragePool) -> None:
+    shape = _windows(network, operation, rounding(operation.requantize))
+    bias = np.full(network.processor.lanes, operation.bias - OFFSET * len(shape.offsets))
+    table = _one_scaling(network, bias, operation.requantize)
+    given = [network.at(operation.inputs[0]), table, network.at(operation.output)]
+    network.add(windows.average_kernel, (shape, network.processor), given, operation.name)
+
+
+def _one_scaling(network: Network, bias: Array, requantize: ops.Requantize) -> Argument:
+    lanes = network.processor.lanes
+    return network.constant(
+        linear.scaling_table(network.processor, lanes, bias, requantize.multiplier, requantize.shift)
+    )
+
+
+def _maximum(network: Network, operation: ops.MaxPool) -> None:
+    shape = _windows(network, operation, Rounding(False, 0, operation.low + OFFSET, operation.high + OFFSET))
+    given = [network.at(operation.inputs[0]), network.at(operation.output)]
+    network.add(windows.maximum_kernel, (shape, network.processor), given, operation.name)
+
+
+def _rows(network: Network, names: Sequence[str]) -> tuple[int, int, tuple[int, ...]]:
+    """Return rows, codes of a row and each tensor's step; one row where all lie in one piece."""
+    rows, columns, channels = extents(network.tensor(names[-1]))
+    steps = tuple(network.layout.places[name].row for name in names)
+    width = columns * channels
+    if all(step == width for step in steps):
+        return 1, rows * width, steps
+    return rows, width, steps
+
+
+def _add(network: Network, operation: ops.Add) -> None:
+    names = (*operation.inputs, operation.output)
+    bare = replace(operation, name="", inputs=(), output="")
+    arguments = (bare, *_rows(network, names), network.processor)
+    network.add(codes.add_kernel, arguments, [network.at(name) for name in names], operation.name)
+
+
+def _mul(network: Network, operation: ops.Mul) -> None:
+    first, second, target = (network.tensor(name) for name in (*operation.inputs, operation.output))
+    places = [network.layout.places[tensor.name] for tensor in (first, second, target)]
+    steps = [step for place in places for step in (place.row, place.column)]
+    zeros = (operation.zero_points[0] + OFFSET, operation.zero_points[1] + OFFSET)
+    shape = extents(target)
+    if second.size != first.size:
+        steps[2:4] = [0, 0]
+    elif all(place.row == shape[1] * shape[2] for place in places):
+        shape = (1, 1, target.size)
+    table = _one_scaling(network, np.zeros(network.processor.lanes), operation.requantize)
+    arguments = (zeros, rounding(operation.requantize), shape, tuple(steps), network.processor)
+    given = [network.at(first.name), network.at(second.name), table, network.at(target.name)]
+    network.add(codes.mul_kernel, arguments, given, operation.name)
+
+
+def _lookup(network: Network, operation: ops.Lookup) -> None:
+    names = (operation.inputs[0], operation.output)
+    table = (operation.table.astype(np.int16) + OFFSET).astype(np.uint8)
+    given = [network.at(names[0]), network.constant(table), network.at(names[1])]
+    network.add(codes.lookup_kernel, _rows(network, names), given, operation.name)
+
+
+def _softmax(network: Network, operation: ops.Softmax) -> None:
+    target = network.tensor(operation.output)
+    width, steps = (
+        target.shape[-1],
+        [strides(network.layout, network.tensor(name)) for name in (operation.inputs[0], operation.output)],
+    )
+    bare = replace(operation, name="", inputs=(), output="", table=np.zeros(0, np.uint32))
+    rows, columns, _ = extents(target)
+    powers = network.constant(operation.table)
+    flat = all(len(step) != 4 or step[1] == columns * width for step in steps)
+    for y in range(1 if flat else rows):
+        count = rows * columns if flat else columns
+        places = [network.at(name, y * step[1] if len(step) == 4 else 0)
+                  for name, step in zip((operation.inputs[0], operation.output), steps, strict=True)]  # fmt: skip
+        network.add(
+            codes.softmax_kernel, (bare, count, width, (width, width)), [places[0], powers, places[1]], operation.name
+        )
+
+
+def _gather(
+    network: Network,
+    operation: Operation,
+    shape: Sequence[int],
+    source: tuple[str, int, Sequence[int]],
+    target: tuple[str, int, Sequence[int]],
+) -> None:
+    """Add a copy of elements along axes."""
+    arguments = collapsed(shape, source[2], target[2])
+    given = [network.at(*source[:2]), network.at(*target[:2])]
+    network.add(codes.gather_kernel, arguments, given, operation.name)
+
+
+def _concat(network: Network, operation: ops.Concat) -> None:
+    target = network.tensor(operation.output)
+    steps, at = strides(network.layout, target), 0
+    for name in operation.inputs:
+        source = network.tensor(name)
+        _gather(network, operation, source.shape, (name, 0, strides(network.layout, source)), (target.name, at, steps))
+        at += source.shape[operation.axis] * steps[operation.axis]
+
+
+def _pad(network: Network, operation: ops.Pad) -> None:
+    source, target = (network.tensor(name) for name in (operation.inputs[0], operation.output))
+    steps = strides(network.layout, target)
+    rows, columns, channels = extents(target)
+    place = network.layout.places[target.name]
+    arguments = (rows, columns * channels, place.row, operation.code + OFFSET)
+    network.add(codes.fill_kernel, arguments, [network.at(target.name)], operation.name)
+    start = sum(before * step for before, step in zip(operation.before, steps, strict=True))
+    _gather(
+        network, operation, source.shape, (source.name, 0, strides(network.layout, source)), (target.name, start, steps)
+    )
+
+
+def _slice(network: Network, operation: ops.Slice) -> None:
+    source, target = (network.tensor(name) for name in (operation.inputs[0], operation.output))
+    steps = strides(network.layout, source)
+    start = sum(first * step for first, step in zip(operation.starts, steps, strict=True))
+    taken = [each * step for each, step in zip(operation.steps, steps, strict=True)]
+    _gather(
+        network, operation, target.shape, (source.name, start, taken), (target.name, 0, strides(network.layout, target))
+    )
+
+
+def _transpose(network: Network, operation: ops.Transpose) -> None:
+    source, target = (network.tensor(name) for name in (operation.inputs[0], operation.output))
+    steps = strides(network.layout, source)
+    taken = [steps[axis] for axis in operation.axes]
+    _gather(
+        network, operation, target.shape, (source.name, 0, taken), (target.name, 0, strides(network.layout, target))
+    )
+
+
+def _resize(network: Network, operation: ops.Resize) -> None:
+    source, target = (network.tensor(name) for name in (operation.inputs[0], operation.output))
+    here, there = (network.layout.places[tensor.name] for tensor in (source, target))
+    places = [row * here.row for row in operation.rows] + [column * here.column for column in operation.columns]
+    given = [network.at(source.name), network.constant(np.array(places, np.int32)), network.at(target.name)]
+    network.add(codes.resize_kernel, (extents(target), (there.row, there.column)), given, operation.name)
+
+
+GENERATORS: Mapping[type[Operation], Callable[[Network, Any], None]] = {
+    ops.Add: _add,
+    ops.AveragePool: _average,
+    ops.Concat: _concat,
+    ops.Conv: _conv,
+    ops.Dense: _dense,
+    ops.Lookup: _lookup,
+    ops.MaxPool: _maximum,
+    ops.Mul: _mul,
+    ops.Pad: _pad,
+    ops.Resize: _resize,
+    ops.Slice: _slice,
+    ops.Softmax: _softmax,
+    ops.Transpose: _transpose,
+}

@@ -1,0 +1,177 @@
+"""Run a network's library from Python, as onnxruntime's `InferenceSession` does; needs NumPy and nothing else.
+
+    session = InferenceSession("build/model")
+    outputs = session.run(None, {"input": array})
+
+This file stands in the folder of every compiled network and can be taken along with the library and `network.json`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+DESCRIPTION = "network.json"
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output.
+
+    Parameters
+    ----------
+    name : str
+    shape : tuple of int
+        In the model.
+    stored : tuple of int
+        As codes are stored: the model's axes in the order `axes`, then reshaped.
+    axes : tuple of int
+    scale : float
+    zero_point : int
+    offset : int
+        What the model's own codes are above those of the library.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: tuple[int, ...]
+    axes: tuple[int, ...]
+    scale: float
+    zero_point: int
+    offset: int
+
+    type = "tensor(float)"
+
+    @classmethod
+    def read(cls, table: Mapping[str, Any]) -> Port:
+        """Return a port from its JSON."""
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in table.items()
+        }
+        return cls(**fields)
+
+    def take(self, array: Array) -> Array:
+        """Return an input's codes as stored, from the model's own codes."""
+        codes = (array.astype(np.int16) - self.offset).astype(np.int8)
+        return np.ascontiguousarray(codes.reshape(self.shape).transpose(self.axes).reshape(self.stored))
+
+    def give(self, codes: Array) -> npt.NDArray[np.float32]:
+        """Return the floats that codes as stored stand for."""
+        ordered = codes.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
+        real: npt.NDArray[np.float32] = (ordered.astype(np.int32) - self.zero_point).astype(np.float32)
+        return np.ascontiguousarray(real * np.float32(self.scale))
+
+
+class InferenceSession:
+    """A network ready to run: for one thread at a time; several sessions run side by side.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where the library and its description are.
+
+    Raises
+    ------
+    OSError
+        If this machine lacks instructions that the library is made of.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if missing := absent(about["instructions"]):
+            raise OSError(f"{folder}: this processor has no {missing[0]}, which the library is made of")
+        self.inputs, self.outputs = ([Port.read(port) for port in about[key]] for key in ("inputs", "outputs"))
+        library = ctypes.CDLL(str((folder / about["library"]).absolute()))
+        self._run, self._run_floats = library[f"{about['name']}_run"], library[f"{about['name']}_run_floats"]
+        self._run.restype = self._run_floats.restype = None
+        alignment = about["alignment"]
+        self._memory = np.zeros(about["workspace_bytes"] + alignment, np.uint8)
+        self._workspace = ctypes.c_void_p(self._memory.ctypes.data + -self._memory.ctypes.data % alignment)
+
+    def get_inputs(self) -> list[Port]:
+        """Return the inputs."""
+        return list(self.inputs)
+
+    def get_outputs(self) -> list[Port]:
+        """Return the outputs."""
+        return list(self.outputs)
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
+        """Return outputs as floats.
+
+        Parameters
+        ----------
+        names : sequence of str, optional
+            Of the outputs wanted; all, in order, without it.
+        feeds : mapping of str to ndarray
+            Each input's floats, or the model's own codes.
+
+        Raises
+        ------
+        ValueError
+            If an input is missing or has another shape.
+        """
+        given = [self._given(port, feeds) for port in self.inputs]
+        if all(array.dtype.kind == "f" for array in given):
+            made = [np.empty(port.shape, np.float32) for port in self.outputs]
+            self._call(self._run_floats, [np.ascontiguousarray(array, np.float32) for array in given], made)
+        else:
+            codes = [np.empty(port.stored, np.int8) for port in self.outputs]
+            self._call(
+                self._run, [self._codes(port, array) for port, array in zip(self.inputs, given, strict=True)], codes
+            )
+            made = [port.give(array) for port, array in zip(self.outputs, codes, strict=True)]
+        found = {port.name: array for port, array in zip(self.outputs, made, strict=True)}
+        return [found[name] for name in (names or found)]
+
+    def run_codes(self, inputs: Sequence[Array]) -> list[npt.NDArray[np.int8]]:
+        """Return outputs' codes for inputs' codes, both as the library stores them."""
+        made = [np.empty(port.stored, np.int8) for port in self.outputs]
+        given = [np.ascontiguousarray(array, np.int8) for array in inputs]
+        for port, array in zip(self.inputs, given, strict=True):
+            if array.shape != port.stored:
+                raise ValueError(f"input '{port.name}' has codes of shape {array.shape}, not {port.stored}")
+        self._call(self._run, given, made)
+        return made
+
+    def _call(self, function: Any, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+        function(self._workspace, *(ctypes.c_void_p(array.ctypes.data) for array in (*inputs, *outputs)))
+
+    @staticmethod
+    def _given(port: Port, feeds: Mapping[str, Array]) -> Array:
+        if port.name not in feeds:
+            raise ValueError(f"input '{port.name}' is missing")
+        array = np.asarray(feeds[port.name])
+        if array.shape != port.shape:
+            raise ValueError(f"input '{port.name}' has shape {array.shape}, not {port.shape}")
+        return array
+
+    @staticmethod
+    def _codes(port: Port, array: Array) -> Array:
+        if array.dtype.kind != "f":
+            return port.take(array)
+        codes = np.rint(array.astype(np.float32) / np.float32(port.scale)) + port.zero_point
+        return Port.take(port, np.clip(codes, -128, 127).astype(np.int16) + port.offset)
+
+
+def absent(instructions: Sequence[str]) -> list[str]:
+    """Return those of the instructions that this processor does not have, as far as the system tells."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return list(instructions)
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return []
+    known = set(flags[1].split()) if flags else set()
+    return [name for name in instructions if known and name not in known]

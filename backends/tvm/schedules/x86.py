@@ -1,0 +1,181 @@
+"""What the x86 kernels are made of: a processor's registers and its instruction for four products at once.
+
+Codes are stored 128 above the program's, from 0 to 255: `vpdpbusd` multiplies unsigned codes by signed weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.backends.tvm.definitions import HIGH_WORD
+from qcompile.backends.tvm.native import Machine, builder
+
+#: What stored codes are above the program's.
+OFFSET = 128
+#: Codes that one instruction multiplies and adds up.
+FOUR = 4
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A kind of x86 processor.
+
+    Parameters
+    ----------
+    name : str
+    machine : Machine
+    flags : tuple of str
+        What the system calls the instructions that it has to have.
+    lanes : int
+        Sums of 32 bits in one register.
+    registers : int
+        That hold vectors.
+    instruction : str
+        LLVM's name of the dot product.
+    """
+
+    name: str
+    machine: Machine
+    flags: tuple[str, ...]
+    lanes: int
+    registers: int
+    instruction: str
+
+    def dot(self, sums: Any, codes: Any, weights: Any) -> Any:
+        """Return `sums` and in each lane four products of codes and weights."""
+        return builder().call_llvm_pure_intrin(f"int32x{self.lanes}", self.instruction, sums, codes, weights)
+
+
+AVX512_VNNI = Processor(
+    "avx512-vnni", Machine("cascadelake", ("-prefer-256-bit",)),
+    ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"), 16, 32, "llvm.x86.avx512.vpdpbusd.512",
+)  # fmt: skip
+PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI,)}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How sums become codes.
+
+    Parameters
+    ----------
+    high_word : bool
+        Whether every shift is 33 or more.
+    zero_point, low, high : int
+        Of the codes as they are stored.
+    """
+
+    high_word: bool
+    zero_point: int
+    low: int
+    high: int
+
+
+def load(buffer: Any, offset: Any, lanes: int) -> Any:
+    """Return so many neighbours."""
+    return buffer[places(offset, lanes)]
+
+
+def places(offset: Any, lanes: int) -> Any:
+    """Return the indices of so many neighbours."""
+    return offset if lanes == 1 else builder().ramp(offset, 1, lanes)
+
+
+def all_lanes(value: int, dtype: str, lanes: int) -> Any:
+    """Return a vector of one number."""
+    ir = builder()
+    from qcompile.backends.tvm.emit import load_tvm
+
+    return ir.broadcast(load_tvm().tirx.const(value, dtype), lanes)
+
+
+def store(buffer: Any, offset: Any, value: Any, lanes: int, count: int) -> None:
+    """Store the first `count` of the lanes of a vector of codes."""
+    ir = builder()
+    if count >= lanes:
+        ir.buffer_store(buffer, value, [ir.ramp(offset, 1, lanes)])
+        return
+    kept = ir.alloc_buffer((lanes,), "uint8", scope="local")
+    ir.buffer_store(kept, value, [ir.ramp(0, 1, lanes)])
+    at = 0
+    while at < count:
+        piece = 1 << ((count - at).bit_length() - 1)
+        ir.buffer_store(buffer, load(kept, at, piece), [places(offset + at, piece)])
+        at += piece
+
+
+def blocks(count: int, step: int, emit: Callable[[Any, int], None]) -> None:
+    """Emit steps of a count, as a loop, and what is left: `emit` takes where a step begins and how many it has."""
+    ir = builder()
+    whole, rest = divmod(count, step)
+    if whole == 1:
+        emit(0, step)
+    elif whole:
+        with ir.serial(0, whole) as index:
+            emit(index * step, step)
+    if rest:
+        emit(whole * step, rest)
+
+
+def nested(extents: Sequence[tuple[int, int]], offset: Any, emit: Callable[[Any, Any], None], index: Any = 0) -> None:
+    """Emit loops in one another: `emit` takes Σ step · index + offset, and the number of the iteration."""
+    ir = builder()
+    if not extents:
+        emit(offset, index)
+        return
+    (extent, step), *rest = extents
+    if extent == 1:
+        nested(rest, offset, emit, index)
+        return
+    with ir.serial(0, extent) as i:
+        nested(rest, offset + i * step, emit, index * extent + i)
+
+
+def requantize(processor: Processor, sums: Any, scaling: Any, rounding: Rounding) -> Any:
+    """Return codes of sums, as `core/numerics.py` has it; see `scaling_table` for what `scaling` is.
+
+    Products of 64 bits are of every other lane: those of even lanes and those of odd ones are computed apart.
+
+    Parameters
+    ----------
+    processor : Processor
+    sums : int32 in each lane
+    scaling : callable
+        Returns the multipliers and shifts of a vector: of its even lanes (0), of its odd ones (1), shifts of all (2).
+    rounding : Rounding
+    """
+    ir = builder()
+    half, lanes = processor.lanes // 2, processor.lanes
+    wide = f"int64x{half}"
+    word = all_lanes(32, "int64", half)
+    pairs = ir.reinterpret(wide, sums)
+    even = (pairs << word) >> word
+    products = [value * ir.cast(scaling("multiplier", odd), wide) for odd, value in enumerate((even, pairs >> word))]
+    high = all_lanes(-(1 << 32), "int64", half)
+    low = all_lanes((1 << 32) - 1, "int64", half)
+    if rounding.high_word:
+        whole = ((products[0] >> word) & low) | (products[1] & high)
+        shift, ones = scaling("places", None), all_lanes(1, "int32", lanes)
+        codes = (ir.reinterpret(f"int32x{lanes}", whole) + ((ones << shift) >> ones)) >> shift
+    else:
+        one = all_lanes(1, "int64", half)
+        parts = []
+        for odd, product in enumerate(products):
+            shift = ir.cast(scaling("shift", odd), wide)
+            parts.append((product + (one << (shift - one))) >> shift)
+        codes = ir.reinterpret(f"int32x{lanes}", (parts[0] & low) | (parts[1] << word))
+    return clipped(codes + all_lanes(rounding.zero_point, "int32", lanes), rounding.low, rounding.high, lanes)
+
+
+def clipped(values: Any, low: int, high: int, lanes: int) -> Any:
+    """Return numbers of 32 bits as stored codes from low to high."""
+    ir = builder()
+    bounds = all_lanes(low, "int32", lanes), all_lanes(high, "int32", lanes)
+    return ir.cast(ir.max(ir.min(values, bounds[1]), bounds[0]), f"uint8x{lanes}")
+
+
+def high_word(shifts: Sequence[int]) -> bool:
+    """Tell whether only the products' high words count."""
+    return min(shifts) >= HIGH_WORD

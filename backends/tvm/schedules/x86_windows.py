@@ -1,0 +1,152 @@
+"""Windows over each channel for itself: depthwise convolutions and pools, a vector of channels at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.backends.tvm.emit import Function
+from qcompile.backends.tvm.native import builder, function
+from qcompile.backends.tvm.schedules.x86 import Processor, Rounding, all_lanes, blocks, load, requantize, store
+from qcompile.backends.tvm.schedules.x86_linear import Scaling
+
+#: Columns whose sums are held at once.
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The shape of a kernel. Steps are bytes.
+
+    Parameters
+    ----------
+    rows, columns, channels : int
+        Of the output.
+    taps : tuple of (int, int)
+        Rows and columns of the window, and from one to the next.
+    row_step, column_step : int
+        From what one output row, or column, sees to what the next one does.
+    output_row, output_column : int
+        From one output row, or column, to the next.
+    rounding : Rounding
+        Of a maximum, `low` and `high` only.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    taps: tuple[tuple[int, int], ...]
+    row_step: int
+    column_step: int
+    output_row: int
+    output_column: int
+    rounding: Rounding
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each tap is."""
+        (rows, row), (columns, column) = self.taps
+        return [i * row + j * column for i in range(rows) for j in range(columns)]
+
+
+def pack(shape: Windows, processor: Processor, weights: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    """Return weights in the order in which they are read: [vector][tap][lane].
+
+    Parameters
+    ----------
+    weights : ndarray of int8, shape (channels, taps)
+    """
+    lanes = processor.lanes
+    vectors = -(-shape.channels // lanes)
+    wide = np.pad(weights, [(0, vectors * lanes - shape.channels), (0, 0)])
+    return np.ascontiguousarray(wide.reshape(vectors, lanes, -1).transpose(0, 2, 1))
+
+
+def _kernel(name: str, shape: Windows, processor: Processor, arguments: dict[str, str], pixels: Any) -> Function:
+    """Return a function that goes over vectors of channels, rows and blocks of columns."""
+
+    def body(buffers: Any) -> None:
+        def vector(v: Any, left: int) -> None:
+            def row(y: Any, rows: int) -> None:
+                del rows
+                blocks(shape.columns, COLUMNS, lambda x, columns: pixels(buffers, v, y, x, columns, left))
+
+            blocks(shape.rows, 1, row)
+
+        full, left = divmod(shape.channels, processor.lanes)
+        blocks(full, 1, lambda v, _: vector(v, processor.lanes))
+        if left:
+            vector(full, left)
+
+    return function(name, arguments, body)
+
+
+def depthwise_kernel(name: str, shape: Windows, processor: Processor) -> Function:
+    """Return a depthwise convolution. Arguments: input, weights, channels, output."""
+    lanes, taps = processor.lanes, shape.offsets
+
+    def pixels(buffers: Any, v: Any, y: Any, x: Any, columns: int, left: int) -> None:
+        scaling = Scaling(processor, buffers["channels"], shape.channels)
+        sums = [scaling.bias(v)] * columns
+        ir = builder()
+        for tap, offset in enumerate(taps):
+            weights = ir.bind(ir.cast(load(buffers["weights"], (v * len(taps) + tap) * lanes, lanes), f"int32x{lanes}"))
+            for j in range(columns):
+                at = y * shape.row_step + (x + j) * shape.column_step + v * lanes + offset
+                codes = ir.cast(load(buffers["input"], at, lanes), f"int32x{lanes}")
+                sums[j] = ir.bind(sums[j] + codes * weights)
+        for j in range(columns):
+            codes = requantize(processor, sums[j], scaling.of(v), shape.rounding)
+            store(buffers["output"], _place(shape, y, x + j, v * lanes), codes, lanes, left)
+
+    kinds = {"input": "uint8", "weights": "int8", "channels": "int32", "output": "uint8"}
+    return _kernel(name, shape, processor, kinds, pixels)
+
+
+def average_kernel(name: str, shape: Windows, processor: Processor) -> Function:
+    """Return an average pool. Arguments: input, channels (one vector's), output."""
+    lanes = processor.lanes
+
+    def pixels(buffers: Any, v: Any, y: Any, x: Any, columns: int, left: int) -> None:
+        ir = builder()
+        scaling = Scaling(processor, buffers["channels"], lanes)
+        sums = ir.alloc_buffer((columns * lanes,), "int32", scope="local")
+        places = [ir.ramp(j * lanes, 1, lanes) for j in range(columns)]
+        for place in places:
+            ir.buffer_store(sums, scaling.bias(0), [place])
+        (rows, row), (width, column) = shape.taps
+        with ir.grid(rows, width) as (i, k):
+            for j, place in enumerate(places):
+                at = y * shape.row_step + (x + j) * shape.column_step + v * lanes + i * row + k * column
+                codes = ir.cast(load(buffers["input"], at, lanes), f"int32x{lanes}")
+                ir.buffer_store(sums, sums[place] + codes, [place])
+        for j, place in enumerate(places):
+            codes = requantize(processor, sums[place], scaling.of(0), shape.rounding)
+            store(buffers["output"], _place(shape, y, x + j, v * lanes), codes, lanes, left)
+
+    kinds = {"input": "uint8", "channels": "int32", "output": "uint8"}
+    return _kernel(name, shape, processor, kinds, pixels)
+
+
+def maximum_kernel(name: str, shape: Windows, processor: Processor) -> Function:
+    """Return a maximum pool. Arguments: input, output."""
+    lanes = processor.lanes
+
+    def pixels(buffers: Any, v: Any, y: Any, x: Any, columns: int, left: int) -> None:
+        ir = builder()
+        for j in range(columns):
+            most = all_lanes(shape.rounding.low, "uint8", lanes)
+            for offset in shape.offsets:
+                at = y * shape.row_step + (x + j) * shape.column_step + v * lanes + offset
+                most = ir.bind(ir.max(most, load(buffers["input"], at, lanes)))
+            codes = ir.min(most, all_lanes(shape.rounding.high, "uint8", lanes))
+            store(buffers["output"], _place(shape, y, x + j, v * lanes), codes, lanes, left)
+
+    return _kernel(name, shape, processor, {"input": "uint8", "output": "uint8"}, pixels)
+
+
+def _place(shape: Windows, y: Any, x: Any, channel: Any) -> Any:
+    return y * shape.output_row + x * shape.output_column + channel

@@ -1,0 +1,107 @@
+"""Generated libraries give the interpreter's codes, bit by bit, and its floats."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from random_programs import random_codes, random_program, wide
+
+from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
+
+PROGRAMS, ALL = range(40), range(40, 300)
+PROCESSORS = ("avx512-vnni",)
+
+
+def check(load, processor, seed):
+    program = random_program(seed)
+    session = load(program, processor)
+    for draw in range(3):
+        codes = random_codes(program, draw)
+        expected = interpret(program, codes)["y"]
+        kinds = [type(operation).__name__ for operation in program.operations]
+        np.testing.assert_array_equal(session.run_codes([codes["x"]])[0], expected, err_msg=f"seed {seed}: {kinds}")
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("seed", PROGRAMS)
+def test_libraries_equal_the_interpreter(load, processor, seed):
+    check(load, processor, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("seed", ALL)
+def test_libraries_equal_the_interpreter_on_more_programs(load, processor, seed):
+    check(load, processor, seed)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "stride", "groups", "side"),
+    [
+        (3, 32, 3, 2, 1, (17, 17)),
+        (32, 70, 3, 1, 1, (9, 11)),
+        (17, 33, 1, 1, 1, (7, 7)),
+        (64, 128, 1, 1, 1, (5, 3)),
+        (64, 65, 1, 2, 1, (8, 9)),
+        (50, 50, 3, 1, 50, (9, 11)),
+        (96, 96, 5, 2, 96, (14, 15)),
+        (144, 144, 3, 1, 144, (1, 1)),
+        (8, 24, 3, 1, 2, (6, 6)),
+    ],
+)
+def test_wide_layers_equal_the_interpreter(load, processor, channels, outputs, size, stride, groups, side):
+    program = wide(np.random.default_rng(channels), channels, outputs, size, stride, groups, side)
+    session = load(program, processor)
+    codes = random_codes(program, 1)
+    found = session.run_codes([codes["x"]])[0]
+    expected = interpret(program, codes)["y"]
+    assert len(np.unique(expected)) > 16, "an output that says something"
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("extreme", [-128, 127])
+def test_the_largest_sums_equal_the_interpreter(load, processor, extreme):
+    program = wide(np.random.default_rng(0), 256, 32, 3)
+    conv = program.operations[0]
+    conv.weights[:16], conv.weights[16:] = 127, -127
+    codes = {"x": np.full((1, 9, 11, 256), extreme, np.int8)}
+    np.testing.assert_array_equal(load(program, processor).run_codes([codes["x"]])[0], interpret(program, codes)["y"])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_floats_are_quantized_and_back_as_the_specification_says(load, seed):
+    program = random_program(seed)
+    session, random = load(program), np.random.default_rng(seed)
+    (port,), (made,) = program.inputs, program.outputs
+    scale = program.tensors[port.tensor].scale
+    # Ties, and what saturates.
+    real = (random.integers(-600, 600, port.shape) * np.float32(scale / 2)).astype(np.float32)
+    expected = interpret(program, {"x": quantize_input(program, port, real)})["y"]
+    np.testing.assert_array_equal(session.run(None, {"x": real})[0], dequantize_output(program, made, expected))
+
+
+def test_two_threads_with_a_session_each_give_the_same(load, tmp_path):
+    from qcompile.backends.cpu.session import InferenceSession
+
+    program = wide(np.random.default_rng(2), 64, 64, 3, side=(24, 24))
+    first = load(program)
+    sessions = [first, InferenceSession(tmp_path)]
+    inputs = [random_codes(program, draw)["x"] for draw in range(2)]
+    expected = [interpret(program, {"x": codes})["y"] for codes in inputs]
+    wrong = []
+
+    def work(session, codes, wanted):
+        for _ in range(200):
+            if not np.array_equal(session.run_codes([codes])[0], wanted):
+                wrong.append(True)
+
+    threads = [threading.Thread(target=work, args=each) for each in zip(sessions, inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
