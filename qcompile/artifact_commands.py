@@ -11,6 +11,7 @@ from rich.console import Console
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+RANKS = ("latency", "fidelity", "size")
 FOLDER = click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
 
 
@@ -64,14 +65,14 @@ def check_command(output: Path, against: Path, allowed: float, as_json: bool, de
     Exit code 5 where one of them got worse by more than is allowed.
     """
     from qcompile import terminal
-    from qcompile.regression import compare
+    from qcompile.regression import check
 
-    comparison = compare(output, against, allowed)
+    checked = check(output, against, allowed)
     if as_json:
-        click.echo(json.dumps(comparison.as_json(), indent=1))
+        click.echo(json.dumps(checked.as_json(), indent=1))
     else:
-        terminal.show_comparison(Console(), comparison)
-    comparison.require()
+        terminal.show_check(Console(), checked)
+    checked.require()
 
 
 @click.command("explain")
@@ -91,4 +92,37 @@ def explain_command(output: Path, layers: tuple[str, ...], as_json: bool, debug:
         terminal.show_explanations(Console(), found)
 
 
-COMMANDS = (run_command, check_command, explain_command)
+@click.command("compare")
+@click.argument("outputs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), help="The float model that they were made from."
+)
+@click.option("--data", required=True, help="Inputs, as of a compile; labels beside them give accuracy.")
+@click.option("--samples", type=click.IntRange(min=1), default=100, show_default=True, help="How many of them at most.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each run.")
+@click.option("--rank", type=click.Choice(RANKS), default=RANKS[0], show_default=True, help="What comes first.")
+@click.option("--history", type=click.Path(path_type=Path), help="File to append what was seen to, a line of JSON.")
+@JSON
+@DEBUG
+def compare_command(
+    outputs: tuple[Path, ...], model: Path, data: str, samples: int, threads: int, rank: str, history: Path | None,
+    as_json: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Run artifacts OUT... of one model side by side here: fidelity, size, latency, memory, or emulated instructions.
+
+    What cannot run here is named in its row, and the exit code is 7.
+    """
+    from qcompile import terminal
+    from qcompile.comparison import append, compare
+
+    compared = compare(outputs, model, data, samples, threads, rank)
+    if history is not None:
+        append(history, compared)
+    if as_json:
+        click.echo(json.dumps(compared.as_json(), indent=1))
+    else:
+        terminal.show_comparison(Console(), compared)
+    compared.require()
+
+
+COMMANDS = (compare_command, run_command, check_command, explain_command)

@@ -115,18 +115,8 @@ def deliver(
         # A device that is not here has no latency here.
         here = job.target.timed_here or not job.target.integer_only
         timed = timing.interleave(proof.reference, run, job.evidence.samples) if here else None
-        content = report.build(
-            job.model,
-            job.target,
-            job.options,
-            evidence,
-            plan,
-            job.pipeline.steps,
-            lowered,
-            proof,
-            folder,
-            canonical,
-        ) | report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
+        content = report.build(job, evidence, canonical, plan, lowered, proof, folder)
+        content |= report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
         require_size(job.options.max_size, content["size"]["float_bytes"], content["size"]["artifact_bytes"])
         measurements = report.measurements(content, timed, lowered, job.pipeline)
         drawn = pareto.write(folder / pareto.FOLDER, front, job.model.graph.name or "model") if front else None

@@ -35,7 +35,7 @@ def read_report(place: Path) -> Mapping[str, Any]:
         raise UsageError(file, f"cannot be read ({error.strerror})", remedy) from error
     except ValueError as error:
         raise UsageError(file, "is no JSON, or is cut off", "compile again") from error
-    if not isinstance(content, dict) or not {"target", "operators", "fidelity", "size"} <= set(content):
+    if not isinstance(content, dict) or not {"target", "files", "operators", "fidelity", "size"} <= set(content):
         raise UsageError(file, "is no report of a compile", "give the folder that a compile wrote, or its report.json")
     if content.get("schema_version") != SCHEMA_VERSION:
         fact = f"has schema version {content.get('schema_version')}, this release reads {SCHEMA_VERSION}"

@@ -51,7 +51,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Checked:
     """An artifact beside an earlier report.
 
     Parameters
@@ -96,7 +96,7 @@ class Comparison:
         raise BudgetError(self.output, fact, remedy)
 
 
-def compare(output: Path, against: Path, allowed: float) -> Comparison:
+def check(output: Path, against: Path, allowed: float) -> Checked:
     """Compare an artifact with an earlier report: size, predicted latency, and the fidelity of every output.
 
     Parameters
@@ -121,7 +121,7 @@ def compare(output: Path, against: Path, allowed: float) -> Comparison:
     outputs = before["fidelity"]["outputs"], now["fidelity"]["outputs"]
     if gone := [name for name in outputs[0] if name not in outputs[1]]:
         raise UsageError(output, f"has no output '{gone[0]}'", "commit the report of the model as it is now")
-    return Comparison(output, tuple(_figures(before, now)), tuple(_notes(before, now)), allowed)
+    return Checked(output, tuple(_figures(before, now)), tuple(_notes(before, now)), allowed)
 
 
 def _figures(before: Report, now: Report) -> Iterator[Figure]:

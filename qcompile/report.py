@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from qcompile import cache, timing
 from qcompile.backends.base import Lowered
 from qcompile.core import model as models
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role
-from qcompile.core.target import Target
 from qcompile.evidence import Evidence
-from qcompile.options import EXPECTED_SQNR, Options
+from qcompile.job import Job
+from qcompile.options import EXPECTED_SQNR
 from qcompile.passes import structure
-from qcompile.pipeline import Pipeline, Step
+from qcompile.pipeline import Pipeline
 from qcompile.pricing import Prediction
 from qcompile.timing import Latency
 from qcompile.verify import Fidelity, Proof
@@ -31,26 +31,20 @@ WEIGHTS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UI
 
 
 def build(
-    model: ir.Model,
-    target: Target,
-    options: Options,
-    evidence: Evidence,
-    plan: QuantPlan,
-    steps: Sequence[Step],
-    lowered: Lowered,
-    proof: Proof,
-    folder: Path,
-    canonical: ir.Model,
+    job: Job, evidence: Evidence, canonical: ir.Model, plan: QuantPlan, lowered: Lowered, proof: Proof, folder: Path
 ) -> dict[str, Any]:
     """Put the report together. It holds nothing of the machine and the moment, so that equal inputs give equal bytes.
 
     Parameters
     ----------
+    job : Job
+    evidence : Evidence
     canonical : onnx_ir.Model
         What the plan names.
     folder : Path
         Where the backend wrote its files, for their size.
     """
+    model, target, options, steps = job.model, job.target, job.options, job.pipeline.steps
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "qcompile": cache.versions()["qcompile"],
@@ -64,6 +58,7 @@ def build(
         },
         "options": options.decisive(),
         "versions": cache.versions(),
+        "files": list(lowered.files),
         "size": _size(model, lowered, folder),
         "fidelity": _fidelity(proof.fidelity),
         "kernel_rounding": _outputs(proof.rounding),

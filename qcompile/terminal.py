@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qcompile.comparison import Compared
 from qcompile.core.plan import Role
 from qcompile.core.target import Target
 from qcompile.driver import CompileResult
 from qcompile.explanation import Explanation
 from qcompile.inspection import by_fate
-from qcompile.regression import Comparison, text
+from qcompile.regression import Checked, text
 from qcompile.report import warnings
 from qcompile.stages import Planned, Written
 
@@ -161,7 +162,7 @@ def show_run(console: Console, seen: EmulatedRun) -> None:
     console.print(f"{equal}; {seen.instructions:,} instructions each, which are no time", highlight=False)
 
 
-def show_comparison(console: Console, found: Comparison) -> None:
+def show_check(console: Console, found: Checked) -> None:
     """Print an artifact's figures beside those of an earlier report, what makes them hard to compare first."""
     for note in found.notes:
         console.print(f"[yellow]note:[/] {_plain(note)}", highlight=False, soft_wrap=True)
@@ -175,6 +176,36 @@ def show_comparison(console: Console, found: Comparison) -> None:
             "too much" if one in found.worse else "",
         )
     console.print(table)
+
+
+def show_comparison(console: Console, found: Compared) -> None:
+    """Print artifacts side by side, then why some rows are not whole."""
+    threads = "one thread" if found.threads == 1 else f"{found.threads} threads"
+    table = _table(f"on {found.samples} samples, {threads}", "", "size", "SQNR\ndB", "right", "median\nms", "p90\nms",
+                   "of\nfloat", "load\nms", "memory", "instruc-\ntions")  # fmt: skip
+    table.padding = (0, 1, 0, 0)
+    for column in table.columns:
+        column.no_wrap = True
+    [reference] = [row.latency.median for row in found.rows if row.target == "float" and row.latency]
+    targets = Counter(row.target for row in found.rows)
+    for row in found.rows:
+        latency, times = row.latency, ("", "", "")
+        if latency is not None:
+            times = (f"{latency.median:.3g}", f"{latency.p90:.3g}", f"{latency.median / reference:.2f}x")
+        table.add_row(
+            _plain(row.target if row.target and targets[row.target] == 1 else Path(row.output).name),
+            _bytes(row.bytes) if row.bytes else "",
+            "" if row.fidelity is None else "exact" if row.decibels == float("inf") else f"{row.decibels:.1f}",
+            "" if row.accuracy is None else f"{row.accuracy:.0%}",
+            *times,
+            _number(row.load_ms, ".3g").strip("-"),
+            "" if row.peak_bytes is None else _bytes(row.peak_bytes),
+            "" if row.instructions is None else f"{row.instructions / 1e6:.3g}M",
+        )
+    console.print(table)
+    for row in found.rows:
+        if row.failure:
+            console.print(f"{_plain(row.output)}: {_plain(row.failure)}", highlight=False, soft_wrap=True)
 
 
 def show_explanations(console: Console, found: Iterable[Explanation]) -> None:
