@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ import click
 from rich.console import Console
 
 import qcompile
+from qcompile import artifact
 from qcompile.artifact_commands import COMMANDS
-from qcompile.calib.observers import Observer
 from qcompile.core.errors import QcompileError, first_line
+from qcompile.flags import takes, written_to
 from qcompile.options import Options, parse_bound, parse_shape
 
 if TYPE_CHECKING:
@@ -65,109 +66,6 @@ def cli() -> None:
     """
 
 
-#: Flags by name. None of them has a default here: what is not given may stand in a recipe, else `Options` knows it.
-FLAGS = {
-    "recipe": click.option("--recipe", type=click.Path(path_type=Path), help="Options from a TOML file; flags win."),
-    "target": click.option("--target", help="Device to compile for; 'qcompile targets' lists them."),
-    "data": click.option("--data", help="Calibration data: .npz, folder of samples, or module:function."),
-    "eval": click.option("--eval", help="Evaluation data; without it a fifth of the calibration data is held out."),
-    "output": click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the artifact."),
-    "enlarge": click.option(
-        "--enlarge", type=int, metavar="N", help="Make calibration samples of those given, until there are N."
-    ),
-    "weights": click.option(
-        "--weights",
-        type=click.Choice(["auto", "8", "4", "mixed", "none"]),
-        show_default="auto",
-        help="Bits that weights are stored in; 'mixed' chooses per tensor, 'auto' does where --max-size is given.",
-    ),
-    "activations": click.option(
-        "--activations",
-        type=click.Choice(["8", "none"]),
-        show_default="8",
-        help="Bits of activations; 'none' stores weights as integers and computes in float.",
-    ),
-    "observer": click.option(
-        "--observer",
-        type=click.Choice(["auto", *(observer.value for observer in Observer)]),
-        show_default="auto",
-        help="How an activation's range is chosen; 'auto' measures which is best, per tensor.",
-    ),
-    "smoothing": click.option(
-        "--smoothing",
-        type=click.Choice(["auto", "none"]),
-        show_default="auto",
-        help="Even out the channels of activations against the weights behind them, where that loses less.",
-    ),
-    "rotation": click.option(
-        "--rotation",
-        type=click.Choice(["auto", "none"]),
-        show_default="auto",
-        help="Rotate channels by matrices that weights take back, where that loses less.",
-    ),
-    "no_added_nodes": click.option(
-        "--no-added-nodes", is_flag=True, default=None, help="Smooth and rotate only where no node is added for it."
-    ),
-    "costs": click.option(
-        "--costs", type=click.Path(path_type=Path), help="Cost table of 'qcompile probe', or 'none'."
-    ),
-    "shape": click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix an input's open axes. Repeatable."),
-    "max_size": click.option("--max-size", metavar="0.2x|5MB", help="Bytes at most; weights get the bits for it."),
-    "max_latency": click.option(
-        "--max-latency", metavar="0.6x|12ms", help="Time of a run at most, by the cost table; the rest buys fidelity."
-    ),
-    "board": click.option("--board", help="Microcontroller's board, whose SRAM and flash the artifact must fit."),
-    "max_sram": click.option("--max-sram", metavar="64KB", help="SRAM at most, of arena and stack together."),
-    "max_flash": click.option("--max-flash", metavar="512KB", help="Flash at most, of weights and code together."),
-    "min_fidelity": click.option(
-        "--min-fidelity",
-        multiple=True,
-        metavar="MEASURE=NUMBER",
-        help="Fail below this: sqnr=20 (dB), cosine=0.99, top1=0.95. Repeatable.",
-    ),
-    "pareto": click.option(
-        "--pareto",
-        is_flag=True,
-        default=None,
-        help="Write the best bits for every size, each as a plan.",
-    ),
-    "cache": click.option(
-        "--cache", type=click.Path(path_type=Path), help="Keep finished stages here and go on from them."
-    ),
-    "seed": click.option("--seed", type=int, show_default="0", help="For the random inputs used without data."),
-    "threads": click.option(
-        "--threads", type=int, show_default="all cores", help="Threads of the compile; changes no result."
-    ),
-    "workers": click.option(
-        "--workers", metavar="N|tcp://HOST:PORT", help="Processes, or a Dask cluster, that measure losses."
-    ),
-    "as_json": click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON."),
-    "quiet": click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only."),
-    "debug": click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-}
-PRINTING = ("as_json", "quiet", "debug")
-MODEL = click.argument("model", type=click.Path(path_type=Path))
-
-Command = Callable[..., None]
-
-
-def takes(*names: str) -> Callable[[Command], Command]:
-    """Give a command a model, some of `FLAGS`, and those that say what is printed."""
-
-    def decorate(command: Command) -> Command:
-        for name in reversed((*names, *PRINTING)):
-            command = FLAGS[name](command)
-        return MODEL(command)
-
-    return decorate
-
-
-def written_to(name: str, what: str) -> Callable[[Command], Command]:
-    """Give a command the file that it writes."""
-    kind = click.Path(path_type=Path)
-    return click.option("--output", "-o", "file", type=kind, default=name, show_default=True, help=f"File for {what}.")
-
-
 @cli.command("compile")
 @takes(
     "target", "data", "enlarge", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
@@ -175,16 +73,32 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
     "min_fidelity", "pareto", "recipe", "cache", "seed", "threads", "workers",
 )  # fmt: skip
 @click.option("--depfile", type=click.Path(path_type=Path), help="Write what was read, as make and ninja read it.")
-def compile_command(model: Path, depfile: Path | None, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
+@click.option(
+    "--lock", type=click.Path(path_type=Path), help="Compile only if something changed since this was written."
+)
+@click.option("--locked", is_flag=True, help="Compile nothing but what --lock says, to the same bytes.")
+def compile_command(
+    model: Path, depfile: Path | None, lock: Path | None, locked: bool, as_json: bool, quiet: bool, debug: bool,
+    **flags: Any,
+) -> None:  # fmt: skip
     """Compile MODEL (an .onnx file) for a target."""
     from qcompile.depfile import write_depfile
     from qcompile.driver import compile as compile_model
+    from qcompile.lock import compile_locked
 
-    chosen = options(given(flags))
-    result = compile_model(model, chosen, progress())
+    chosen, result = options(given(flags)), None
+    if lock is not None:
+        result = compile_locked(model, chosen, lock, locked, progress())
+    elif locked:
+        raise click.UsageError("--locked needs --lock", click.get_current_context())
+    else:
+        result = compile_model(model, chosen, progress())
     if depfile is not None:
-        write_depfile(depfile, result.output, model, chosen, flags["recipe"])
-    show(result, as_json, quiet)
+        write_depfile(depfile, artifact.place(model, chosen), model, chosen, flags["recipe"])
+    if result is not None:
+        show(result, as_json, quiet)
+    elif not quiet:
+        click.echo("up to date: nothing that it is made from changed", err=as_json)
 
 
 @cli.command("calibrate")
