@@ -258,7 +258,7 @@ def smoothing_log2(sides: Sides, rule: Rule) -> Numbers:
     log2 = np.where(alive, (wish[classes] - wish[-classes]) / np.maximum(1, asked[classes] + 1 * asked[-classes]), 0.0)
     if alive.any():
         log2[alive] -= np.median(log2[alive])
-    return _rounded(log2, STEPS)
+    return rounded_log2(log2, STEPS)
 
 
 def best_rule(sides: Sides, scheme: Scheme) -> Rule | None:
@@ -274,7 +274,7 @@ def best_rule(sides: Sides, scheme: Scheme) -> Rule | None:
 
 def preferably_whole(sides: Sides, log2: Numbers, scheme: Scheme) -> Numbers:
     """Return the nearest whole powers of 2 where they lose next to nothing, else the factors as they are."""
-    whole = _rounded(log2, 1)
+    whole = rounded_log2(log2, 1)
     return whole if scheme.loss(sides, whole) <= WHOLE * scheme.loss(sides, log2) else log2
 
 
@@ -321,6 +321,7 @@ def without(reader: Reader, channels: Sequence[int] | npt.NDArray[np.int64]) -> 
     return replace(reader, spread=spread, weight=reader.weight * kept[reader.channels])
 
 
-def _rounded(log2: Numbers, steps: int) -> Numbers:
+def rounded_log2(log2: Numbers, steps: int) -> Numbers:
+    """Return logarithms of factors in so many steps for each power of 2, none beyond `LARGEST_LOG2`."""
     clipped: Numbers = np.clip(np.rint(log2 * steps) / steps, -LARGEST_LOG2, LARGEST_LOG2)
     return clipped

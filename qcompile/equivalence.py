@@ -35,6 +35,7 @@ from qcompile.pipeline import WISHES, Codec
 from qcompile.pricing import Pricer
 from qcompile.rotation import RotationPlan, input_operators, kept_in_float, plan_inputs, plan_rotations
 from qcompile.smoothing import Candidate, Smoothable, Tuned, middles, shifted
+from qcompile.weight_scaling import WeightScaling, scales_weights
 
 #: Multiply-accumulates that all trials of smoothing together may take; rotation has at most three more.
 WORK = 1.5e12
@@ -119,6 +120,10 @@ def rewrite(job: Job, canonical: ir.Model) -> tuple[ir.Model, Equivalences]:
     chosen : Equivalences
     """
     options = job.options
+    if scales_weights(options) and job.evidence.calibrated and not is_quantized(canonical):
+        scaling = WeightScaling(job, canonical)
+        chosen = job.pipeline.measure("equivalences", EQUIVALENCES, lambda: Equivalences(smoothing=scaling.chosen()))
+        return apply(job, canonical, chosen), chosen
     wanted = "auto" in (options.smoothing, options.rotation) and job.evidence.calibrated
     if not wanted or not all(options.quantized(True)) or is_quantized(canonical) or not cuttable(canonical):
         return canonical, Equivalences()

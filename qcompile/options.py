@@ -217,7 +217,9 @@ class Options:
 
     def measured_by(self) -> dict[str, Any]:
         """Return the options that measurements depend on: what is chosen by them afterwards, for a budget, is not."""
-        free = {"weights": self.weights != "none", "max_size": None, "max_latency": None, "min_fidelity": None}
+        # What is made of a model for weights of four bits alone is none of them.
+        weights = "4" if (self.weights, self.activations) == ("4", "none") else self.weights != "none"
+        free = {"weights": weights, "max_size": None, "max_latency": None, "min_fidelity": None}
         return self.decisive() | free | dict.fromkeys(LIMITS)
 
 
