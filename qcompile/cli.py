@@ -63,7 +63,7 @@ FLAGS = {
         "--weights",
         type=click.Choice(["auto", "8", "4", "mixed", "none"]),
         show_default="auto",
-        help="Bits that weights are stored in; 'mixed' chooses per tensor, 'auto' does where --max-size is given.",
+        help="Bits that weights are stored in; 'mixed' chooses per tensor, 'auto' does with --max-size or --max-bops.",
     ),
     "activations": click.option(
         "--activations",
@@ -97,6 +97,9 @@ FLAGS = {
     ),
     "shape": click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix an input's open axes. Repeatable."),
     "max_size": click.option("--max-size", metavar="0.2x|5MB", help="Bytes at most; weights get the bits for it."),
+    "max_bops": click.option(
+        "--max-bops", metavar="0.05x|20G", help="Bit operations at most, bits of weights by those of activations."
+    ),
     "max_latency": click.option(
         "--max-latency", metavar="0.6x|12ms", help="Time of a run at most, by the cost table; the rest buys fidelity."
     ),
@@ -108,6 +111,13 @@ FLAGS = {
         multiple=True,
         metavar="MEASURE=NUMBER",
         help="Fail below this: sqnr=20 (dB), cosine=0.99, top1=0.95. Repeatable.",
+    ),
+    "pairs": click.option(
+        "--pairs",
+        type=int,
+        metavar="N",
+        show_default="0",
+        help="Choose bits by what each weight loses together with the N that follow it, too.",
     ),
     "pareto": click.option(
         "--pareto",
@@ -155,8 +165,8 @@ def written_to(name: str, what: str) -> Callable[[Command], Command]:
 @cli.command("compile")
 @takes(
     "target", "data", "enlarge", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "board", "max_sram", "max_flash",
-    "min_fidelity", "pareto", "recipe", "cache", "seed", "threads", "workers",
+    "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "board", "max_sram", "max_flash",
+    "min_fidelity", "pairs", "pareto", "recipe", "cache", "seed", "threads", "workers",
 )  # fmt: skip
 def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
     """Compile MODEL (an .onnx file) for a target."""
@@ -168,7 +178,8 @@ def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flag
 @cli.command("calibrate")
 @takes(
     "target", "data", "enlarge", "eval", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "recipe", "cache", "threads", "workers",
+    "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "pairs", "recipe", "cache", "threads",
+    "workers",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
@@ -185,7 +196,7 @@ def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug
 
 
 @cli.command("plan")
-@takes("target", "costs", "max_size", "min_fidelity", "recipe")
+@takes("target", "costs", "max_size", "max_bops", "min_fidelity", "recipe")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="What 'qcompile calibrate' wrote.")
 @click.option("--pareto", type=click.Path(path_type=Path), help="Folder for the best bits for every size, as plans.")
 @written_to("plan.json", "the plan")
@@ -198,7 +209,8 @@ def plan_command(
     from qcompile.calibration import Calibration
 
     earlier = Calibration.read(calibration).options
-    chosen = options(stages.settled(given(flags), earlier, calibration, free=("overrides", "weights", "max_size")))
+    free = ("overrides", "weights", "max_size", "max_bops")
+    chosen = options(stages.settled(given(flags), earlier, calibration, free))
     done = stages.plan(model, chosen, calibration, file, pareto)
     if as_json:
         content = {"output": str(file), "plan": json.loads(done.plan.to_json())}
