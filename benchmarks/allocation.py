@@ -80,13 +80,17 @@ class Judge:
         return [replace(taken, way="taken"), *(point for point in points if point.way in found)]
 
     def random(self) -> list[Point]:
+        """Return what comes of choices by chance."""
+        return [self.point("random", bits) for bits in self.drawn()]
+
+    def drawn(self) -> list[dict[str, int]]:
         """Return choices by chance, no two alike: each weight in four bits with a chance that is drawn first."""
         generator, count = np.random.default_rng(0), len(self.subject.program.numbers)
         drawn: dict[tuple[int, ...], None] = {}
         while len(drawn) < min(RANDOM, 2**count):
             chance = generator.uniform()
             drawn[tuple(map(int, generator.uniform(size=count) < chance))] = None
-        return [self.point("random", self.subject.bits(choice)) for choice in drawn]
+        return [self.subject.bits(choice) for choice in drawn]
 
 
 def in_order(subject: Subject, budget: float) -> dict[str, int]:

@@ -68,7 +68,7 @@ class Subject:
         canonical = driver.canonical_form(job.target, options, calibrated=True)(job.model).model
         canonical = Equivalences(calibration.rotation, calibration.smoothing).applied(canonical)
         planned = planner(canonical, calibration, job.target, options)
-        program = program_of(canonical, calibration, planned, job.backend)
+        program = program_of(canonical, calibration, planned, job.backend, options)
         return cls(name, job, calibration, canonical, program, folder)
 
     @property

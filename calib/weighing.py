@@ -25,6 +25,7 @@ def weights_alone(
     data: Dataset,
     track: Track[Any],
     workers: Workers,
+    shared: int | None = None,
 ) -> dict[str, float]:
     """Return the noise over signal at the outputs with single operators' weights rounded, everything else in float.
 
@@ -43,15 +44,18 @@ def weights_alone(
         Shows progress.
     workers : Workers
         What runs trials; the result does not depend on it.
+    shared : int, optional
+        By how many runs of a sample `ALONE` is shared, in place of those that are asked for: of as many samples as
+        these would have.
     """
     if not weights or not cuttable(model):
         return {}
     first = next(iter(data))
     scores, codes = typed(at_scores(model), first), rounded.graph.initializers
-    cost = Cost.of(scores, first)
-    if cost.total * len(weights) > ALONE:
+    cost, runs = Cost.of(scores, first), shared or len(weights)
+    if cost.total * runs > ALONE:
         return {}
-    samples = spread(data, cost.peak_bytes, min(SAMPLES, ALONE / max(1, cost.total) / len(weights)))
+    samples = spread(data, cost.peak_bytes, min(SAMPLES, ALONE / max(1, cost.total) / runs))
     session = runtime.Session(scores)
     expected = [session.run(feeds) for feeds in samples]
     values = {operator: {name: _array(codes[name]) for name in names} for operator, names in weights.items()}

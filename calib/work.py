@@ -56,6 +56,20 @@ class Cost:
         return max(1, sum(self.work))
 
 
+def multiply_accumulates(model: ir.Model, feeds: Sample) -> dict[str, int]:
+    """Return, by node name, the multiply-accumulates of the nodes that have some, by the shapes of one sample.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Topologically sorted, its nodes named.
+    feeds : Sample
+    """
+    shapes = value_shapes(model, feeds)
+    counts = {str(node.name): _products(node, shapes) for node in model.graph}
+    return {name: count for name, count in counts.items() if count}
+
+
 def value_shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the main graph for one sample, by a run that gives out the shapes alone.
 
@@ -86,8 +100,18 @@ def value_shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
 
 
 def _node_work(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int:
+    products = _products(node, shapes)
+    return PER_ELEMENT * _written(node, shapes) if products is None else products
+
+
+def _written(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(_elements(shapes.get(str(value.name), ())) for value in node.outputs)
+
+
+def _products(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    """Return a node's multiply-accumulates, None where that is not what it does."""
     read = [shapes.get(str(value.name), ()) if value is not None else () for value in node.inputs]
-    written = sum(_elements(shapes.get(str(value.name), ())) for value in node.outputs)
+    written = _written(node, shapes)
     if node.op_type == "Conv" and len(read[1]) > 1:
         return written * _elements(read[1][1:])
     if node.op_type == "ConvTranspose" and len(read[1]) > 1:
@@ -97,7 +121,7 @@ def _node_work(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int:
         return written * (read[0][0] if transposed else read[0][-1])
     if node.op_type in ("LSTM", "GRU", "RNN") and read[0]:
         return read[0][0] * read[0][1] * (_elements(read[1]) + _elements(read[2]))
-    return PER_ELEMENT * written
+    return None
 
 
 def _peak_bytes(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> int:

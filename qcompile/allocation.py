@@ -9,14 +9,16 @@ noise that a bound on fidelity leaves. docs/allocation.md has the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.base import Backend
+from qcompile.bops_budget import operations_of
 from qcompile.budget import Budget
 from qcompile.calibration import Calibration
 from qcompile.core import numerics, packing
@@ -25,9 +27,21 @@ from qcompile.core.plan import QuantPlan
 from qcompile.options import Options
 from qcompile.passes.greedy import greedy
 from qcompile.passes.insert_qdq import InsertQdq
-from qcompile.passes.integer_program import Allocation, Candidate, InfeasibleError, allocate
+from qcompile.passes.integer_program import Allocation, Candidate, InfeasibleError, Pair, allocate
+from qcompile.passes.resources import Resource
 from qcompile.pricing import SIZE, WORTH
-from qcompile.weight_losses import EIGHT, FOUR, Losses, Planned, Tried, in_four, own_errors, packable
+from qcompile.weight_losses import (
+    EIGHT,
+    FOUR,
+    Losses,
+    Pairs,
+    Planned,
+    Tried,
+    in_four,
+    own_errors,
+    packable,
+    tempered,
+)
 
 #: Bytes that the nodes take which unpack a tensor.
 UNPACKING = 900
@@ -58,6 +72,12 @@ class Widths:
         How far, in parts, the choice may be from the best one by the losses that are expected.
     tried : int
         Of how many choices that were run this one lost least; 0 where it was not run, and its noise is expected.
+    bops : int
+        Bit operations of a run; 0 where they were not counted.
+    pairs : int
+        How many pairs of weights were measured together.
+    without_pairs : Widths, optional
+        What is chosen without these.
     """
 
     bits: Mapping[str, int] = field(default_factory=dict)
@@ -65,12 +85,25 @@ class Widths:
     bytes: int = 0
     gap: float = 0.0
     tried: int = 0
+    bops: int = 0
+    pairs: int = 0
+    without_pairs: Widths | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return it JSON-ready."""
-        sqnr = round(numerics.decibel(1.0, self.noise), 2) if self.noise > 0.0 else None
         gap = float(f"{self.gap:.3g}")
-        return {"bits": dict(self.bits), "sqnr": sqnr, "bytes": self.bytes, "gap": gap, "tried": self.tried}
+        found = {"bits": dict(self.bits), "sqnr": self.sqnr, "bytes": self.bytes, "gap": gap, "tried": self.tried}
+        found |= {"bops": self.bops or None}
+        other = self.without_pairs
+        if other is None:
+            return found | {"pairs": None}
+        changed = [name for name, bits in self.bits.items() if bits != other.bits[name]]
+        return found | {"pairs": {"measured": self.pairs, "changed": changed, "sqnr_without": other.sqnr}}
+
+    @property
+    def sqnr(self) -> float | None:
+        """The noise in dB; None where it is not known."""
+        return round(numerics.decibel(1.0, self.noise), 2) if self.noise > 0.0 else None
 
 
 def choose_widths(
@@ -99,17 +132,19 @@ def choose_widths(
     budget = Budget.parse(options.max_size, "--max-size") if options.max_size is not None else None
     limit = math.inf if budget is None else budget.of(calibration.float_bytes)
     if calibration.losses and above_a_quarter(canonical, calibration, planned, backend, options):
-        program = program_of(canonical, calibration, planned, backend)
+        program = program_of(canonical, calibration, planned, backend, options)
         widths = program.within(QUARTER * calibration.float_bytes)
         worst = program.noise * 10.0 ** (SPENT / 10.0)
         return widths if widths.bytes <= QUARTER * calibration.float_bytes and widths.noise <= worst else Widths()
     if not options.mixed:
         bits = dict.fromkeys(names, FOUR) if options.weights == "4" else {}
-        size = _bytes(canonical, planned(bits), backend) if bits or budget else 0
+        plan = planned(bits)
+        taken = operations_of(canonical, plan, calibration, options)
+        size = _bytes(canonical, plan, backend) if bits or budget else 0
         _require(size, limit, options)
-        return Widths(bits, bytes=size)
-    program = program_of(canonical, calibration, planned, backend)
-    if budget is not None:
+        return Widths(bits, bytes=size, bops=sum(int(one.fixed) for one in taken))
+    program = program_of(canonical, calibration, planned, backend, options)
+    if budget is not None or options.max_bops is not None:
         _require(program.fewest.bytes, limit, options)
         return program.within(limit)
     if "sqnr" in options.min_fidelity and calibration.calibrated:
@@ -124,7 +159,7 @@ def above_a_quarter(
 
     Scales, biases and what spoils the outputs in eight bits take bytes too.
     """
-    free = options.weights == "auto" and options.max_size is None and not options.min_fidelity
+    free = options.weights == "auto" and not (options.max_size or options.max_bops or options.min_fidelity)
     large = calibration.float_bytes >= LARGE
     return free and large and _bytes(canonical, planned({}), backend) > QUARTER * calibration.float_bytes
 
@@ -135,23 +170,33 @@ def _require(size: int, limit: float, options: Options) -> None:
         raise BudgetError(f"--max-size {options.max_size}", fact, "give a larger budget")
 
 
-def program_of(canonical: ir.Model, calibration: Calibration, planned: Planned, backend: Backend) -> Program:
+def program_of(
+    canonical: ir.Model, calibration: Calibration, planned: Planned, backend: Backend, options: Options
+) -> Program:
     """Return the choice that there is, by what was measured, or without data by the weights' own errors.
+
+    Of the options, budgets of what there is beside bytes count.
 
     Raises
     ------
     UsageError
         If what weights lose was not measured.
     """
-    names, losses = packable(canonical, planned({})), calibration.losses
+    plain, losses = planned({}), calibration.losses
+    names = packable(canonical, plain)
+    resources = operations_of(canonical, plain, calibration, options, names)
     if not losses and not calibration.statistics.samples:
-        return Program(canonical, names, own_errors(canonical, planned, names), 0.0, planned, backend)
+        own = own_errors(canonical, planned, names)
+        return Program(canonical, names, own, 0.0, planned, backend, resources=resources)
     if missing := sorted(set(names) - set(losses)):
         fact = f"has no measurement of what weights '{missing[0]}' lose in fewer bits, which these options need"
         raise UsageError("calibration", fact, "calibrate again, on data, with --weights mixed")
     # Where no activation is in codes, nothing was measured with all weights in eight bits: each was alone.
     noise = calibration.choice.noise or sum(losses[name][EIGHT] for name in names)
-    return Program(canonical, names, losses, noise, planned, backend, calibration.tried)
+    more = {name: _more(losses[name]) for name in names}
+    pairs = {pair: loss for pair, loss in calibration.pairs.items() if set(pair) <= set(names)}
+    together = tempered(more, pairs)
+    return Program(canonical, names, losses, noise, planned, backend, calibration.tried, together, resources)
 
 
 @dataclass(frozen=True)
@@ -171,6 +216,10 @@ class Program:
     backend : Backend
     tried : Tried
         What came of choices that were run.
+    pairs : Pairs
+        What two weights lose in four bits beyond what each does.
+    resources : tuple of Resource
+        What there is only so much of, beside bytes.
     """
 
     model: ir.Model
@@ -180,6 +229,8 @@ class Program:
     planned: Planned
     backend: Backend
     tried: Tried = field(default_factory=dict)
+    pairs: Pairs = field(default_factory=dict)
+    resources: tuple[Resource, ...] = ()
 
     def within(self, budget: float) -> Widths:
         """Return what loses least in a file of so many bytes, which `fewest` fits.
@@ -188,16 +239,29 @@ class Program:
         """
         proposals = self.proposals(budget)
         run = [one for one in proposals if in_four(one.bits) in self.tried]
-        if proposals[0] not in run:
-            return proposals[0]
-        return replace(min(run, key=lambda one: one.noise), tried=len(run))
+        best = proposals[0]
+        if best in run:
+            best = replace(min(run, key=lambda one: one.noise), tried=len(run))
+        return self._told(best, lambda other: other.proposals(budget)[0])
+
+    def _told(self, widths: Widths, choose: Callable[[Program], Widths]) -> Widths:
+        """Return a choice with what would be chosen without pairs, where there are any."""
+        if not self.pairs:
+            return widths
+        other = choose(self._additive)
+        return replace(widths, pairs=len(self.pairs), without_pairs=self.of(other.bits))
+
+    @cached_property
+    def _additive(self) -> Program:
+        """The same without pairs."""
+        return replace(self, pairs={})
 
     def proposals(self, budget: float) -> list[Widths]:
         """Return what is expected to lose least in a file of so many bytes, and what simpler rules choose instead."""
         limit = budget
         for _ in range(ATTEMPTS):
             try:
-                best = allocate(self._candidates(), (limit - self.fixed,))
+                best = allocate(self._candidates(), self._budgets(limit - self.fixed), self._pairs())
             except InfeasibleError:
                 break
             widths = self._widths(best)
@@ -210,32 +274,35 @@ class Program:
     def _rivals(self, best: Allocation, budget: float) -> list[Allocation]:
         """Return what simpler rules choose within so many bytes, where that is another choice.
 
-        They are greedy steps, as many weights in the graph's order in four bits as are needed, and all but the first
-        and the last in four.
+        They are the program without pairs, greedy steps, as many weights in the graph's order in four bits as are
+        needed, and all but the first and the last in four.
         """
-        candidates, count = self._candidates(), len(self.numbers)
-        steps = greedy(candidates, (budget,))
+        candidates, pairs, count, budgets = self._candidates(), self._pairs(), len(self.numbers), self._budgets(budget)
+        steps = greedy(candidates, budgets, pairs)
+        additive = allocate(candidates, budgets) if pairs else best
         in_order = ((1,) * packed + (0,) * (count - packed) for packed in range(count + 1))
         spared = tuple(int(0 < at < count - 1) for at in range(count))
 
-        def summed(choice: tuple[int, ...]) -> tuple[float, float]:
+        def taken(choice: tuple[int, ...]) -> Allocation:
             chosen = [of[at] for of, at in zip(candidates, choice, strict=True)]
-            return sum(one.loss for one in chosen), sum(one.costs[0] for one in chosen)
+            together = sum(float(pair.loss[choice[pair.first], choice[pair.second]]) for pair in pairs)
+            costs = tuple(map(math.fsum, zip(*(one.costs for one in chosen), strict=True)))
+            return replace(best, choice=choice, loss=sum(one.loss for one in chosen) + together, costs=costs)
 
-        first = next((choice for choice in in_order if summed(choice)[1] <= budget), best.choice)
-        proposed = dict.fromkeys((best.choice if steps is None else steps.choice, first, spared))
-        rivals = {choice: summed(choice) for choice in proposed if choice != best.choice}
-        return [
-            replace(best, choice=choice, loss=loss, costs=(size,))
-            for choice, (loss, size) in rivals.items()
-            if size <= budget
-        ]
+        def fits(one: Allocation) -> bool:
+            return all(cost <= most for cost, most in zip(one.costs, budgets, strict=True))
+
+        first = next((choice for choice in in_order if fits(taken(choice))), best.choice)
+        proposed = dict.fromkeys((additive.choice, best.choice if steps is None else steps.choice, first, spared))
+        return [one for choice in proposed if choice != best.choice and fits(one := taken(choice))]
 
     def faithful(self, decibel: float) -> Widths:
         """Return the smallest file whose noise is expected to stay below a bound."""
         most = 10.0 ** (-(decibel + MARGIN) / 10.0)
         try:
-            return self._widths(allocate(self._candidates(), (math.inf,), minimize=0, most_loss=most - self.noise))
+            bound = most - self.noise
+            best = allocate(self._candidates(), self._budgets(math.inf), self._pairs(), minimize=0, most_loss=bound)
+            return self._told(self._widths(best), lambda other: other.faithful(decibel))
         except InfeasibleError as error:
             reached = numerics.decibel(1.0, self.noise + error.least)
             fact = f"with {MARGIN:g} dB to spare cannot be met: {reached:.1f} dB are expected with weights in 8 bits"
@@ -244,27 +311,34 @@ class Program:
     def worthwhile(self, whole: int) -> Widths:
         """Return what is worth most where nothing bounds it: bytes and noise have their prices (`pricing.py`)."""
         prices = [
-            [Candidate(WORTH * one.loss + SIZE * one.costs[0] / whole) for one in of] for of in self._candidates()
+            [Candidate(WORTH * one.loss + SIZE * one.costs[0] / whole, one.costs) for one in of]
+            for of in self._candidates()
         ]
-        return self._widths(allocate(prices, ()))
+        worth = [replace(pair, loss=WORTH * pair.loss) for pair in self._pairs()]
+        best = allocate(prices, self._budgets(math.inf), worth)
+        return self._told(self._widths(best), lambda other: other.worthwhile(whole))
 
     def front(self, points: int) -> list[Widths]:
         """Return the choices that lose least for their size, from the smallest to the largest file."""
         least, most = (sum(pick(one.costs[0] for one in of) for of in self._candidates()) for pick in (min, max))
         found = {}
         for step in range(points):
-            one = allocate(self._candidates(), (least + (most - least) * step / max(1, points - 1),))
+            budgets = self._budgets(least + (most - least) * step / max(1, points - 1))
+            one = allocate(self._candidates(), budgets, self._pairs())
             found[one.choice] = one
         return [self._widths(one) for one in found.values()]
 
     def of(self, bits: Mapping[str, int], gap: float = 0.0) -> Widths:
         """Return what is expected of a choice; weights that it does not name are in eight bits."""
         bits = {name: bits.get(name, EIGHT) for name in self.numbers}
-        noise = self.noise + sum(self._more(name) for name, width in bits.items() if width == FOUR)
-        noise = self.tried.get(in_four(bits), noise)
+        four = in_four(bits)
+        together = sum(loss for pair, loss in self.pairs.items() if four.issuperset(pair))
+        noise = self.noise + sum(_more(self.losses[name]) for name in bits if name in four) + together
+        noise = self.tried.get(four, noise)
         # Without data nothing is known of the noise that there is.
         size = _bytes(self.model, self.planned(bits), self.backend)
-        return Widths(bits, noise if self.noise else 0.0, size, gap)
+        bops = sum(int(one.of(bits)) for one in self.resources)
+        return Widths(bits, noise if self.noise else 0.0, size, gap, bops=bops)
 
     @cached_property
     def fewest(self) -> Widths:
@@ -280,16 +354,33 @@ class Program:
         found = []
         for name, count in self.numbers.items():
             packed = count * packing.BITS / 8.0 + UNPACKING
-            found.append([Candidate(0.0, (float(count),)), Candidate(self._more(name), (packed,))])
+            costs = {EIGHT: [float(count)], FOUR: [packed]}
+            for bits, of in costs.items():
+                of.extend(resource.taken[name][bits] for resource in self.resources)
+            more = _more(self.losses[name])
+            found.append([Candidate(0.0, tuple(costs[EIGHT])), Candidate(more, tuple(costs[FOUR]))])
         return found
 
-    def _more(self, name: str) -> float:
-        """Return what a weight loses by being packed; what it may seem to gain is chance."""
-        return max(0.0, self.losses[name][FOUR] - self.losses[name][EIGHT])
+    def _budgets(self, limit: float) -> tuple[float, ...]:
+        """Return how much there is to choose with: of bytes, and of each resource."""
+        return (limit, *(resource.left for resource in self.resources))
+
+    def _pairs(self) -> list[Pair]:
+        places = {name: at for at, name in enumerate(self.numbers)}
+        return [
+            Pair(places[a], places[b], np.array([[0.0, 0.0], [0.0, loss]]))
+            for (a, b), loss in self.pairs.items()
+            if loss
+        ]
 
     def _widths(self, found: Allocation) -> Widths:
         bits = {name: (EIGHT, FOUR)[choice] for name, choice in zip(self.numbers, found.choice, strict=True)}
         return self.of(bits, found.gap)
+
+
+def _more(losses: Mapping[int, float]) -> float:
+    """Return what a weight loses by being packed; what it may seem to gain is chance."""
+    return max(0.0, losses[FOUR] - losses[EIGHT])
 
 
 def _bytes(model: ir.Model, plan: QuantPlan, backend: Backend) -> int:

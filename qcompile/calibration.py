@@ -53,6 +53,10 @@ class Calibration:
         What each weight loses at the outputs in so many bits, where bits are to be chosen (`qcompile/allocation.py`).
     tried : mapping of frozenset of str to float
         What choices of bits lose that were run for the budget, by the weights that they have in four bits.
+    pairs : mapping of (str, str) to float
+        What two weights lose in four bits together, beyond what each loses alone; empty where that was not measured.
+    macs : mapping of str to int
+        By node name, multiply-accumulates of one run; empty where bits are not to be chosen.
     float_bytes : int
         What the model's file takes in float.
     """
@@ -68,6 +72,8 @@ class Calibration:
     rotation: Rotations = field(default_factory=Rotations)
     losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     tried: Mapping[frozenset[str], float] = field(default_factory=dict)
+    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    macs: Mapping[str, int] = field(default_factory=dict)
     float_bytes: int = 0
 
     @property
@@ -95,6 +101,8 @@ class Calibration:
             "rotation": self.rotation.to_json(),
             "losses": self.losses,
             "tried": [[sorted(names), noise] for names, noise in self.tried.items()],
+            "pairs": [[*names, loss] for names, loss in self.pairs.items()],
+            "macs": dict(self.macs),
             "float_bytes": self.float_bytes,
         }
         buffer = io.BytesIO()
@@ -139,6 +147,8 @@ class Calibration:
                 Rotations.from_json(header["rotation"]) if "rotation" in header else Rotations(),
                 {name: {int(bits): float(loss) for bits, loss in of.items()} for name, of in header["losses"].items()},
                 {frozenset(map(str, names)): float(noise) for names, noise in header.get("tried", [])},
+                {(str(a), str(b)): float(loss) for a, b, loss in header.get("pairs", [])},
+                {str(node): int(count) for node, count in header.get("macs", {}).items()},
                 int(header["float_bytes"]),
             )
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,

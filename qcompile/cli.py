@@ -69,8 +69,8 @@ def cli() -> None:
 @cli.command("compile")
 @takes(
     "target", "data", "enlarge", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "board", "max_sram", "max_flash",
-    "min_fidelity", "pareto", "recipe", "cache", "seed", "threads", "workers",
+    "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "board", "max_sram", "max_flash",
+    "min_fidelity", "pairs", "pareto", "recipe", "cache", "seed", "threads", "workers",
 )  # fmt: skip
 @click.option("--depfile", type=click.Path(path_type=Path), help="Write what was read, as make and ninja read it.")
 @click.option(
@@ -104,7 +104,8 @@ def compile_command(
 @cli.command("calibrate")
 @takes(
     "target", "data", "enlarge", "eval", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "recipe", "cache", "threads", "workers",
+    "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "pairs", "recipe", "cache", "threads",
+    "workers",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
@@ -121,7 +122,7 @@ def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug
 
 
 @cli.command("plan")
-@takes("target", "costs", "max_size", "min_fidelity", "recipe")
+@takes("target", "costs", "max_size", "max_bops", "min_fidelity", "recipe")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="What 'qcompile calibrate' wrote.")
 @click.option("--pareto", type=click.Path(path_type=Path), help="Folder for the best bits for every size, as plans.")
 @written_to("plan.json", "the plan")
@@ -134,7 +135,8 @@ def plan_command(
     from qcompile.calibration import Calibration
 
     earlier = Calibration.read(calibration).options
-    chosen = options(stages.settled(given(flags), earlier, calibration, free=("overrides", "weights", "max_size")))
+    free = ("overrides", "weights", "max_size", "max_bops")
+    chosen = options(stages.settled(given(flags), earlier, calibration, free))
     done = stages.plan(model, chosen, calibration, file, pareto)
     if as_json:
         content = {"output": str(file), "plan": json.loads(done.plan.to_json())}

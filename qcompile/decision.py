@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from types import MappingProxyType
 
 import onnx_ir as ir
 
-from qcompile import verify
-from qcompile.allocation import Widths, above_a_quarter, choose_widths, program_of
+from qcompile import bit_losses, verify
+from qcompile.allocation import Widths, choose_widths
 from qcompile.backends.base import Backend
-from qcompile.budget import Budget
 from qcompile.calib.collect import Statistics, collect
 from qcompile.calib.moments import Moments, known_moments
 from qcompile.calib.observers import Observer
@@ -36,10 +35,10 @@ from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.share_scales import unlike_ranges
-from qcompile.pipeline import CHOICE, LOSSES, NOISE, STATISTICS, TRIED, WIDTHS, WISHES
+from qcompile.pipeline import CHOICE, NOISE, STATISTICS, WISHES
 from qcompile.pricing import Pricer
 from qcompile.rotation import ROTATES
-from qcompile.weight_losses import Planned, find_codes, measure_losses, try_choices
+from qcompile.weight_losses import Planned
 
 #: What remains may spoil the outputs as well; so often it is looked at again.
 ATTEMPTS = 3
@@ -60,6 +59,13 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
     kept : mapping of str to Wish
         What stays in float whatever comes of it.
     """
+    bit_losses.require_choice(job, canonical)
+    calibration = _ranged(job, canonical, kept)
+    return bit_losses.measured(job, canonical, calibration, planner(canonical, calibration, job.target, job.options))
+
+
+def _ranged(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibration:
+    """Measure all but what bits are chosen by."""
     text = job.options.max_latency
     if text is not None:
         _require_time(job, canonical)
@@ -78,35 +84,7 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
             best = _within_latency(job, canonical, pricer, weights, best, text)
         else:
             best = _spare(job, canonical, pricer, weights, best)
-    calibration = _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
-    options, planned = job.options, planner(canonical, calibration, job.target, job.options)
-    chosen = options.mixed or options.pareto
-    if is_quantized(canonical) or not (
-        chosen or above_a_quarter(canonical, calibration, planned, job.backend, options)
-    ):
-        return calibration
-    return _with_losses(job, canonical, calibration)
-
-
-def _with_losses(job: Job, canonical: ir.Model, calibration: Calibration) -> Calibration:
-    """Measure what weights lose in each number of bits, and what the choices do that a budget of bytes leads to."""
-    options, pipeline = job.options, job.pipeline
-    planned = planner(canonical, calibration, job.target, options)
-    spared = f" {options.max_latency}" if options.max_latency else ""  # which weights have a choice depends on that
-    rounded = partial(find_codes, job, canonical, planned)
-    codes = cache(lambda: pipeline.measure(f"codes by bits{spared}", WIDTHS, rounded))
-    losses = pipeline.measure(f"losses{spared}", LOSSES, lambda: measure_losses(job, canonical, planned, codes))
-    calibration = replace(calibration, losses=losses)
-    if not (options.mixed and options.max_size):
-        return calibration
-    program = program_of(canonical, calibration, planned, job.backend)
-    budget = Budget.parse(options.max_size, "--max-size").of(calibration.float_bytes)
-    choices = [one.bits for one in program.proposals(budget)]
-    if len(choices) == 1:
-        return calibration
-    stage = f"choices {options.max_size}{spared}"
-    tried = pipeline.measure(stage, TRIED, lambda: try_choices(job, canonical, planned, codes, choices))
-    return replace(calibration, tried=tried)
+    return _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
 
 
 def _require_time(job: Job, canonical: ir.Model) -> None:

@@ -23,7 +23,7 @@ FLAGS = {
         "--weights",
         type=click.Choice(["auto", "8", "4", "mixed", "none"]),
         show_default="auto",
-        help="Bits that weights are stored in; 'mixed' chooses per tensor, 'auto' does where --max-size is given.",
+        help="Bits that weights are stored in; 'mixed' chooses per tensor, 'auto' does with --max-size or --max-bops.",
     ),
     "activations": click.option(
         "--activations",
@@ -57,6 +57,9 @@ FLAGS = {
     ),
     "shape": click.option("--shape", multiple=True, metavar="NAME=1x128", help="Fix an input's open axes. Repeatable."),
     "max_size": click.option("--max-size", metavar="0.2x|5MB", help="Bytes at most; weights get the bits for it."),
+    "max_bops": click.option(
+        "--max-bops", metavar="0.05x|20G", help="Bit operations at most, bits of weights by those of activations."
+    ),
     "max_latency": click.option(
         "--max-latency", metavar="0.6x|12ms", help="Time of a run at most, by the cost table; the rest buys fidelity."
     ),
@@ -68,6 +71,13 @@ FLAGS = {
         multiple=True,
         metavar="MEASURE=NUMBER",
         help="Fail below this: sqnr=20 (dB), cosine=0.99, top1=0.95. Repeatable.",
+    ),
+    "pairs": click.option(
+        "--pairs",
+        type=int,
+        metavar="N",
+        show_default="0",
+        help="Choose bits by what each weight loses together with the N that follow it, too.",
     ),
     "pareto": click.option(
         "--pareto",

@@ -26,6 +26,8 @@ FIDELITY_MEASURES = ("sqnr", "cosine", "top1")
 COSTS_KEY = "costs_sha256"
 #: What stands for no cost table, in place of a path.
 NO_COSTS = Path("none")
+#: Pairs of weights farther apart are many more, and take the program longer than it has.
+WINDOW = 8
 #: Without a bound of the user's, the report warns below this.
 EXPECTED_SQNR = 20.0
 
@@ -49,7 +51,7 @@ class Options:
         Folder of the artifact; by default ``<model>-<target>`` in the working directory.
     weights : "auto", "8", "4", "mixed" or "none"
         Bits that weights are stored in. ``mixed`` chooses for each tensor; ``auto`` is 8, and ``mixed`` where a budget
-        on size is set.
+        on size or bit operations is set.
     activations : "8" or "none"
     observer : "auto", or one of `Observer`
         How an activation's range is chosen; ``auto`` measures which serves each tensor best.
@@ -66,6 +68,8 @@ class Options:
         Inputs to fix.
     max_size : str, optional
         The artifact's bytes at most: in parts of float's, ``0.2x``, or with a unit, ``5MB``.
+    max_bops : str, optional
+        The bit operations of a run at most: in parts of float's, ``0.05x``, or with a unit, ``20G``.
     max_latency : str, optional
         What a run may take by the cost table: in parts of float's, ``0.6x``, or with a unit, ``12ms``.
     board : str, optional
@@ -74,6 +78,8 @@ class Options:
         What it may take of either at most, with a unit: ``64KB``.
     min_fidelity : mapping of str to float
         Bounds on ``sqnr`` (dB), ``cosine`` or ``top1``; missed is an error.
+    pairs : int
+        With how many weights that follow it each one is measured together, where bits are chosen; 0 is with none.
     pareto : bool
         Whether the best choices of weights' bits for all sizes are to be written beside the artifact.
     cache : Path, optional
@@ -107,11 +113,13 @@ class Options:
     costs: Path | None = None
     shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     max_size: str | None = None
+    max_bops: str | None = None
     max_latency: str | None = None
     board: str | None = None
     max_sram: str | None = None
     max_flash: str | None = None
     min_fidelity: Mapping[str, float] = field(default_factory=dict)
+    pairs: int = 0
     pareto: bool = False
     cache: Path | None = None
     seed: int = 0
@@ -144,9 +152,12 @@ class Options:
         if unknown := sorted(set(self.min_fidelity) - set(FIDELITY_MEASURES)):
             fact = f"there is no measure '{unknown[0]}'"
             raise UsageError("--min-fidelity", fact, f"use one of {', '.join(FIDELITY_MEASURES)}")
-        for name in ("max_size", "max_latency", "max_sram", "max_flash"):
+        for name in ("max_size", "max_bops", "max_latency", "max_sram", "max_flash"):
             if (text := getattr(self, name)) is not None:
                 Budget.parse(text, f"--{name.replace('_', '-')}")
+        if not 0 <= self.pairs <= WINDOW:
+            fact = f"{self.pairs} is not a number of neighbours that can be measured"
+            raise UsageError("--pairs", fact, f"give 1 to {WINDOW}, or 0")
         if self.pareto and self.weights == "none":
             raise UsageError("--pareto", "leaves nothing to choose with --weights none", "leave out one of them")
         if self.enlarge is not None and not 1 <= self.enlarge <= SAMPLES:
@@ -163,7 +174,7 @@ class Options:
     @property
     def mixed(self) -> bool:
         """Whether each weight's bits are to be chosen."""
-        return self.weights == "mixed" or (self.weights == "auto" and self.max_size is not None)
+        return self.weights == "mixed" or (self.weights == "auto" and (self.max_size or self.max_bops) is not None)
 
     @property
     def observers(self) -> tuple[Observer, ...]:
@@ -219,8 +230,8 @@ class Options:
         """Return the options that measurements depend on: what is chosen by them afterwards, for a budget, is not."""
         # What is made of a model for weights of four bits alone is none of them.
         weights = "4" if (self.weights, self.activations) == ("4", "none") else self.weights != "none"
-        free = {"weights": weights, "max_size": None, "max_latency": None, "min_fidelity": None}
-        return self.decisive() | free | dict.fromkeys(LIMITS)
+        free = dict.fromkeys(("max_size", "max_bops", "max_latency", "min_fidelity", "pairs", *LIMITS))
+        return self.decisive() | free | {"weights": weights}
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -63,6 +63,9 @@ DRIFT: Codec[dict[str, tuple[float, ...]]] = Codec(
 NOISE: Codec[dict[str, float]] = Codec(
     lambda noise: json.dumps(noise).encode(), lambda content: dict(json.loads(content))
 )
+COUNTS: Codec[dict[str, int]] = Codec(
+    lambda counts: json.dumps(counts).encode(), lambda content: dict(json.loads(content))
+)
 CODES: Codec[dict[str, IntArray]] = Codec(lambda codes: _archive(codes), lambda content: _arrays(content))
 LOSSES: Codec[dict[str, dict[int, float]]] = Codec(
     lambda losses: json.dumps(losses).encode(),
@@ -71,6 +74,10 @@ LOSSES: Codec[dict[str, dict[int, float]]] = Codec(
 TRIED: Codec[dict[frozenset[str], float]] = Codec(
     lambda tried: json.dumps([[sorted(names), noise] for names, noise in tried.items()]).encode(),
     lambda content: {frozenset(names): float(noise) for names, noise in json.loads(content)},
+)
+PAIRS: Codec[dict[tuple[str, str], float]] = Codec(
+    lambda pairs: json.dumps([[*names, loss] for names, loss in pairs.items()]).encode(),
+    lambda content: {(a, b): float(loss) for a, b, loss in json.loads(content)},
 )
 WIDTHS: Codec[dict[int, dict[str, IntArray]]] = Codec(
     lambda codes: _archive({f"{bits} {name}": array for bits, of in codes.items() for name, array in of.items()}),

@@ -148,6 +148,10 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
     wanted = content["data"]["caveat"] is None and content["options"]["activations"] != "none"
     if wanted and not content["precision"]["integer"]:
         warnings.append("No operator was quantized to integers; the table says why of each.")
+    unpaired = content["allocation"] is not None and content["allocation"].get("pairs") is None
+    if content["options"]["pairs"] and content["options"]["weights"] != "4" and unpaired:
+        reason = "there are none, or the model is too large to be run with each weight"
+        warnings.append(f"Pairs of weights were not measured: {reason}.")
     if content["size"]["ratio"] > 1.0:
         warnings.append(f"Larger than float: {content['size']['ratio']:.2f}x; the report sorts the bytes by cause.")
     if lowered.refusals:

@@ -87,6 +87,9 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
         counts = sorted(Counter(allocation["bits"].values()).items(), reverse=True)
         run = f"best of {allocation['tried']} run" if allocation["tried"] else ""
         table.add_row("weights", "", ", ".join(f"{count} in {bits} bits" for bits, count in counts), run)
+        if (pairs := allocation.get("pairs")) is not None:
+            without = "" if pairs["sqnr_without"] is None else f"{pairs['sqnr_without']} dB without"
+            table.add_row("pairs", "", f"{pairs['measured']}: {len(pairs['changed'])} weights changed", without)
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)

@@ -6,8 +6,10 @@ All of it is run on samples that codes were not found by. Codes of both widths a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.rounding import Operator, round_weights, second_moments
@@ -33,6 +35,8 @@ Tried = Mapping[frozenset[str], float]
 Planned = Callable[[Mapping[str, int]], QuantPlan]
 #: Codes by bits and by the name of the initializer that holds them.
 Codes = Mapping[int, Mapping[str, IntArray]]
+#: Noise over signal that two weights make together in four bits, beyond what each makes alone; by their names.
+Pairs = Mapping[tuple[str, str], float]
 
 
 def packable(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
@@ -85,13 +89,81 @@ def measure_losses(
         return own_errors(canonical, planned, names)
     weights, found = {name: (name,) for name in names}, {}
     for bits, of in codes().items():
-        plan = planned(dict.fromkeys(names, bits))
-        model = round_to_codes(canonical, plan)
-        for name, quant in plan.tensors.items():
-            if (chosen := of.get(quantized_name(name))) is not None:
-                model.graph.initializers[name].const_value = ir.tensor(quant.dequantize(chosen), name=name)
+        model = _in_codes(canonical, planned(dict.fromkeys(names, bits)), of)
         found[bits] = weights_alone(canonical, model, weights, others, job.track, job.workers)
     return {name: {bits: losses[name] for bits, losses in found.items()} for name in names}
+
+
+def measure_pairs(
+    job: Job, canonical: ir.Model, planned: Planned, codes: Callable[[], Codes], losses: Losses, window: int
+) -> dict[tuple[str, str], float]:
+    """Measure what weights that stand near one another lose together, beyond what each of them loses alone.
+
+    CLADO's loss(i, j) - loss(i) - loss(j) (Deng et al. 2023, arXiv 2307.05657), both in four bits: errors of
+    eight bits are a sixteenth as large, and what they do with others is little beside what is left of chance.
+
+    Parameters
+    ----------
+    losses : Losses
+        What `measure_losses` returned: of the same samples, so that what these have in common cancels.
+    window : int
+        Each weight is measured with so many that follow it in the graph.
+
+    Returns
+    -------
+    dict of (str, str) to float
+        Empty where losses were not measured at the outputs either.
+    """
+    names = list(packable(canonical, planned({})))
+    _, others = job.evidence.calibration.split(HELD_OUT)
+    pairs = neighbours(names, window)
+    if not affordable(canonical, len(names), others) or not pairs:
+        return {}
+    model = _in_codes(canonical, planned(dict.fromkeys(names, FOUR)), codes()[FOUR])
+    weights = {f"{at}": pair for at, pair in enumerate(pairs)}
+    found = weights_alone(canonical, model, weights, others, job.track, job.workers, shared=len(names))
+    alone = {name: losses[name][FOUR] for name in names}
+    return {(a, b): found[at] - alone[a] - alone[b] for at, (a, b) in weights.items()}
+
+
+def neighbours(names: Sequence[str], window: int) -> list[tuple[str, str]]:
+    """Return each name with so many of those that follow it."""
+    return [(name, other) for at, name in enumerate(names) for other in names[at + 1 : at + 1 + window]]
+
+
+def tempered(alone: Mapping[str, float], pairs: Pairs) -> dict[tuple[str, str], float]:
+    """Weaken pairs by as much as keeps every choice from losing less than nothing.
+
+    The error of a choice is a quadratic form of what was chosen, and cannot be negative. A pair has at most 2√(ab) in
+    common, where a and b are what both lose alone (Cauchy and Schwarz); what is above that is cut off. With pairs of a
+    window alone the form D + E may still be less than 0, D being what weights lose and E half of what pairs do: all are
+    then weakened by the same factor, the largest with which it is not. CLADO clips eigenvalues instead, which would
+    make pairs of weights that were not measured.
+
+    Parameters
+    ----------
+    alone : mapping of str to float
+        By the name of a weight, what it loses.
+    pairs : Pairs
+    """
+    most = {(a, b): 2.0 * math.sqrt(alone[a]) * math.sqrt(alone[b]) for a, b in pairs}
+    cut = {pair: min(max(loss, -most[pair]), most[pair]) for pair, loss in pairs.items()}
+    places = {name: at for at, name in enumerate(alone)}
+    form = np.zeros((len(alone), len(alone)))
+    for (a, b), loss in cut.items():
+        if loss:
+            form[places[a], places[b]] = form[places[b], places[a]] = loss / most[a, b]
+    lowest = float(np.linalg.eigvalsh(form)[0]) if pairs else 0.0
+    return {pair: loss / max(1.0, -lowest) for pair, loss in cut.items()}
+
+
+def _in_codes(canonical: ir.Model, plan: QuantPlan, codes: Mapping[str, IntArray]) -> ir.Model:
+    """Return the float model with its weights as they will be dequantized, from these codes where there are any."""
+    model = round_to_codes(canonical, plan)
+    for name, quant in plan.tensors.items():
+        if (chosen := codes.get(quantized_name(name))) is not None:
+            model.graph.initializers[name].const_value = ir.tensor(quant.dequantize(chosen), name=name)
+    return model
 
 
 def try_choices(

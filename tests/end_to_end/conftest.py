@@ -128,3 +128,14 @@ def _small(folder: Path) -> Small:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     samples = generator.normal(size=(8, 1, 3, 8, 8)).astype(np.float32)
     return Small(folder, proto, samples)
+
+
+@pytest.fixture
+def stacked(small: Small, proto_of: Callable[..., onnx.ModelProto], random: np.random.Generator) -> Small:
+    """Four products behind one another, each with weights enough to be stored in four bits."""
+    text = """(float[2,64] x) => (float[2,64] y) {
+        a = MatMul (x, p) b = Relu (a) c = MatMul (b, q) d = Relu (c)
+        e = MatMul (d, r) f = Relu (e) y = MatMul (f, s) }"""
+    shapes = {"p": (64, 96), "q": (96, 128), "r": (128, 80), "s": (80, 64)}
+    weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return Small(small.folder, proto_of(text, 21, **weights), random.normal(size=(16, 2, 64)).astype(np.float32))

@@ -66,10 +66,12 @@ def test_every_option_is_a_key(small, recipe):
         rotation = "none"
         no_added_nodes = true
         max_size = "0.2x"
+        max_bops = "20G"
         max_latency = "12ms"
         board = "nrf52840"
         max_sram = "64KB"
         max_flash = "0.5MB"
+        pairs = 4
         pareto = true
         costs = "costs.json"
         cache = "../cache"
@@ -105,10 +107,12 @@ def test_every_option_is_a_key(small, recipe):
         costs=small.folder / "costs.json",
         shape={"x": (1, 3, 8, 8)},
         max_size="0.2x",
+        max_bops="20G",
         max_latency="12ms",
         board="nrf52840",
         max_sram="64KB",
         max_flash="0.5MB",
+        pairs=4,
         pareto=True,
         min_fidelity={"sqnr": 20.0, "cosine": 0.9},
         cache=small.folder / "../cache",
@@ -169,6 +173,8 @@ def test_paths_are_relative_to_the_recipe(qcompile, small, recipe, tmp_path_fact
         ("weights = 3", ["small.toml: weights", "no choice '3'", "4, mixed, none"]),
         ("weights = true", ["small.toml: weights", 'mixed" or "none"']),
         ("observer = 'best'", ["small.toml: observer", "no choice 'best'", "minmax"]),
+        ("pairs = 9", ["small.toml: pairs", "not a number of neighbours", "1 to 8"]),
+        ("pairs = true", ["small.toml: pairs", "is not a whole number"]),
         ("seed = 1.5", ["small.toml: seed", "1.5 is not a whole number"]),
         ("threads = true", ["small.toml: threads", "is not a whole number"]),
         ("workers = 0", ["small.toml: workers", "neither a number of processes nor tcp://"]),
