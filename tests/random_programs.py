@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer import storage
 from qcompile.backends.integer.program import Operation, Port, Program, Tensor
+from qcompile.backends.integer.storage import packs
 from qcompile.core import numerics
 
 Random = np.random.Generator
@@ -191,10 +193,53 @@ def random_program(seed: int) -> Program:
     return grown.program()
 
 
+def plus(grown: Growing) -> None:
+    """Add a map to what a pointwise convolution makes of it: both may have any bits."""
+    before = grown.last
+    fields = grown.weights(before.shape[-1], 1, 1, before.shape[-1])
+    grown.add(ops.Conv, before.shape, (before,), **fields, window=ops.Window((1, 1)))
+    multipliers = tuple(int(n) for n in grown.random.integers(-(2**20), 2**20, 2))
+    bias = int(grown.random.integers(-(2**24), 2**24))
+    grown.add(
+        ops.Add, before.shape, (before, grown.last), multipliers=multipliers, bias=bias, shift=21, low=-128, high=127
+    )
+
+
+def random_narrow_program(seed: int) -> Program:
+    """Return a program of random steps in which maps of four bits and of eight stand beside one another."""
+    random = np.random.default_rng(seed)
+    rows, columns, channels = (int(n) for n in random.integers(1, 9, 3))
+    grown = Growing(random, (1, rows, columns, channels + channels % 2))
+    for _ in range(int(random.integers(1, 5))):
+        growth = (conv, conv, pointwise, plus, pool)[int(random.integers(5))]
+        if grown.last.size <= LARGEST:
+            growth(grown)
+    pointwise(grown)
+    narrow = {name for name, tensor in grown.tensors.items()
+              if packs(tensor) and name != grown.last.name and random.random() < 0.6}  # fmt: skip
+    program = grown.program()
+    tensors = {name: replace(tensor, dtype="int4", zero_point=tensor.zero_point // 8) if name in narrow else tensor
+               for name, tensor in program.tensors.items()}  # fmt: skip
+    operations = tuple(_in_halves(part) if part.output in narrow else part for part in program.operations)
+    return replace(program, tensors=tensors, operations=operations)
+
+
+def _in_halves(operation: Any) -> Any:
+    """Return an operation whose results are codes of four bits, 16 times as far apart."""
+    bounds = {key: min(max(getattr(operation, key) // 16, -8), 7) for key in ("low", "high") if hasattr(operation, key)}
+    if isinstance(operation, ops.Add):
+        return replace(operation, multipliers=tuple(m // 16 for m in operation.multipliers), **bounds)
+    if isinstance(operation, ops.MaxPool):
+        return replace(operation, **bounds)
+    known = operation.requantize
+    requantize = replace(known, shift=known.shift + 4, zero_point=known.zero_point // 16, low=max(known.low // 16, -8),
+                         high=min(known.high // 16, 7))  # fmt: skip
+    return replace(operation, requantize=requantize)
+
+
 def random_codes(program: Program, seed: int) -> dict[str, Any]:
     random = np.random.default_rng(seed)
-    return {port.name: random.integers(-128, 128, program.tensors[port.tensor].shape).astype(np.int8)
-            for port in program.inputs}  # fmt: skip
+    return {port.name: storage.random_codes(program.tensors[port.tensor], random) for port in program.inputs}
 
 
 def wide(

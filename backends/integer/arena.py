@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from qcompile.backends.integer.interpret import Array, run
 from qcompile.backends.integer.memory import MemoryPlan
 from qcompile.backends.integer.operations import AveragePool, Conv, MaxPool, Resize, View
 from qcompile.backends.integer.program import Operation, Step, Strips, Tensor
+from qcompile.backends.integer.storage import from_bytes, to_bytes
 
 #: What bytes hold that a kernel was free to write: no code that a computation would give by chance everywhere.
 POISON = 0x5A
@@ -34,13 +34,13 @@ def run_in_arena(plan: MemoryPlan, inputs: Mapping[str, Array]) -> dict[str, Arr
     machine = _Machine(plan)
     for port in plan.program.inputs:
         if port.tensor in plan.offsets:
-            machine.whole(port.tensor)[...] = inputs[port.name]
+            machine.write(port.tensor, inputs[port.name])
     for operation in plan.program.operations:
         if isinstance(operation, Strips):
             machine.run_strips(operation)
         elif not isinstance(operation, View):
             machine.run_whole(operation)
-    return {port.name: machine.whole(port.tensor).copy() for port in plan.program.outputs}
+    return {port.name: machine.read(port.tensor) for port in plan.program.outputs}
 
 
 class _Machine:
@@ -53,18 +53,26 @@ class _Machine:
         #: The row at the top of each window.
         self.held: dict[str, int] = {}
 
-    def whole(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor as it lies in the arena."""
-        tensor = self.tensors[name]
-        start = self.plan.offsets[name]
-        return self.bytes[start : start + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
+    def _bytes(self, name: str, span: rows.Span) -> npt.NDArray[np.uint8]:
+        """Return the part of the arena that some rows of a tensor lie in."""
+        row = self.tensors[name].row_bytes
+        start = self.plan.offsets[name] + (span[0] - self.held.get(name, 0)) * row
+        return self.bytes[start : start + (span[1] - span[0]) * row]
 
-    def part(self, name: str, span: rows.Span) -> npt.NDArray[Any]:
-        """Return some rows of a tensor as they lie in the arena, shape (1, rows, ...)."""
+    def read(self, name: str, span: rows.Span | None = None) -> Array:
+        """Return the codes of some rows of a tensor, or of all."""
         tensor = self.tensors[name]
-        start = self.plan.offsets[name] + (span[0] - self.held.get(name, 0)) * tensor.row_bytes
-        taken = self.bytes[start : start + (span[1] - span[0]) * tensor.row_bytes]
-        return taken.view(tensor.dtype).reshape(rows_of(tensor, span[1] - span[0]).shape)
+        first, last = span or (0, tensor.rows)
+        shape = rows_of(tensor, last - first).shape if span else tensor.shape
+        return from_bytes(self._bytes(name, (first, last)), tensor.dtype).reshape(shape).copy()
+
+    def write(self, name: str, codes: Array, span: rows.Span | None = None) -> None:
+        """Write the codes of some rows of a tensor, or of all."""
+        self._bytes(name, span or (0, self.tensors[name].rows))[...] = to_bytes(codes, self.tensors[name].dtype)
+
+    def spoil(self, name: str, span: rows.Span | None = None) -> None:
+        """Destroy some rows of a tensor, or all: what a kernel may write before it has read its inputs."""
+        self._bytes(name, span or (0, self.tensors[name].rows))[...] = POISON
 
     def run_whole(self, operation: Operation) -> None:
         """Run an operation, by rows or elements where kernels do so."""
@@ -75,33 +83,43 @@ class _Machine:
             self._run_elements(operation)
         else:
             # Nothing that it reads may lie where it writes.
-            output = self.whole(operation.output)
-            output[...] = np.full(1, POISON, np.uint8).view(np.int8)[0]
-            output[...] = run(
-                operation, [self.whole(name) for name in operation.inputs], self.tensors[operation.output]
-            )
+            self.spoil(operation.output)
+            inputs = [self.read(name) for name in operation.inputs]
+            self.write(operation.output, run(operation, inputs, self.tensors[operation.output]))
 
     def _run_elements(self, operation: Operation) -> None:
         """Write each element as soon as it was computed: what comes later has to be there still."""
-        output, inputs = self.whole(operation.output), [self.whole(name) for name in operation.inputs]
-        per_channel = [value.shape != output.shape for value in inputs]
-        flat = [value.reshape(-1, value.shape[-1]) for value in inputs]
-        for place, line in enumerate(output.reshape(-1, output.shape[-1])):
-            parts = [value[0 if whole else place] for value, whole in zip(flat, per_channel, strict=True)]
-            shape = (1,) * (output.ndim - 1) + line.shape
-            single = replace(self.tensors[operation.output], shape=shape)
-            line[...] = run(operation, [part.reshape(shape).copy() for part in parts], single).reshape(-1)
+        output = self.tensors[operation.output]
+        channels = output.shape[-1]
+        # Codes of half a byte come in pairs: two pixels, where one has an odd number of them.
+        step = channels * (2 if output.bits == 4 and channels % 2 else 1)
+        for place in range(0, output.size, step):
+            parts = []
+            for name in operation.inputs:
+                whole = self.tensors[name].shape == output.shape
+                parts.append(self._codes(name, place if whole else 0, step if whole else channels))
+            shape = (1,) * (len(output.shape) - 1) + (step,)
+            made = run(operation, [part.reshape((*shape[:-1], -1)) for part in parts], replace(output, shape=shape))
+            start = self.plan.offsets[operation.output] + place * output.bits // 8
+            stored = to_bytes(made, output.dtype)
+            self.bytes[start : start + stored.size] = stored
+
+    def _codes(self, name: str, place: int, count: int) -> Array:
+        """Return so many codes of a tensor from one on, which stands at the beginning of a byte or in its middle."""
+        tensor = self.tensors[name]
+        start, end = (self.plan.offsets[name] * 8 + at * tensor.bits for at in (place, place + count))
+        found = from_bytes(self.bytes[start // 8 : -(-end // 8)], tensor.dtype)
+        skipped = start % 8 // tensor.bits
+        return found[skipped : skipped + count].copy()
 
     def run_rows(self, operation: Operation, span: rows.Span) -> None:
         """Run an operation for some rows of its output."""
-        output = self.part(operation.output, span)
-        output[...] = np.full(1, POISON, np.uint8).view(np.int8)[0]
+        self.spoil(operation.output, span)
         needed = [rows.span(operation, index, span, self.tensors) for index in range(len(operation.inputs))]
-        inputs = [self.part(name, part) for name, part in zip(operation.inputs, needed, strict=True)]
+        inputs = [self.read(name, part) for name, part in zip(operation.inputs, needed, strict=True)]
         partial = _for_rows(operation, span, needed[0][0], self.tensors[operation.inputs[0]].rows)
-        output[...] = run(
-            partial, [value.copy() for value in inputs], rows_of(self.tensors[operation.output], len(output[0]))
-        )
+        made = run(partial, inputs, rows_of(self.tensors[operation.output], span[1] - span[0]))
+        self.write(operation.output, made, span)
 
     def run_strips(self, strips: Strips) -> None:
         """Run operations strip by strip."""
@@ -115,12 +133,10 @@ class _Machine:
         name = operation.output
         if name in strips.windows:
             if step.moved_from:
-                kept = self.part(
-                    name,
-                    (self.held[name] + step.moved_from, self.held[name] + step.moved_from + step.first - step.held),
-                ).copy()
+                top = self.held[name] + step.moved_from
+                kept = self.read(name, (top, top + step.first - step.held))
                 self.held[name] = step.held
-                self.part(name, (step.held, step.first))[...] = kept
+                self.write(name, kept, (step.held, step.first))
             self.held[name] = step.held
         self.run_rows(operation, (step.first, step.last))
 

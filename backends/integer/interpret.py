@@ -22,7 +22,7 @@ def interpret(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]
     ----------
     program : Program
     inputs : mapping of str to ndarray
-        By port name: codes as stored, of the tensor's shape and type.
+        By port name: codes as stored, of the tensor's shape and type; those of four bits one by one, as int8.
 
     Returns
     -------
@@ -38,7 +38,7 @@ def trace(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
     values: dict[str, Array] = {}
     for port in program.inputs:
         tensor, array = program.tensors[port.tensor], np.asarray(inputs[port.name])
-        if array.shape != tensor.shape or str(array.dtype) != tensor.dtype:
+        if array.shape != tensor.shape or str(array.dtype) != tensor.array_dtype:
             raise ValueError(f"{port.name}: {array.dtype}{array.shape} is not {tensor.dtype}{tensor.shape}")
         values[port.tensor] = array
     for operation in program.operations:
@@ -51,7 +51,7 @@ def trace(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
 def run(operation: Operation, inputs: list[Array], output: Tensor) -> Array:
     """Return the codes that one operation makes, of the output's shape and type."""
     result = KERNELS[type(operation)](operation, inputs, output)
-    return np.ascontiguousarray(result.reshape(output.shape)).astype(output.dtype)
+    return np.ascontiguousarray(result.reshape(output.shape)).astype(output.array_dtype)
 
 
 def quantize_input(program: Program, port: Port, real: npt.NDArray[Any]) -> Array:
@@ -61,7 +61,8 @@ def quantize_input(program: Program, port: Port, real: npt.NDArray[Any]) -> Arra
         scale, zero_point = np.asarray(np.float32(tensor.scale)), np.array(tensor.zero_point)
         codes = numerics.quantize(np.asarray(real, np.float32), scale, zero_point, tensor.dtype)
     else:
-        codes = (real.astype(np.int64) - _offset(port, tensor)).astype(tensor.dtype)
+        codes = real.astype(np.int64) - _offset(port, tensor)
+    codes = codes.astype(tensor.array_dtype)
     return np.ascontiguousarray(codes.reshape(port.shape).transpose(port.axes).reshape(tensor.shape))
 
 
@@ -73,7 +74,7 @@ def dequantize_output(program: Program, port: Port, codes: Array) -> npt.NDArray
 
 
 def _offset(port: Port, tensor: Tensor) -> int:
-    return 1 << (8 * np.dtype(tensor.dtype).itemsize - 1) if port.unsigned else 0
+    return 1 << (tensor.bits - 1) if port.unsigned else 0
 
 
 def _requantized(accumulator: Array, step: ops.Requantize) -> Array:

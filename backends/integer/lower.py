@@ -36,6 +36,7 @@ from qcompile.backends.integer.lower_windows import (
     lower_resize,
 )
 from qcompile.backends.integer.program import Port, Program
+from qcompile.backends.integer.storage import require_forms
 from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, refuse, spanning
 from qcompile.core.errors import TargetError
 from qcompile.passes import structure
@@ -163,8 +164,10 @@ class _Lowering:
         codes, grid = self.known.get(value), ports.grid_of(node)
         if not isinstance(codes, Codes):
             refuse(node, f"reads '{value.name}', which is not made of codes", QUANTIZE_IT)
-        if codes.grid.same(grid) or codes.grid.dtype != "int8":
+        if codes.grid.same(grid):
             return codes
+        if codes.grid.dtype != "int8":
+            refuse(node, f"reads {codes.grid.dtype} codes at another scale", "give both the same, or 8 bits")
         return replace(codes, levels=grid.levels())
 
     def compute(self, node: ir.Node) -> None:
@@ -235,7 +238,8 @@ class _Lowering:
         outputs = tuple(self._output(value) for value in self.model.graph.outputs)
         name = self.model.graph.name or "model"
         writer = self.writer
-        return join_tables(Program(name, writer.tensors, tuple(writer.operations), tuple(self.inputs), outputs))
+        written = Program(name, writer.tensors, tuple(writer.operations), tuple(self.inputs), outputs)
+        return require_forms(join_tables(written))
 
     def _output(self, value: ir.Value) -> Port:
         known, producer = self.known.get(value), value.producer()

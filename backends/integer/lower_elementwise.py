@@ -33,7 +33,7 @@ def lower_function(node: ir.Node, inputs: list[Codes], opset: int) -> Codes | No
     if any(other.tensor != x.tensor or other.order != x.order for other in inputs) or node.op_type not in FUNCTIONS:
         return None
     if x.grid.dtype != "int8":
-        refuse(node, "is a function of 16-bit codes", "quantize its input to 8 bits")
+        refuse(node, f"is a function of {x.grid.dtype} codes", "quantize its input to 8 bits")
     levels = [x.grid.levels() if value.levels is None else value.levels for value in inputs]
     return replace(x, levels=_evaluated(node, levels, opset))
 
@@ -91,7 +91,7 @@ def lower_add(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
     a, b = _pair(writer, node, inputs)
     if a.shape != b.shape:
         refuse(node, f"joins shapes {a.shape} and {b.shape}", "only equal shapes have an integer form")
-    _require_bytes(node, a, b)
+    _require_bytes(node, a, b, narrow=True)
     sign = -1.0 if node.op_type == "Sub" else 1.0
 
     def finish(grid: Grid, low: int, high: int, name: str) -> str:
@@ -160,9 +160,10 @@ def _per_channel(a: Codes, b: Codes) -> bool:
     return len(a.shape) == len(b.shape) and b.stored == (*(1 for _ in a.order[:-1]), a.stored[-1])
 
 
-def _require_bytes(node: ir.Node, *values: Codes) -> None:
-    if any(value.grid.dtype != "int8" for value in values):
-        refuse(node, "reads 16-bit codes", "quantize its inputs to 8 bits")
+def _require_bytes(node: ir.Node, *values: Codes, narrow: bool = False) -> None:
+    for value in values:
+        if value.grid.dtype != "int8" and not (narrow and value.grid.dtype == "int4"):
+            refuse(node, f"reads {value.grid.dtype} codes", "quantize its inputs to 8 bits")
 
 
 def lower_softmax(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:

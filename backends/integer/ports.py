@@ -10,7 +10,8 @@ from qcompile.backends.integer.values import Codes, Grid, Writer, channels_last,
 from qcompile.passes import structure
 
 #: What the signed codes are below those that a model writes.
-OFFSETS = {"int8": ("int8", 0), "uint8": ("int8", 128), "int16": ("int16", 0), "uint16": ("int16", 32768)}
+OFFSETS = {"int8": ("int8", 0), "uint8": ("int8", 128), "int16": ("int16", 0), "uint16": ("int16", 32768),
+           "int4": ("int4", 0), "uint4": ("int4", 8)}  # fmt: skip
 #: What a value keeps its codes through.
 MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 #: What reads maps channels last.
@@ -40,7 +41,7 @@ def grid_of(node: ir.Node) -> Grid:
     elif node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype is not None:
         dtype = node.inputs[0].dtype.name.lower()
     if dtype not in OFFSETS:
-        refuse(node, f"has codes of {dtype}", "quantize activations to 8 or 16 bits")
+        refuse(node, f"has codes of {dtype}", "quantize activations to 4, 8 or 16 bits")
     signed, offset = OFFSETS[dtype]
     zero = 0 if zero_point is None else int(zero_point.reshape(-1)[0])
     return Grid(float(scale.reshape(-1)[0]), zero - offset, signed, offset != 0)
@@ -58,7 +59,7 @@ def input_port(writer: Writer, value: ir.Value) -> tuple[Codes, Port] | None:
     order = _wanted_order(value, tuple(range(len(shape))))
     tensor = writer.add_tensor(structure.name_of(value), tuple(shape[axis] for axis in order), grid)
     # An input of codes already is one of its own type; what a caller has is floats otherwise.
-    unsigned = value.dtype in (ir.DataType.UINT8, ir.DataType.UINT16)
+    unsigned = value.dtype in (ir.DataType.UINT4, ir.DataType.UINT8, ir.DataType.UINT16)
     return Codes(tensor, shape, order, grid), Port(structure.name_of(value), tensor, shape, order, unsigned)
 
 

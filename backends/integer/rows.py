@@ -81,8 +81,8 @@ def gap(operation: Operation, index: int, tensors: Tensors) -> int:
     element by element, an element may be written once it was read. An output's own size says: no overlap.
     """
     source, output = tensors[operation.inputs[index]], tensors[operation.output]
-    if isinstance(operation, BY_ELEMENTS) and source.shape == output.shape and source.nbytes == output.nbytes:
-        return 0
+    if isinstance(operation, BY_ELEMENTS) and source.shape == output.shape:
+        return max(output.nbytes - source.nbytes, 0)
     if isinstance(operation, Strips):
         return _gap_of_strips(operation, operation.inputs[index], tensors)
     if not isinstance(operation, BY_ROWS):

@@ -33,7 +33,7 @@ class Grid:
         A float32.
     zero_point : int
     dtype : str
-        ``int8`` or ``int16``.
+        ``int4``, ``int8`` or ``int16``.
     unsigned : bool
         Whether the model's own codes are unsigned, half of their range above these.
     """
@@ -205,7 +205,8 @@ class Writer:
             return replace(codes, grid=grid)
         codes = self.settled(codes)
         if codes.grid.dtype != "int8" or grid.dtype != "int8":
-            refuse(node, "changes the scale of 16-bit codes", "give what it joins one scale, or quantize it to 8 bits")
+            other = next(each.dtype for each in (codes.grid, grid) if each.dtype != "int8")
+            refuse(node, f"changes the scale of {other} codes", "give what it joins one scale, or 8 bits")
         levels = codes.grid.levels() if codes.levels is None else codes.levels
         table = grid.codes(levels).astype(np.int8)
         if np.array_equal(table, np.arange(-128, 128)):

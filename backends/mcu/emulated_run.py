@@ -15,6 +15,7 @@ import numpy.typing as npt
 from qcompile.backends.integer.interpret import interpret, quantize_input
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.program import Program
+from qcompile.backends.integer.storage import random_codes, to_bytes
 from qcompile.backends.mcu import write_c
 from qcompile.backends.mcu.backend import REFERENCE, McuBackend
 from qcompile.backends.mcu.emulate import MACHINES, emulate
@@ -88,16 +89,16 @@ def _quantized(program: Program, feeds: Feeds) -> Codes:
 
 def _random(program: Program, count: int) -> list[Codes]:
     random = np.random.default_rng(0)
-    shapes = {port.name: program.tensors[port.tensor].shape for port in program.inputs}
-    return [{name: random.integers(-128, 128, shape).astype(np.int8) for name, shape in shapes.items()}
-            for _ in range(count)]  # fmt: skip
+    tensors = {port.name: program.tensors[port.tensor] for port in program.inputs}
+    return [{name: random_codes(tensor, random) for name, tensor in tensors.items()} for _ in range(count)]
 
 
 def _checked(
     folder: Path, footprint: Mapping[str, Any], program: Program, inputs: Sequence[Codes], expected: Sequence[Codes],
     name: str,
 ) -> EmulatedRun:  # fmt: skip
-    given = b"".join(codes[port.name].tobytes() for codes in inputs for port in program.inputs)
+    given = b"".join(to_bytes(codes[port.name], program.tensors[port.tensor].dtype).tobytes()
+                     for codes in inputs for port in program.inputs)  # fmt: skip
     wanted = b"".join(codes[port.name].tobytes() for codes in expected for port in program.outputs)
     processor = footprint["target"]
     target = next(target for target in McuBackend().targets() if target.name == processor)

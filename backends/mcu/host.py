@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.integer.program import Program
+from qcompile.backends.integer.storage import to_bytes
 from qcompile.core.errors import TargetError, VerificationError
 
 Array = npt.NDArray[np.integer[Any]]
@@ -59,7 +60,7 @@ class HostNetwork:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs' codes for the inputs' codes, as `integer.interpret` does."""
         tensors, program = self.program.tensors, self.program
-        given = [np.ascontiguousarray(inputs[port.name], np.int8) for port in program.inputs]
+        given = [to_bytes(inputs[port.name], tensors[port.tensor].dtype) for port in program.inputs]
         made = {port.name: np.zeros(tensors[port.tensor].shape, np.int8) for port in program.outputs}
         self.function(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*given, *made.values())))
         return dict(made)

@@ -110,7 +110,7 @@ class Layers:
     def take(self, operation: Operation, tensors: Mapping[str, Tensor], flat: bool) -> None:
         """Add an operation's layer."""
         for name in (*operation.inputs, *operation.outputs):
-            if tensors[name].dtype != "int8":
+            if tensors[name].bits > 8:
                 fact = f"has {tensors[name].dtype} activations, for which there is no kernel yet"
                 raise TargetError(f"operator '{operation.name}'", fact, "leave its activations at 8 bits")
         generated = () if isinstance(operation, ops.Concat) else tuple(kernels(operation, tensors, flat))

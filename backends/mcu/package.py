@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.integer.interpret import interpret
+from qcompile.backends.integer.storage import random_codes, to_bytes
 from qcompile.backends.mcu import write_c
 from qcompile.backends.mcu.footprint import Footprint
 from qcompile.backends.mcu.write_c import Source
@@ -29,7 +30,7 @@ class Example:
     Parameters
     ----------
     inputs, outputs : mapping of str to ndarray of int8
-        By port, in the ports' order.
+        By port, in the ports' order; of four bits two codes in each.
     """
 
     inputs: Mapping[str, npt.NDArray[Any]]
@@ -39,9 +40,10 @@ class Example:
     def of(cls, source: Source) -> Example:
         """Return the interpreter's outputs for random codes."""
         random = np.random.default_rng(SEED)
-        shapes = {port.name: source.tensors[port.tensor].shape for port in source.program.inputs}
-        inputs = {name: random.integers(-128, 128, shape).astype(np.int8) for name, shape in shapes.items()}
-        return cls(inputs, interpret(source.program, inputs))
+        tensors = {port.name: source.tensors[port.tensor] for port in source.program.inputs}
+        inputs = {name: random_codes(tensor, random) for name, tensor in tensors.items()}
+        given = {name: to_bytes(codes, tensors[name].dtype).view(np.int8) for name, codes in inputs.items()}
+        return cls(given, interpret(source.program, inputs))
 
 
 def write_package(source: Source, footprint: Footprint, example: Example, folder: Path) -> tuple[str, ...]:

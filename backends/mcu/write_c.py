@@ -93,7 +93,8 @@ def _port(stem: str, port: Port, tensor: Tensor) -> list[str]:
     order = (
         "" if port.axes == tuple(range(len(port.axes))) else f", the model's {given} with axes in the order {port.axes}"
     )
-    minus = "; the model's own codes less 128" if port.unsigned else ""
+    minus = f"; the model's own codes less {1 << (tensor.bits - 1)}" if port.unsigned else ""
+    minus += "; two codes a byte, the first in its low half" if tensor.bits == 4 else ""
     return [
         f"/* '{port.name}': {stored}{order}{minus} */",
         f"#define {stem}_BYTES {tensor.nbytes}",
@@ -181,14 +182,16 @@ def _call(source: Source, layer: Layer, index: int) -> str:
     """Return the call of one kernel."""
     kernel, operation = layer.kernels[index], layer.operation
     first, target = source.tensors[operation.inputs[0]], source.tensors[operation.output]
-    counted = f"first * {target.row_bytes}" if layer.counted else ""
-    broadcast = len(operation.inputs) > 1 and source.tensors[operation.inputs[1]].size == first.size
+    other = source.tensors[operation.inputs[-1]]
+    input_row, other_row, counted = (
+        f"first * {tensor.row_bytes}" if layer.counted else "" for tensor in (first, other, target)
+    )
     values = {
-        "input": _pointer("input", _row_of_input(kernel, first) or counted, kernel.input_offset),
-        "other": _pointer("other", counted if broadcast else "", 0),
+        "input": _pointer("input", _row_of_input(kernel, first) or input_row, kernel.input_offset),
+        "other": _pointer("other", other_row if other.size == first.size else "", 0),
         "output": _pointer("output", f"y * {target.row_bytes}" if kernel.by_row else counted, kernel.output_offset),
         "y": "y" if kernel.by_row else "0",
-        "count": f"(last - first) * {target.row_bytes}",
+        "count": f"(last - first) * {target.row_codes}",
         **{kind: layer.constant(kind) for kind in ("weights", "channels", "table")},
     }
     return f"{layer.names[index]}({', '.join(values[name] for name in kernel.arguments)});"

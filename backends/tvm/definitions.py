@@ -42,6 +42,8 @@ class Convolution:
     zero_point, low, high : int
         Of the output.
     groups : int
+    packed : bool
+        Whether the input has four bits: what is multiplied is gathered first then, also of a single pixel.
     """
 
     rows: int
@@ -59,11 +61,16 @@ class Convolution:
     low: int
     high: int
     groups: int = 1
+    packed: bool = False
 
     @property
     def pointwise(self) -> bool:
-        """Whether each pixel of the output needs one pixel of the input, at the same place."""
-        return (self.size, self.strides, self.pads) == ((1, 1), (1, 1), (0, 0, 0, 0)) and self.groups == 1
+        """Whether each pixel of the output needs one pixel of the input, at the same place, and can read it there."""
+        return (
+            not self.packed
+            and (self.size, self.strides, self.pads) == ((1, 1), (1, 1), (0, 0, 0, 0))
+            and self.groups == 1
+        )
 
     @property
     def depthwise(self) -> bool:
@@ -95,7 +102,7 @@ def convolution(operation: ops.Conv, source: Tensor, target: Tensor) -> Convolut
     _, rows, columns, channels = source.shape
     return Convolution(
         rows, columns, channels, target.shape[2], target.shape[3], window.size, window.strides, window.dilations,
-        window.pads, window.outside, *_rounding(operation.requantize), groups=operation.groups,
+        window.pads, window.outside, *_rounding(operation.requantize), groups=operation.groups, packed=source.bits == 4,
     )  # fmt: skip
 
 

@@ -36,22 +36,24 @@ def load_tvm() -> ModuleType:
     return module
 
 
-def emit_c(functions: Mapping[str, Function]) -> str:
+def emit_c(functions: Mapping[str, Function], packed: frozenset[str] = frozenset()) -> str:
     """Return C99 of scheduled functions, by the names that they are to have.
 
     Parameters
     ----------
     functions : mapping of str to tvm.tirx.PrimFunc
+    packed : frozenset of str
+        Parameters that have two codes a byte. The functions know of none of that: they count codes.
     """
     tvm = load_tvm()
     named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
     target = tvm.target.Target({"kind": "c"})
-    lowered = _lowered(tvm.IRModule(named), target)
+    lowered = _lowered(tvm.IRModule(named), target, packed)
     source: str = tvm.get_global_func("target.build.c")(lowered, target).inspect_source()
     return _freestanding(source)
 
 
-def _lowered(module: Any, target: Any) -> Any:
+def _lowered(module: Any, target: Any, packed: frozenset[str]) -> Any:
     tvm = load_tvm()
     s, x = tvm.s_tir.transform, tvm.tirx.transform
     blocks = [
@@ -62,7 +64,8 @@ def _lowered(module: Any, target: Any) -> Any:
     ]  # fmt: skip
     flat = tvm.ir.transform.Sequential(blocks)(module)
     raw = {
-        name: _raw(function.with_body(on_stack(_copied(function.body)))) for name, function in flat.functions.items()
+        name: _raw(function.with_body(on_stack(_copied(_in_halves(function.body, packed)))))
+        for name, function in flat.functions.items()
     }
     return tvm.ir.transform.Sequential([x.LowerTVMBuiltin(), x.LowerIntrin()])(tvm.IRModule(raw))
 
@@ -99,6 +102,32 @@ def on_stack(body: Any) -> Any:
     return tvm_ffi.structural_map(body, (tirx.AllocBuffer, kept))
 
 
+def _in_halves(body: Any, packed: frozenset[str]) -> Any:
+    """Return a body whose loads and stores of packed parameters are calls of qc_half and qc_pack."""
+    if not packed:
+        return body
+    tvm = load_tvm()
+    tirx = tvm.tirx
+    import tvm_ffi
+
+    def start(buffer: Any) -> Any:
+        return tirx.address_of(tirx.BufferLoad(buffer, [tirx.const(0, "int32")]))
+
+    def loaded(load: Any) -> Any:
+        if load.source.name not in packed:
+            return load
+        return tirx.call_pure_extern("int8", "qc_half", start(load.source), load.indices[0])
+
+    def stored(store: Any) -> Any:
+        if store.buffer.name not in packed:
+            return store
+        value = store.value.astype("int32")
+        return tirx.Evaluate(tirx.call_extern("int32", "qc_pack", start(store.buffer), store.indices[0], value))
+
+    read = tvm_ffi.structural_map(body, (tvm.ir.TensorLoad, loaded))
+    return tvm_ffi.structural_map(read, (tirx.BufferStore, stored))
+
+
 def _copied(body: Any) -> Any:
     """Return a body where loops that copy codes in order, or padding in their place, are calls of qc_copy and qc_fill.
 
@@ -119,6 +148,8 @@ def _copy(loop: Any) -> Any:
     value, condition, code = store.value, None, None
     if getattr(getattr(value, "op", None), "name", "") in ("prim.if_then_else", "tirx.if_then_else"):
         condition, value, code = value.args
+    if _called(value, "qc_half"):
+        return _unpacking(store, loop, value, condition, code)
     if (
         not isinstance(value, tvm.ir.TensorLoad)
         or str(value.source.dtype) != "int8"
@@ -134,11 +165,37 @@ def _copy(loop: Any) -> Any:
     copy = tirx.Evaluate(
         tirx.call_extern("int32", "qc_copy", target, _address(value.source, value.indices, variable), count)
     )
+    return _or_fill(copy, target, condition, code, count)
+
+
+def _or_fill(copy: Any, target: Any, condition: Any, code: Any, count: Any) -> Any:
+    """Return a copy, or where a condition decides between it and padding, that choice."""
+    tirx = load_tvm().tirx
     if condition is None or code is None:
         return copy
     return tirx.IfThenElse(
         condition, copy, tirx.Evaluate(tirx.call_extern("int32", "qc_fill", target, code.astype("int32"), count))
     )
+
+
+def _unpacking(store: Any, loop: Any, half: Any, condition: Any, code: Any) -> Any:
+    """Return a loop over codes of four bits in order as a call of qc_unpack."""
+    tvm = load_tvm()
+    tirx, variable, indices = tvm.tirx, loop.loop_var, half.args[2:]
+    if not (_in_order(store.indices, variable) and _in_order(indices, variable)):
+        return loop
+    if condition is not None and (_reads(condition, variable) or _reads(code, variable)):
+        return loop
+    target = _address(store.buffer, store.indices, variable)
+    first = tvm.sym.Analyzer().simplify(_at(indices[0], variable, 0))
+    unpacked = tirx.Evaluate(tirx.call_extern("int32", "qc_unpack", target, half.args[1], first, loop.extent))
+    return _or_fill(unpacked, target, condition, code, loop.extent)
+
+
+def _called(value: Any, name: str) -> bool:
+    """Tell whether an expression is a call of a C function."""
+    arguments = list(getattr(value, "args", ()))
+    return bool(arguments) and getattr(arguments[0], "value", None) == name
 
 
 def _at(expression: Any, variable: Any, place: int) -> Any:

@@ -82,12 +82,13 @@ def _convolution(operation: Any, tensors: Mapping[str, Tensor], flat: bool) -> l
     table = definitions.channel_table(operation.bias, operation.requantize)
     constants = {"weights": _packed(shape, operation.weights), "channels": table}
     found, arguments = [], ("input", "weights", "channels", "output")
+    halves = packed(operation, tensors)
     for first, part in cortex_m.parts(shape):
         offset = first * shape.channels if part.pointwise else 0
         found.append(
             Kernel(
-                _source(_scheduled(part)), (*arguments, *([] if part.pointwise else ["y"])), constants, offset,
-                first * shape.outputs, by_row=not whole, input_row=shape.pointwise and not whole,
+                _source(_scheduled(part), halves), (*arguments, *([] if part.pointwise else ["y"])), constants, offset,
+                first * shape.outputs * target.bits // 8, by_row=not whole, input_row=shape.pointwise and not whole,
             )
         )  # fmt: skip
     return found
@@ -109,17 +110,25 @@ def _packed(shape: Convolution, weights: Array) -> Array:
     return np.ascontiguousarray(rows)
 
 
-def _source(function: Function) -> str:
-    return emit_c({PLACEHOLDER: function})
+def _source(function: Function, halves: frozenset[str] = frozenset()) -> str:
+    return emit_c({PLACEHOLDER: function}, halves)
 
 
-def _elementwise(function: Function, arguments: tuple[str, ...], **constants: Array) -> list[Kernel]:
-    return [Kernel(_source(function), (*arguments, "output", "count"), constants)]
+def packed(operation: Operation, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """Return which arguments of an operation's kernel have two codes a byte."""
+    named = {**dict(zip(("input", "other"), operation.inputs, strict=False)), "output": operation.output}
+    return frozenset(argument for argument, name in named.items() if tensors[name].bits == 4)
+
+
+def _elementwise(
+    function: Function, arguments: tuple[str, ...], halves: frozenset[str] = frozenset(), **constants: Array
+) -> list[Kernel]:
+    return [Kernel(_source(function, halves), (*arguments, "output", "count"), constants)]
 
 
 def _add(operation: ops.Add, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
-    del tensors, flat
-    return _elementwise(elementwise.define_add(operation), ("input", "other"))
+    del flat
+    return _elementwise(elementwise.define_add(operation), ("input", "other"), packed(operation, tensors))
 
 
 def _mul(operation: ops.Mul, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
@@ -150,7 +159,7 @@ def _pool(operation: Any, tensors: Mapping[str, Tensor], flat: bool) -> list[Ker
     average = isinstance(operation, ops.AveragePool)
     define: Any = maps.define_average_pool if average else maps.define_max_pool
     function = cortex_m.at_output(load_tvm().s_tir.Schedule(define(operation, source, target)))
-    return [Kernel(_source(function), ("input", "output", "y"), by_row=True)]
+    return [Kernel(_source(function, packed(operation, tensors)), ("input", "output", "y"), by_row=True)]
 
 
 def _resize(operation: ops.Resize, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:

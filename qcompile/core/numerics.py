@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes  # which makes int4 and uint4 types of NumPy
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
+
+#: What NumPy's own tells of its integer types, it tells of those of four bits too; without type hints.
+_IINFO: Any = ml_dtypes.iinfo
 
 #: Below this a scale would make `1 / scale` overflow float32; a tensor that narrow is constant for every purpose.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
@@ -27,12 +31,17 @@ def code_range(dtype: str, symmetric: bool = False) -> tuple[int, int]:
     Parameters
     ----------
     dtype : str
-        A NumPy integer type's name, such as ``"uint8"``.
+        An integer type's name, such as ``"uint8"`` or ``"int4"``.
     symmetric : bool
         Leave out the lowest code of a signed type, so that the range is ``[-q, q]``.
     """
-    info = np.iinfo(dtype)
+    info = _IINFO(np.dtype(dtype))
     return (-int(info.max) if symmetric and info.min < 0 else int(info.min)), int(info.max)
+
+
+def bits_of(dtype: str) -> int:
+    """Return how many bits a code of an integer type has."""
+    return int(_IINFO(np.dtype(dtype)).bits)
 
 
 def affine_scale(
@@ -97,7 +106,7 @@ def quantize(
     scale, zero_point : ndarray
         One value (axis None), or one per index of `axis`.
     dtype : str
-        ``uint8``, ``int8``, ``uint16``, ``int16`` or ``int32``.
+        ``uint4``, ``int4``, ``uint8``, ``int8``, ``uint16``, ``int16`` or ``int32``.
     axis : int, optional
     symmetric : bool
         Saturate at ``-qmax`` rather than at the lowest code of a signed type.

@@ -45,6 +45,42 @@ QC_INLINE void qc_copy(int8_t *to, const int8_t *from, int32_t count)
     }
 }
 
+/* Codes of four bits stand two a byte, the first in the low half: qc_half reads one, qc_pack writes one, qc_unpack
+   reads several that follow one another. */
+QC_INLINE int32_t qc_half(const int8_t *from, int32_t index)
+{
+    const int32_t both = from[index >> 1];
+    return ((index & 1) != 0) ? (both >> 4) : (((both & 15) ^ 8) - 8);
+}
+
+QC_INLINE void qc_pack(int8_t *to, int32_t index, int32_t code)
+{
+    const uint32_t both = (uint8_t)to[index >> 1], half = (uint32_t)code & 15u;
+    const uint32_t made = ((index & 1) != 0) ? ((both & 15u) | (half << 4)) : ((both & 0xF0u) | half);
+    to[index >> 1] = (int8_t)(uint8_t)made;
+}
+
+QC_INLINE void qc_unpack(int8_t *to, const int8_t *from, int32_t index, int32_t count)
+{
+    int32_t i = 0;
+    if (((index & 1) != 0) && (count > 0)) {
+        to[0] = (int8_t)qc_half(from, index);
+        i = 1;
+    }
+    for (; i + 4 <= count; i += 4) {
+        const int8_t *const pair = &from[(index + i) >> 1];
+        uint32_t word = (uint32_t)(uint8_t)pair[0] | ((uint32_t)(uint8_t)pair[1] << 8);
+        word = (word | (word << 8)) & 0x00FF00FFu;
+        word = (word | (word << 4)) & 0x0F0F0F0Fu;
+        /* Per byte (x ^ 8) - 8, with a high bit set so that no byte borrows from the next. */
+        word = (((word ^ 0x08080808u) | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
+        (void)memcpy(&to[i], &word, 4u);
+    }
+    for (; i < count; ++i) {
+        to[i] = (int8_t)qc_half(from, index + i);
+    }
+}
+
 QC_INLINE void qc_fill(int8_t *to, int32_t code, int32_t count)
 {
     (void)memset(to, code, (uint32_t)count);
@@ -55,6 +91,9 @@ QC_INLINE int32_t qc_clip(int32_t x, int32_t low, int32_t high)
 #if defined(QC_DSP)
     if (__builtin_constant_p(low) && __builtin_constant_p(high) && (low == -128) && (high == 127)) {
         return __ssat(x, 8);
+    }
+    if (__builtin_constant_p(low) && __builtin_constant_p(high) && (low == -8) && (high == 7)) {
+        return __ssat(x, 4);
     }
 #endif
     const int32_t raised = (x < low) ? low : x;
