@@ -144,6 +144,11 @@ class Options:
         return cls(**options)
 
     def __post_init__(self) -> None:
+        # What a caller in Python has at hand may be either.
+        for names, kind, other in (("output costs cache", Path, str), ("data eval", str, Path)):
+            for name in names.split():
+                if isinstance(getattr(self, name), other):
+                    object.__setattr__(self, name, kind(getattr(self, name)))
         hints = get_type_hints(type(self))
         for name in ("weights", "activations", "observer", "smoothing", "rotation"):
             choices, chosen = get_args(hints[name]), getattr(self, name)

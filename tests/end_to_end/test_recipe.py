@@ -138,6 +138,13 @@ def test_fields_count_more_than_keys(recipe):
         Options.from_recipe(recipe("seed = 3"))
 
 
+def test_from_python_places_are_texts_or_paths():
+    texts = {"data": "d.npz", "eval": "e.npz", "output": "out", "costs": "none", "cache": "c"}
+    paths = {name: Path(text) for name, text in texts.items()}
+    assert Options("cpu", **texts) == Options("cpu", **paths)
+    assert Options("cpu", **texts).cost_table is None
+
+
 def test_flags_count_more_than_keys(qcompile, small, recipe):
     path = recipe('target = "toaster"\nobserver = "mse"\n[min_fidelity]\nsqnr = 300')
     report = compiled(qcompile, small, path, "--target", "cpu", "--observer", "minmax", "--min-fidelity", "sqnr=1")
