@@ -144,11 +144,10 @@ class Options:
         return cls(**options)
 
     def __post_init__(self) -> None:
-        # What a caller in Python has at hand may be either.
-        for names, kind, other in (("output costs cache", Path, str), ("data eval", str, Path)):
-            for name in names.split():
-                if isinstance(getattr(self, name), other):
-                    object.__setattr__(self, name, kind(getattr(self, name)))
+        # A caller in Python has a text or a path at hand.
+        for kind, names in ((Path, ("output", "costs", "cache")), (str, ("data", "eval"))):
+            given = {name: value for name in names if (value := getattr(self, name)) is not None}
+            self.__dict__.update({name: kind(value) for name, value in given.items()})
         hints = get_type_hints(type(self))
         for name in ("weights", "activations", "observer", "smoothing", "rotation"):
             choices, chosen = get_args(hints[name]), getattr(self, name)
