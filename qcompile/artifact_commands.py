@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from qcompile.core.errors import UsageError
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 RANKS = ("latency", "fidelity", "size")
+FLOAT_MODEL = click.option("--model", type=click.Path(path_type=Path), help="The float model that they were made from.")
+INPUTS = click.option("--data", help="Inputs, as of a compile; labels beside them give accuracy.")
+SAMPLES = click.option(
+    "--samples", type=click.IntRange(min=1), default=100, show_default=True, help="How many of them at most."
+)
 FOLDER = click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
 
 
@@ -92,30 +101,66 @@ def explain_command(output: Path, layers: tuple[str, ...], as_json: bool, debug:
         terminal.show_explanations(Console(), found)
 
 
+@click.command("bundle")
+@click.argument("outputs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@FLOAT_MODEL
+@INPUTS
+@SAMPLES
+@click.option("--output", "-o", "file", type=click.Path(path_type=Path), required=True, help="File, NAME.qbundle.")
+@DEBUG
+def bundle_command(
+    outputs: tuple[Path, ...], model: Path | None, data: str | None, samples: int, file: Path, debug: bool
+) -> None:
+    """Pack artifacts OUT... of one model, with inputs and what runs them, into one file for a device."""
+    from qcompile import bundle
+
+    if model is None or data is None:
+        raise click.UsageError("a bundle needs --model and --data", click.get_current_context())
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        _, failed = bundle.fill(Path(folder), outputs, model, data, samples)
+        if failed:
+            raise UsageError(failed[0].output, *failed[0].reason.split("; ", 1))
+        bundle.write(file, Path(folder))
+
+
 @click.command("compare")
 @click.argument("outputs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--model", required=True, type=click.Path(path_type=Path), help="The float model that they were made from."
-)
-@click.option("--data", required=True, help="Inputs, as of a compile; labels beside them give accuracy.")
-@click.option("--samples", type=click.IntRange(min=1), default=100, show_default=True, help="How many of them at most.")
+@FLOAT_MODEL
+@INPUTS
+@SAMPLES
+@click.option("--on", default="local", show_default=True, metavar="local|ssh://USER@HOST", help="Where to run them.")
+@click.option("--python", default="python3", show_default=True, help="Command of a device's Python.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each run.")
 @click.option("--rank", type=click.Choice(RANKS), default=RANKS[0], show_default=True, help="What comes first.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=1.0), default=600.0, show_default=True, help="Seconds for a device."
+)
 @click.option("--history", type=click.Path(path_type=Path), help="File to append what was seen to, a line of JSON.")
 @JSON
 @DEBUG
 def compare_command(
-    outputs: tuple[Path, ...], model: Path, data: str, samples: int, threads: int, rank: str, history: Path | None,
-    as_json: bool, debug: bool,
+    outputs: tuple[Path, ...], model: Path | None, data: str | None, samples: int, on: str, python: str, threads: int,
+    rank: str, timeout: float, history: Path | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
-    """Run artifacts OUT... of one model side by side here: fidelity, size, latency, memory, or emulated instructions.
+    """Run artifacts OUT... of one model, or one bundle of them, side by side: fidelity, size, latency, memory.
 
-    What cannot run here is named in its row, and the exit code is 7.
+    What cannot run is named in its row, and the exit code is 7.
     """
-    from qcompile import terminal
+    from qcompile import bundle, terminal
     from qcompile.comparison import append, compare
+    from qcompile.devices import parse_device
 
-    compared = compare(outputs, model, data, samples, threads, rank)
+    device = parse_device(on, python)
+    with contextlib.ExitStack() as stack:
+        if [output.suffix for output in outputs] == [bundle.SUFFIX]:
+            folder, content = stack.enter_context(bundle.opened(outputs[0]))
+            failed = list[bundle.Failed]()
+        elif model is None or data is None:
+            raise click.UsageError("folders need --model and --data; a bundle has both", click.get_current_context())
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-")))
+            content, failed = bundle.fill(folder, outputs, model, data, samples)
+        compared = compare(folder, content, failed, device, threads, rank, timeout)
     if history is not None:
         append(history, compared)
     if as_json:
@@ -125,4 +170,4 @@ def compare_command(
     compared.require()
 
 
-COMMANDS = (compare_command, run_command, check_command, explain_command)
+COMMANDS = (bundle_command, compare_command, run_command, check_command, explain_command)

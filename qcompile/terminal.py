@@ -184,25 +184,27 @@ def show_check(console: Console, found: Checked) -> None:
 def show_comparison(console: Console, found: Compared) -> None:
     """Print artifacts side by side, then why some rows are not whole."""
     threads = "one thread" if found.threads == 1 else f"{found.threads} threads"
-    table = _table(f"on {found.samples} samples, {threads}", "", "size", "SQNR\ndB", "right", "median\nms", "p90\nms",
+    title = f"on {found.samples} samples, {threads}, {found.device}"
+    table = _table(title, "", "size", "SQNR\ndB", "right", "median\nms", "p90\nms",
                    "of\nfloat", "load\nms", "memory", "instruc-\ntions")  # fmt: skip
     table.padding = (0, 1, 0, 0)
     for column in table.columns:
         column.no_wrap = True
-    [reference] = [row.latency.median for row in found.rows if row.target == "float" and row.latency]
+    reference = next((row.latency.median for row in found.rows if row.target == "float" and row.latency), None)
     targets = Counter(row.target for row in found.rows)
     for row in found.rows:
         latency, times = row.latency, ("", "", "")
         if latency is not None:
-            times = (f"{latency.median:.3g}", f"{latency.p90:.3g}", f"{latency.median / reference:.2f}x")
+            ratio = f"{latency.median / reference:.2f}x" if reference else ""
+            times = (f"{latency.median:.3g}", f"{latency.p90:.3g}", ratio)
         table.add_row(
             _plain(row.target if row.target and targets[row.target] == 1 else Path(row.output).name),
-            _bytes(row.bytes) if row.bytes else "",
-            "" if row.fidelity is None else "exact" if row.decibels == float("inf") else f"{row.decibels:.1f}",
+            _short(row.bytes) if row.bytes else "",
+            "" if row.sqnr is None else "exact" if row.decibels == float("inf") else f"{row.decibels:.1f}",
             "" if row.accuracy is None else f"{row.accuracy:.0%}",
             *times,
             _number(row.load_ms, ".3g").strip("-"),
-            "" if row.peak_bytes is None else _bytes(row.peak_bytes),
+            "" if row.peak_bytes is None else _short(row.peak_bytes),
             "" if row.instructions is None else f"{row.instructions / 1e6:.3g}M",
         )
     console.print(table)
@@ -355,3 +357,9 @@ def _bytes(count: int) -> str:
     if count < 1024:
         return f"{count} B"
     return f"{count / 1024:.1f} KB" if count < 1024**2 else f"{count / 1024**2:.2f} MB"
+
+
+def _short(count: int) -> str:
+    """Return bytes in three digits."""
+    amount, unit = (count / 1024, "KB") if count < 1000 * 1024 else (count / 1024**2, "MB")
+    return f"{amount:.3g} {unit}"

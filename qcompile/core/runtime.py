@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +58,8 @@ def load_onnxruntime() -> ModuleType:
     if len(found) > 1:
         fact = "onnxruntime and onnxruntime-gpu are both installed and overwrite one another"
         raise TargetError("onnxruntime", fact, "uninstall both, then install one of 'qcompile[cpu]', 'qcompile[cuda]'")
+    # Since 1.29 its official builds send what they run to their maker, and leave files in the temporary folder.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -118,3 +121,15 @@ def test_what_the_runtime_says_is_told_without_its_codes_and_source_files(
         runtime.Session(model, optimize=False).run(runtime.synthetic_feeds(model, 0))
     message = str(caught.value)
     assert fact in message and "ONNXRuntimeError" not in message and "onnxruntime_src" not in message
+
+
+def test_the_runtime_sends_nothing_and_leaves_no_file(tmp_path: Path) -> None:
+    """Official builds keep a file for their telemetry in the temporary folder; a process of its own shows it."""
+    text = (
+        "import onnx.parser, onnx_ir as ir; from qcompile.core.runtime import Session; "
+        "Session(ir.from_proto(onnx.parser.parse_model('''<ir_version: 10, opset_import: [\"\": 17]> "
+        "g (float[1] x) => (float[1] y) { y = Neg (x) }''')))"
+    )
+    given = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", text], env=given | {"TMPDIR": str(tmp_path)}, check=True)
+    assert not list(tmp_path.iterdir())

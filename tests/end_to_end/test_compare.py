@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
+import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qcompile import bundle, runner
 from qcompile.comparison import _KEYS, Latency, Row
 
 
@@ -30,6 +35,7 @@ def test_an_artifact_stands_beside_float(qcompile, small, small_artifact, words)
     assert row["bytes"] == report["size"]["artifact_bytes"] and row["target"] == "cpu"
     assert row["latency"]["median"] > 0.0 and row["latency"]["p90"] >= row["latency"]["median"]
     assert row["load_ms"] > 0.0 and row["peak_bytes"] > 0 and row["instructions"] is None
+    assert reference["sqnr"] is None and json.loads(done.out)["device"] == "local"
     assert reference["target"] == "float" and reference["bytes"] == report["size"]["float_bytes"]
     assert json.loads(done.out)["samples"] == len(small.samples)
 
@@ -37,13 +43,14 @@ def test_an_artifact_stands_beside_float(qcompile, small, small_artifact, words)
 def test_fidelity_is_measured_on_the_samples_given(qcompile, small, small_artifact, words):
     whole = rows(qcompile("compare", small_artifact, *words, "--json"))[str(small_artifact)]
     first = rows(qcompile("compare", small_artifact, *words, "--samples", 1, "--json"))[str(small_artifact)]
-    assert first["fidelity"]["y"]["sqnr"] != whole["fidelity"]["y"]["sqnr"]
+    assert first["sqnr"]["y"] != whole["sqnr"]["y"]
     # What the report says of its held-out samples is what comes out for these.
     held_out = small.feed(x=small.samples[-2:])
     report = json.loads((small_artifact / "report.json").read_text())
     again = rows(qcompile("compare", small_artifact, "--model", small.model, "--data", held_out, "--json"))
     assert report["fidelity"]["samples"] == 2
-    assert again[str(small_artifact)]["fidelity"]["y"] == report["fidelity"]["outputs"]["y"]
+    expected = report["fidelity"]["outputs"]["y"]["sqnr"]
+    assert again[str(small_artifact)]["sqnr"]["y"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_labels_give_accuracy(qcompile, small, small_artifact):
@@ -86,19 +93,86 @@ def test_each_comparison_is_a_line_of_the_history(qcompile, small_artifact, word
     [("latency", "fast good m0 gone"), ("fidelity", "good m0 fast gone"), ("size", "m0 good fast gone")],
 )
 def test_rows_are_ranked_by_what_is_asked_for(rank, order):
-    fidelity = [{"y": {"sqnr": ratio, "exact": False}} for ratio in (20.0, 40.0, 30.0)]
     found = [
         Row("gone", "", failed=True),
-        Row("m0", "cortex-m0plus", 1, fidelity[2], instructions=100),
-        Row("good", "cpu", 2, fidelity[1], latency=Latency(2.0, 3.0)),
-        Row("fast", "cpu:tvm", 3, fidelity[0], latency=Latency(1.0, 9.0)),
+        Row("m0", "cortex-m0plus", 1, {"y": 30.0, "z": 50.0}, instructions=100),
+        Row("good", "cpu", 2, {"y": 40.0}, latency=Latency(2.0, 3.0)),
+        Row("fast", "cpu:tvm", 3, {"y": 20.0}, latency=Latency(1.0, 9.0)),
     ]
     assert [row.output for row in sorted(found, key=_KEYS[rank])] == order.split()
 
 
-def test_an_exact_output_has_no_least_ratio():
-    assert Row("a", "cpu", fidelity={"y": {"sqnr": None, "exact": True}}).decibels == float("inf")
-    assert Row("a", "cpu", fidelity={"y": {"sqnr": None, "exact": False}}).decibels == float("-inf")
+def test_a_bundle_stands_for_the_folders(qcompile, small_artifact, words, tmp_path):
+    bundle = tmp_path / "small.qbundle"
+    assert qcompile("bundle", small_artifact, *words, "-o", bundle).code == 0
+    first = bundle.read_bytes()
+    assert qcompile("bundle", small_artifact, *words, "-o", bundle).code == 0 and bundle.read_bytes() == first
+    packed, folders = (qcompile("compare", *w, "--json") for w in ((bundle,), (small_artifact, *words)))
+    assert packed.code == 0
+    keys = ("target", "bytes", "sqnr", "accuracy")
+    assert [[row[key] for key in keys] for row in sorted(rows(packed).values(), key=lambda row: row["bytes"])] == [
+        [row[key] for key in keys] for row in sorted(rows(folders).values(), key=lambda row: row["bytes"])
+    ]
+
+
+def test_a_bundle_is_of_whole_artifacts(qcompile, small_artifact, words, tmp_path):
+    done = qcompile("bundle", small_artifact, tmp_path / "none", *words, "-o", tmp_path / "b.qbundle")
+    assert done.code == 2 and "none: has no manifest.json" in done.err and not (tmp_path / "b.qbundle").exists()
+    done = qcompile("bundle", small_artifact, "-o", tmp_path / "b.qbundle")
+    assert done.code == 2 and "needs --model and --data" in done.err
+    assert qcompile("compare", small_artifact).code == 2
+
+
+@pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "a\\..\\out"])
+def test_a_bundle_that_leaves_its_folder_is_refused(qcompile, tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "evil.qbundle", "w") as archive:
+        archive.writestr("bundle.json", "{}")
+        archive.writestr(zipfile.ZipInfo(name), "x")
+    done = qcompile("compare", tmp_path / "evil.qbundle")
+    assert done.code == 2 and "leaves its folder" in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path.parent / "out").exists()
+
+
+def test_links_and_what_is_no_bundle_are_refused(qcompile, tmp_path):
+    link = zipfile.ZipInfo("artifacts")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "link.qbundle", "w") as archive:
+        archive.writestr(link, "/")
+    assert "leaves its folder" in qcompile("compare", tmp_path / "link.qbundle").err
+    (tmp_path / "text.qbundle").write_text("text")
+    with zipfile.ZipFile(tmp_path / "old.qbundle", "w") as archive:
+        archive.writestr("bundle.json", '{"schema_version": 0}')
+    for name, fact in (("text", "is no bundle"), ("old", "has schema version 0"), ("none", "is no bundle")):
+        done = qcompile("compare", tmp_path / f"{name}.qbundle")
+        assert done.code == 2 and fact in done.err and done.err.count("\n") == 1
+
+
+def test_an_artifact_that_is_killed_takes_no_other_along(qcompile, small_artifact, words, monkeypatch, tmp_path):
+    """The child of the artifact kills itself as soon as it is to be timed; float's goes on."""
+    monkeypatch.setattr(bundle, "files", lambda _: tmp_path)
+    text = Path(runner.__file__).read_text()
+    dies = 'if artifact["target"] != "float": os.kill(os.getpid(), 9)'
+    (tmp_path / "runner.py").write_text(
+        text.replace("    for line in sys.stdin:\n", f"    {dies}\n    for line in sys.stdin:\n")
+    )
+    seen = rows(qcompile("compare", small_artifact, *words, "--json"))
+    killed, others = seen.pop(str(small_artifact)), seen.values()
+    assert killed["failed"] and killed["failure"] == "it was ended by signal 9" and killed["sqnr"] is not None
+    assert all(row["latency"] is not None and not row["failed"] for row in others)
+
+
+def test_a_device_that_does_not_end_is_given_up(qcompile, small_artifact, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(bundle, "files", lambda _: tmp_path)
+    (tmp_path / "runner.py").write_text("import time; time.sleep(60)")
+    began = time.monotonic()
+    done = qcompile("compare", small_artifact, *words, "--timeout", 1)
+    assert done.code == 7 and "local was lost: no end after 1 s" in done.out and time.monotonic() - began < 30.0
+
+
+@pytest.mark.parametrize("device", ["adb", "ssh://", "ssh://host/folder", "http://host"])
+def test_what_is_no_device_is_refused(qcompile, small_artifact, words, device):
+    done = qcompile("compare", small_artifact, *words, "--on", device)
+    assert done.code == 2 and "is no device" in done.err and done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""Run a bundle's artifacts where it lies, side by side; needs Python and NumPy, and onnxruntime for ONNX models.
+
+    python3 runner.py [--threads N] [--seconds S]
+
+Each artifact has a process of its own, so that one that is killed takes no other along. They run in turns, the same
+input in each round, so that what else the device does falls on all alike. A line of JSON is printed for each once it is
+loaded, and another at the end. When standard input ends, whoever asked for this is gone: everything stops.
+
+This file is a part of every bundle and knows nothing of qcompile; Python 3.8 is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+#: Rounds at least and at most.
+FEWEST, MOST = 5, 200
+Feeds = Mapping[str, Any]
+
+
+def load(artifact: Mapping[str, Any], threads: int) -> Callable[[Feeds], dict[str, Any]]:
+    """Return what runs one sample."""
+    folder = HERE / artifact["folder"]
+    if artifact["kind"] == "library":
+        spec = importlib.util.spec_from_file_location("session", folder / "session.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["session"] = module
+        spec.loader.exec_module(module)
+        session = module.InferenceSession(folder)
+    else:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        path, providers = str(folder / artifact["entry"]), ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    names = [port.name for port in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(None, dict(feeds))))
+
+
+def samples_of(file: Path) -> list[dict[str, Any]]:
+    """Read arrays by sample."""
+    found: list[dict[str, Any]] = []
+    with np.load(file, allow_pickle=False) as archive:
+        for key in archive.files:
+            index, _, name = key.partition("/")
+            while len(found) <= int(index):
+                found.append({})
+            found[int(index)][name] = archive[key]
+    return found
+
+
+def fidelity(run: Callable[[Feeds], dict[str, Any]], bundle: Path, labels: Sequence[int | None]) -> dict[str, Any]:
+    """Hold the outputs to the float model's: signal and noise of each, and the part of the labelled that are right."""
+    sums: dict[str, list[float]] = {}
+    right = labelled = 0
+    for feeds, expected, label in zip(samples_of(bundle / "inputs.npz"), samples_of(bundle / "expected.npz"), labels):
+        found = run(feeds)
+        for name, y in expected.items():
+            one, other = y.astype(np.float64).ravel(), found[name].astype(np.float64).ravel()
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += float(one @ one)
+            entry[1] += float(np.sum((one - other) ** 2))
+        scores = [name for name, y in expected.items() if y.ndim >= 2 and y.shape[-1] == y.size > 1]
+        if label is not None and scores:
+            labelled += 1
+            right += int(found[scores[0]].argmax()) == label
+    return {"outputs": sums, "accuracy": right / labelled if labelled else None}
+
+
+def memory(kind: str) -> int | None:
+    """Return the bytes that this process has, now (VmRSS) or at the peak since then (VmHWM), where the system tells."""
+    process = Path("/proc/self")
+    try:
+        if kind == "VmRSS":
+            (process / "clear_refs").write_text("5")  # the peak begins anew
+        [line] = [line for line in (process / "status").read_text().splitlines() if line.startswith(kind)]
+    except (OSError, ValueError):
+        return None
+    return 1024 * int(line.split()[1])
+
+
+def child(artifact: Mapping[str, Any], labels: Sequence[int | None], threads: int) -> None:
+    """Load an artifact, then do what standard input says: a number is a sample to be timed."""
+    inputs = samples_of(HERE / "inputs.npz")
+    if artifact["kind"] != "library":
+        import onnxruntime  # noqa: F401  what the library itself takes is no artifact's
+    before, began = memory("VmRSS"), time.perf_counter()
+    run = load(artifact, threads)
+    run(inputs[0])
+    took, peak = 1e3 * (time.perf_counter() - began), memory("VmHWM")
+    added = None if before is None or peak is None else peak - before
+    print(json.dumps({"load_ms": took, "peak_bytes": added, **fidelity(run, HERE, labels)}), flush=True)
+    for line in sys.stdin:
+        feeds = inputs[int(line)]
+        run(feeds)  # the caches are those of a network that runs again and again, not of its neighbours
+        began = time.perf_counter()
+        run(feeds)
+        print(1e3 * (time.perf_counter() - began), flush=True)
+
+
+class Child:
+    """An artifact in a process of its own."""
+
+    def __init__(self, index: int, threads: int) -> None:
+        words = [sys.executable, __file__, "--child", str(index), "--threads", str(threads)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        self.times: list[float] = []
+        self.failure = ""
+        answer = self._answer()
+        self.seen = json.loads(answer) if answer else {}
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None and self.process.stderr is not None
+        line = self.process.stdout.readline()
+        if not line:
+            said = self.process.stderr.read().strip().splitlines()
+            code = self.process.wait()
+            self.failure = (
+                said[-1] if said else f"it was ended by signal {-code}" if code < 0 else f"it left with {code}"
+            )
+        return line
+
+    def time(self, sample: int) -> None:
+        """Run one sample."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{sample}\n")
+            self.process.stdin.flush()
+        if answer := self._answer():
+            self.times.append(float(answer))
+
+
+def tell(index: int, one: Child) -> None:
+    """Print what is known of an artifact so far."""
+    print(json.dumps({"artifact": index, "times_ms": one.times, "failure": one.failure, **one.seen}), flush=True)
+
+
+def watch(children: Sequence[Child]) -> None:
+    """End everything once standard input ends."""
+    sys.stdin.buffer.read()
+    for one in children:
+        one.process.kill()
+    os._exit(1)
+
+
+def main() -> None:
+    """Run all of them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--child", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    words = parser.parse_args()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
+    if words.child is not None:
+        child(bundle["artifacts"][words.child], bundle["labels"], words.threads)
+        return
+    children: dict[int, Child] = {}
+    alive: list[Child] = []
+    threading.Thread(target=watch, args=(alive,), daemon=True).start()
+    for index, artifact in enumerate(bundle["artifacts"]):
+        if artifact["kind"] != "package":
+            children[index] = Child(index, words.threads)
+            alive.append(children[index])
+            tell(index, children[index])
+    began = time.perf_counter()
+    for round_ in range(MOST):
+        if round_ >= FEWEST and time.perf_counter() - began > words.seconds * len(children):
+            break
+        turn = [one for one in alive if not one.failure]
+        for one in turn[round_ % max(1, len(turn)) :] + turn[: round_ % max(1, len(turn))]:
+            one.time(round_ % len(bundle["labels"]))
+    for index, one in children.items():
+        tell(index, one)
+    for one in alive:
+        one.process.kill()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""`qcompile compare --on ssh://…` against a real sshd on loopback."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
+
+pytestmark = pytest.mark.skipif(
+    SSHD is None or shutil.which("ssh") is None, reason="openssh-server and openssh-client are not installed"
+)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of this user's own, and an `ssh` that it lets in; what is unpacked there lies in `remote`."""
+    folder, remote = tmp_path / "ssh", tmp_path / "remote"
+    folder.mkdir(mode=0o700)
+    remote.mkdir()
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    shutil.copy(folder / "user.pub", folder / "authorized")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
+        f"StrictModes no\nUsePAM no\nPasswordAuthentication no\nPidFile none\nSetEnv TMPDIR={remote}\n"
+    )
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    with subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL) as process:
+        commands = folder / "bin"
+        commands.mkdir()
+        (commands / "ssh").write_text(
+            f"#!/bin/sh\nexec {shutil.which('ssh')} -F none -i {folder}/user -o StrictHostKeyChecking=no "
+            f'-o UserKnownHostsFile={folder}/known -o LogLevel=ERROR "$@"\n'
+        )
+        (commands / "ssh").chmod(0o755)
+        monkeypatch.setenv("PATH", os.pathsep.join([str(commands), os.environ["PATH"]]))
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"ssh://{getpass.getuser()}@127.0.0.1:{port}", remote
+        process.kill()
+
+
+@pytest.fixture
+def bundled(qcompile, small, small_artifact, tmp_path):
+    file = tmp_path / "small.qbundle"
+    assert qcompile("bundle", small_artifact, "--model", small.model, "--data", small.data, "-o", file).code == 0
+    return file
+
+
+def left_behind(remote: Path) -> list[str]:
+    """Return what still lies or runs on the device, once it has had the time to tidy up."""
+    for _ in range(100):
+        running = subprocess.run(["pgrep", "-f", f"{remote}/"], capture_output=True, text=True, check=False).stdout
+        if not (found := [*(path.name for path in remote.iterdir()), *running.split()]):
+            return []
+        time.sleep(0.1)
+    return found
+
+
+def test_a_bundle_runs_on_a_device_and_leaves_nothing_behind(qcompile, bundled, server):
+    device, remote = server
+    done = qcompile("compare", bundled, "--on", device, "--python", sys.executable, "--json")
+    here = qcompile("compare", bundled, "--json")
+    assert done.code == here.code == 0, done.err
+    there = json.loads(done.out)
+    assert there["device"] == device and there["processor"] is None
+    assert all(row["latency"] is not None for row in there["rows"])
+    ratios = [sorted(str(row["sqnr"]) for row in json.loads(run.out)["rows"]) for run in (done, here)]
+    assert ratios[0] == ratios[1] and not left_behind(remote)
+
+
+@pytest.mark.slow
+def test_fifty_runs_leave_nothing_behind(qcompile, bundled, server):
+    device, remote = server
+    for _ in range(50):
+        assert qcompile("compare", bundled, "--on", device, "--python", sys.executable).code == 0
+    assert not left_behind(remote)
+
+
+def test_a_device_that_is_cut_off_is_said_in_each_row(qcompile, bundled, server):
+    device, remote = server
+    ended = threading.Event()
+
+    def cut() -> None:
+        """Kill this side of the connection once the runner runs over there."""
+        while not ended.is_set():
+            if list(remote.glob("*/runner.py")):
+                time.sleep(1.0)
+                subprocess.run(["pkill", "-KILL", "-f", f"BatchMode=yes.*{device.rpartition(':')[2]}"], check=False)
+                return
+            time.sleep(0.02)
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    done = qcompile("compare", bundled, "--on", device, "--python", sys.executable)
+    ended.set()
+    cutter.join()
+    assert done.code == 7 and done.out.count(f"{device} was lost") == 2 and done.err.count("\n") == 1
+    assert not left_behind(remote)
+
+
+@pytest.mark.parametrize("python", ["no-such-python"])
+def test_a_device_without_what_it_needs_says_so(qcompile, bundled, server, python):
+    device, remote = server
+    done = qcompile("compare", bundled, "--on", device, "--python", python)
+    assert done.code == 7 and python in done.out and "not found" in done.out and not left_behind(remote)
+
+
+def test_a_device_that_is_not_there_says_so(qcompile, bundled, server):
+    done = qcompile("compare", bundled, "--on", "ssh://127.0.0.1:1")
+    assert done.code == 7 and "refused" in done.out
+
+
+def test_interrupting_ends_both_sides(bundled, server):
+    device, remote = server
+    words = [sys.executable, "-m", "qcompile", "compare", bundled, "--on", device, "--python", sys.executable]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not list(remote.glob("*/runner.py")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert not left_behind(remote)
