@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.calib.output_error import surely_less
 from qcompile.calib.sections import cuttable, is_language
 from qcompile.calib.work import Cost
 from qcompile.calibration import Calibration
@@ -231,7 +232,10 @@ class _Search:
             if not self._same(candidate, best) and not self._same(candidate, start):
                 least = least or self._outcome(start)
                 found = self._outcome(candidate)
-                best, least = (candidate, found) if found.beats(least) else (best, least)
+                # Factors chosen in turn take no time, and by more than a few outputs tell of: these can only veto them.
+                anew = candidate.smoothing.in_turn and not best.smoothing.in_turn
+                better = not surely_less(least.error, found.error) if anew else found.beats(least)
+                best, least = (candidate, found) if better else (best, least)
 
         for step in self.steps:
             kinds = step.kinds if step.alpha is None else best.smoothing.kinds
