@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from catalog import ROOT, fetch
 from smoothing import groups_of
@@ -31,20 +32,25 @@ from qcompile.equivalence import rewrite
 from qcompile.job import Job
 from qcompile.options import NO_COSTS, Options
 from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.structure import is_linear, name_of
 from qcompile.pipeline import untracked
 
 PAGE = ROOT / "docs/equalization.md"
 #: One whose convolutions have Relu between them, and one with depthwise convolutions between Clips.
 EQUALIZED, REFUSED = "open-nsfw", "efficientnet-lite0"
+#: What turns a value into codes and back.
+CODES = ("QuantizeLinear", "DequantizeLinear")
 HEAD = """# Weights with one scale
 
 Written by `python benchmarks/equalization.py`; do not edit. Where a target has one scale for all weights of an
 operator, the noise of what writes a channel counts as well, and the factors of cross-layer equalization (Nagel et al.
-2019) are tried beside those of activations ([smoothing.md](smoothing.md)). SQNR in front of a last Softmax, over all
-evaluation samples; everything that can be integers is, with minmax ranges.
+2019) are tried beside those of activations ([smoothing.md](smoothing.md)), and then factors that the groups choose in
+turn. SQNR over all evaluation samples, everything that can be integers in integers, with minmax ranges. At the outputs:
+in front of a last Softmax. Features: what the last product reads, each channel times its factor. An output of two
+numbers is a matter of how the roundings of all operators happen to add up, so it is features that tell what factors do.
 
-| model | a scale per channel, dB | one scale, dB | one scale, smoothed, dB | of the gap | folded | left alone |
-|---|---|---|---|---|---|---|
+| model | at | a scale per channel, dB | one scale, dB | one scale, smoothed, dB | of the gap | folded | left alone |
+|---|---|---|---|---|---|---|---|
 """
 REFUSALS = """
 ## What does not fold in {name}
@@ -54,8 +60,18 @@ REFUSALS = """
 """
 
 
-def compiled(paths: Sequence[Path], per_channel: bool, smoothing: str) -> tuple[ir.Model, ir.Model, QuantPlan]:
-    """Return the canonical model, the quantized one and the plan."""
+@dataclass(frozen=True)
+class Compiled:
+    """A model before and behind smoothing, quantized, and by which plan."""
+
+    canonical: ir.Model
+    smoothed: ir.Model
+    quantized: ir.Model
+    plan: QuantPlan
+
+
+def compiled(paths: Sequence[Path], per_channel: bool, smoothing: str) -> Compiled:
+    """Compile for weights with a scale per channel or one."""
     options = Options("cpu", data=str(paths[1]), eval=str(paths[2]), observer="minmax",
                       smoothing=smoothing, rotation="none", costs=NO_COSTS)  # type: ignore[arg-type]  # fmt: skip
     job = Job.begin(paths[0], options, untracked)
@@ -64,7 +80,7 @@ def compiled(paths: Sequence[Path], per_channel: bool, smoothing: str) -> tuple[
     smoothed, chosen = rewrite(job, canonical)
     calibration = chosen.noted(calibrate(job, smoothed, chosen.kept(smoothed)))
     plan = decide(smoothed, calibration, job.target, job.backend, options)
-    return canonical, driver.quantize(job, smoothed, plan), plan
+    return Compiled(canonical, smoothed, driver.quantize(job, smoothed, plan), plan)
 
 
 def sqnr(model: ir.Model, quantized: ir.Model, data: Path) -> float:
@@ -78,18 +94,49 @@ def sqnr(model: ir.Model, quantized: ir.Model, data: Path) -> float:
     return numerics.decibel(1.0, error.value)
 
 
-def row(name: str, paths: Sequence[Path]) -> str:
-    """Compile one model in three ways; return its row of the table."""
+def last_input(model: ir.Model) -> str:
+    """Return the name of what the last product reads, before it is codes."""
+    value = [node for node in model.graph if is_linear(node)][-1].inputs[0]
+    while value is not None and (source := value.producer()) is not None and source.op_type in CODES:
+        value = source.inputs[0]
+    assert value is not None
+    return name_of(value)
+
+
+def features(one: Compiled, data: Path) -> float:
+    """Return the SQNR in dB of what the last product reads, each channel times its factor: the mean over samples."""
+    models_of = (one.canonical, one.smoothed, one.quantized)
+    names = [last_input(model) for model in models_of]
+    sessions = [
+        runtime.Session(runtime.with_outputs(model, [name]), integer_kernels=False)
+        for model, name in zip(models_of, names, strict=True)
+    ]
+    runs = [[session.run(feeds)[name] for session, name in zip(sessions, names, strict=True)]
+            for feeds in open_data(str(data), input_specs(one.canonical))]  # fmt: skip
+    # Powers of two by eighths; a channel that is zero throughout has none.
+    before, behind = (sum(np.abs(run[at]).astype(np.float64) for run in runs) for at in (0, 1))
+    alive = (before > 0) & (behind > 0)
+    log2 = np.log2(np.where(alive, before, 1.0) / np.where(alive, behind, 1.0))
+    factors, error = np.exp2(np.rint(8 * log2) / 8), OutputError()
+    for exact, _, found in runs:
+        error.add({"features": exact}, {"features": found * factors})
+    return numerics.decibel(1.0, error.value)
+
+
+def rows(name: str, paths: Sequence[Path]) -> str:
+    """Compile one model in three ways; return its rows of the table."""
     found = []
     for per_channel, smoothing in ((True, "none"), (False, "none"), (False, "auto")):
-        canonical, quantized, plan = compiled(paths, per_channel, smoothing)
-        found.append(sqnr(canonical, quantized, paths[2]))
-        print(name, per_channel, smoothing, f"{found[-1]:.2f}", flush=True)
-    every, one, smoothed = found
-    hows = Counter(chosen.how for chosen in plan.smoothing.values())
-    gap = f"{(smoothed - one) / (every - one):.0%}"
-    cells = [name, *(f"{number:.1f}" for number in found), gap, str(hows[How.FOLD]), str(hows[How.NONE])]
-    return f"| {' | '.join(cells)} |\n"
+        one = compiled(paths, per_channel, smoothing)
+        found.append((features(one, paths[2]), sqnr(one.canonical, one.quantized, paths[2])))
+        print(name, per_channel, smoothing, *(f"{number:.2f}" for number in found[-1]), flush=True)
+    hows = Counter(chosen.how for chosen in one.plan.smoothing.values())
+    table = ""
+    for at, numbers in zip(("features", "outputs"), zip(*found, strict=True), strict=True):
+        gap = f"{(numbers[2] - numbers[1]) / (numbers[0] - numbers[1]):.0%}"
+        cells = [name, at, *(f"{number:.1f}" for number in numbers), gap, str(hows[How.FOLD]), str(hows[How.NONE])]
+        table += f"| {' | '.join(cells)} |\n"
+    return table
 
 
 def refusals(name: str, path: Path) -> str:
@@ -105,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile with one scale for weights; write docs/equalization.md.")
     parser.add_argument("--cache", type=Path, help="folder of the fetched models")
     options = parser.parse_args()
-    table = row(EQUALIZED, fetch(EQUALIZED, options.cache))
+    table = rows(EQUALIZED, fetch(EQUALIZED, options.cache))
     PAGE.write_text(HEAD + table + refusals(REFUSED, fetch(REFUSED, options.cache)[0]), encoding="utf-8")
 
 

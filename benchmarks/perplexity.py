@@ -4,7 +4,8 @@
 
 MODEL is an .onnx file or the folder that a compile wrote; the data have one array of token ids `[S, 1, T]`, as
 models/fetch.py writes them. With --length the sequences are joined and cut anew. Each sequence is read without what is
-before it; what is averaged is -log p of every token but the first of each.
+before it; what is averaged is -log p of every token but the first of each. Beside the perplexity stands its ratio to
+that of the first model, with the standard error that follows from what the two differ by at each token.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,13 @@ def perplexity(every: Iterable[npt.NDArray[np.float64]]) -> float:
     return float(np.exp(np.mean(np.concatenate(list(every)))))
 
 
+def ratio_of(every: list[npt.NDArray[np.float64]], first: list[npt.NDArray[np.float64]]) -> tuple[float, float]:
+    """Return a perplexity over that of the first model, and the standard error of that, tokens taken as independent."""
+    differences = np.concatenate(every) - np.concatenate(first)
+    ratio = float(np.exp(differences.mean()))
+    return ratio, ratio * float(differences.std(ddof=1)) / float(np.sqrt(differences.size))
+
+
 def main() -> None:
     """Print a line a model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
@@ -67,12 +74,13 @@ def main() -> None:
     arguments = parser.parse_args()
     name, tokens = sequences(arguments.data, arguments.length)
     print(f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens, {runtime.name()}")
-    first: Any = None
+    first: list[npt.NDArray[np.float64]] = []
     for path in arguments.models:
         session = Session(path / "model.onnx" if path.is_dir() else path, threads=arguments.threads)
-        value = perplexity(losses(session, name, tokens))
-        first = first or value
-        print(f"{value:9.3f}  {value / first:.4f}x  {path}", flush=True)
+        every = list(losses(session, name, tokens))
+        first = first or every
+        ratio, uncertain = ratio_of(every, first)
+        print(f"{perplexity(every):9.3f}  {ratio:.4f}x ± {uncertain:.4f}  {path}", flush=True)
 
 
 if __name__ == "__main__":

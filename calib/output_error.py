@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,8 @@ from qcompile.core import runtime
 
 #: Part of the mean signal that is added to every sample's, and the least noise over signal that makes a difference.
 QUIET, EXACT = 1e-3, 1e-9
+#: Neighbouring positions of a language model's outputs that count as a sample.
+POSITIONS = 32
 
 
 @dataclass
@@ -88,6 +91,14 @@ class OutputError:
 
     def _logs(self, name: str) -> npt.NDArray[np.float64]:
         return np.asarray(np.log(np.maximum(self.relative(name), EXACT)))
+
+
+def in_blocks(outputs: runtime.Outputs) -> Iterator[runtime.Outputs]:
+    """Yield outputs `[batch, positions, ...]` in blocks of `POSITIONS` neighbours, as alike as whole numbers allow."""
+    positions = min(array.shape[1] for array in outputs.values())
+    count = max(1, round(positions / POSITIONS))
+    parts = {name: np.array_split(array, count, axis=1) for name, array in outputs.items()}
+    yield from ({name: split[at] for name, split in parts.items()} for at in range(count))
 
 
 def _power(values: npt.NDArray[np.float64]) -> float:

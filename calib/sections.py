@@ -106,6 +106,12 @@ def at_scores(model: ir.Model) -> ir.Model:
     return copy
 
 
+def is_language(model: ir.Model) -> bool:
+    """Tell whether all that comes out are scores of the words of a vocabulary, or roots of theirs, at each position."""
+    vocabularies = _vocabularies(model.graph)
+    return bool(model.graph.outputs) and all(_words(value) in vocabularies for value in model.graph.outputs)
+
+
 def _words(value: ir.Value) -> int | None:
     """Return how many scores an output has at each place of a sequence, if it has that many at each."""
     shape = value.shape

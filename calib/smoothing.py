@@ -69,6 +69,13 @@ class Reader:
         np.add.at(found, self.channels, self._over(np.sum, np.square(self.weight, dtype=np.float64)))
         return found
 
+    @cached_property
+    def taps(self) -> Numbers:
+        """How many weights each channel that it reads is multiplied by, shape (channels,)."""
+        found = np.zeros(self.classes.size)
+        np.add.at(found, self.channels, self._over(np.sum, np.ones(self.weight.shape)))
+        return found
+
     @property
     def signal(self) -> float:
         """The power of what it adds up, as if channels were independent, summed over its output channels."""

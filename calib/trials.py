@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Sample
 from qcompile.calib.observers import Histogram, Observer, value_range
-from qcompile.calib.output_error import OutputError
-from qcompile.calib.sections import Section, live_values, section
+from qcompile.calib.output_error import OutputError, in_blocks
+from qcompile.calib.sections import Section, is_language, live_values, section
 from qcompile.calib.work import Cost
 from qcompile.calib.workers import Travelling, Workers
 from qcompile.core import numerics, runtime
@@ -170,8 +170,9 @@ class Trials:
         """
         outputs = self.expected(samples) if expected is None else expected
         session = runtime.Session(self._scheme.quantized(self.rounded, self.names)[0], integer_kernels=False)
+        run = partial(_together, session, samples, outputs, repeats, is_language(self.model))
         with ThreadPoolExecutor(threads) as pool:
-            errors = pool.map(partial(_together, session, samples, outputs, repeats), choices.values())
+            errors = pool.map(run, choices.values())
             return dict(track(zip(choices, errors, strict=True), len(choices), "comparing observers"))
 
     def alone(
@@ -248,12 +249,15 @@ def _together(
     samples: Sequence[Sample],
     outputs: Sequence[runtime.Outputs],
     repeats: int,
+    by_position: bool,
     parameters: Mapping[str, Parameters],
 ) -> OutputError:
     error = OutputError()
     inputs = _repeats(parameters, repeats)
     for feeds, expected in zip(samples, outputs, strict=True):
-        error.add(expected, *(session.run({**feeds, **given}) for given in inputs))
+        found = [expected, *(session.run({**feeds, **given}) for given in inputs)]
+        for block in zip(*map(in_blocks, found), strict=True) if by_position else (found,):
+            error.add(*block)
     return error
 
 

@@ -8,7 +8,7 @@ with γ, while factors in front of a product go into what makes its input.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -16,7 +16,8 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calib.sections import cuttable
+from qcompile.calib.output_error import surely_less
+from qcompile.calib.sections import cuttable, is_language
 from qcompile.calib.work import Cost
 from qcompile.calibration import Calibration
 from qcompile.core.contract import Pass, Refusal
@@ -37,8 +38,9 @@ from qcompile.rotation import RotationPlan, input_operators, kept_in_float, plan
 from qcompile.smoothing import Candidate, Smoothable, Tuned, middles, shifted
 from qcompile.weight_scaling import WeightScaling, scales_weights
 
-#: Multiply-accumulates that all trials of smoothing together may take; rotation has at most three more.
-WORK = 1.5e12
+#: Multiply-accumulates that all trials of smoothing together may take; rotation has at most eight more. Of a language
+#: model they may be so many times more: ranges of few sequences clip what the tokens of others reach.
+WORK, LANGUAGE = 1.5e12, 3.0
 #: Samples that a trial runs at most, of each half, and the fewest with which several α for all groups are tried.
 SAMPLES, ENOUGH = 32, 3
 #: α for all groups at once (SmoothQuant+, Pan et al. 2023), beside each group its own.
@@ -206,7 +208,8 @@ class _Search:
 
     @cached_property
     def _runs(self) -> float:
-        return WORK / Cost.of(self.model, next(iter(self.job.evidence.calibration))).total / 3.0
+        work = WORK * (LANGUAGE if is_language(self.model) else 1.0)
+        return work / Cost.of(self.model, next(iter(self.job.evidence.calibration))).total / 3.0
 
     def _planned(self) -> RotationPlan:
         """Return the rotations that leave the operators behind them less noise, by the estimate."""
@@ -229,7 +232,10 @@ class _Search:
             if not self._same(candidate, best) and not self._same(candidate, start):
                 least = least or self._outcome(start)
                 found = self._outcome(candidate)
-                best, least = (candidate, found) if found.beats(least) else (best, least)
+                # Factors chosen in turn take no time, and by more than a few outputs tell of: these can only veto them.
+                anew = candidate.smoothing.in_turn and not best.smoothing.in_turn
+                better = not surely_less(least.error, found.error) if anew else found.beats(least)
+                best, least = (candidate, found) if better else (best, least)
 
         for step in self.steps:
             kinds = step.kinds if step.alpha is None else best.smoothing.kinds
@@ -238,14 +244,28 @@ class _Search:
             consider(replace(best, shifted=True))
         for candidate in (replace(best, folded=rotations), _Candidate(rotations)) if rotations else ():
             consider(candidate)
-        if self._operators(self.model):
-            before, model = best, self._built(best)[0]
-            for inputs in plan_inputs(model, self._operators(model), self.judge.fit, self.job.track):
-                consider(replace(before, inputs=inputs))
-            # What the products spread hid what the residual stream's rotation gains.
-            if best.inputs and rotations and not best.folded:
-                consider(replace(best, folded=rotations))
+        for candidate in self._with_products(best):
+            if len(candidate.inputs) < len(best.inputs):  # fewer save less
+                break
+            consider(candidate)
+        # What the products spread hid what the residual stream's rotation gains.
+        if best.inputs and rotations and not best.folded:
+            consider(replace(best, folded=rotations))
         return best if least is None or least.error.total <= UNUSABLE else start
+
+    def _with_products(self, before: _Candidate) -> Iterator[_Candidate]:
+        """Yield a candidate with products in front of operators: all that may gain, by each α, then some of them.
+
+        Products spread what factors had to even out, so that another α may be the best with them.
+        """
+        if not self._operators(self.model):
+            return
+        model, smoothing = self._built(before)[0], before.smoothing
+        planned = plan_inputs(model, self._operators(model), self.judge.fit, self.job.track)
+        alphas = {smoothing.alpha: None} | dict.fromkeys(step.alpha for step in self.steps if smoothing.kinds)
+        for inputs in planned[:1]:
+            yield from (replace(before, smoothing=replace(smoothing, alpha=one), inputs=inputs) for one in alphas)
+        yield from (replace(before, inputs=inputs) for inputs in planned[1:])
 
     def _same(self, one: _Candidate, other: _Candidate) -> bool:
         """Tell whether two candidates make the same model."""

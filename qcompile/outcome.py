@@ -13,7 +13,7 @@ from qcompile.calib.collect import collect
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import OutputError, surely_less
-from qcompile.calib.sections import at_scores, typed
+from qcompile.calib.sections import at_scores, is_language, typed
 from qcompile.calib.trials import Trials, quantizations
 from qcompile.core.runtime import Outputs
 from qcompile.decision import choose_operators, pricer_for
@@ -24,20 +24,31 @@ from qcompile.pricing import Pricer
 
 #: Time and noise are weighed as time · noise^0.1: a decibel is worth 2 % of time, next to nothing beyond 30 dB.
 NOISE, NEGLIGIBLE = 0.1, 1e-3
+#: Standard errors by which a language model's noise must be less: blocks of a sequence have a part of it in common.
+SURE = 2.0
 #: Ranges by which a trial quantizes, if these are to be chosen from: the one that loses less counts.
 OBSERVERS = (Observer.MINMAX, Observer.MSE)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a candidate comes to: noise at the outputs, and what that costs together with the time it takes."""
+    """What a candidate comes to: noise at the outputs, and what that costs together with the time it takes.
+
+    Parameters
+    ----------
+    error : OutputError
+    cost : float
+    sure : float
+        By how many standard errors noise must be less: two where these are of blocks of one sequence.
+    """
 
     error: OutputError
     cost: float
+    sure: float = 1.0
 
     def beats(self, other: Outcome) -> bool:
         """Tell whether it is better: by its cost, and by more noise less than chance explains."""
-        return self.cost < other.cost and surely_less(self.error, other.error)
+        return self.cost < other.cost and surely_less(self.error, other.error, self.sure)
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,8 @@ class Judge:
             self.expected[outputs] = trials.expected(judge)
         errors = trials.together(judge, choices, 1, track, options.threads, self.expected[outputs])
         error = min(errors.values(), key=lambda one: one.value)
-        return Outcome(error, self._slower(model, kept, added) * (error.total + NEGLIGIBLE) ** NOISE)
+        cost = self._slower(model, kept, added) * (error.total + NEGLIGIBLE) ** NOISE
+        return Outcome(error, cost, SURE if is_language(model) else 1.0)
 
     def _slower(self, model: ir.Model, kept: Mapping[str, Wish], added: Hashable) -> float:
         """Return how much longer a run takes with added nodes, over the time without."""

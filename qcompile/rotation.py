@@ -34,10 +34,8 @@ READINGS = 8
 SEEDS = 4
 #: Neighbouring channels that a product at run time mixes: the first of these that divides all.
 BLOCKS = (32, 16)
-#: A product more is considered where it makes the noise of the operator behind it this much less.
-INPUT_GAIN = 2.0
-#: Which part of the noise that all products would save is worth trying to save with fewer.
-SHARES = (0.9, 0.5)
+#: Which part of the noise that all products would save is tried to be saved, with all of them and with fewer.
+SHARES = (1.0, 0.9, 0.5)
 #: Why such a product is not in integers, whatever is asked of operators of its type.
 ROTATES = "it rotates what the operator behind it reads as codes"
 
@@ -166,7 +164,10 @@ def _block(node: ir.Node) -> int:
 def plan_inputs(
     model: ir.Model, operators: Collection[ir.Node], data: Dataset, track: Track[Sample]
 ) -> tuple[tuple[InputRotation, ...], ...]:
-    """Choose a product for each operator whose noise it makes half as much or less, those that save most first.
+    """Choose a product for each operator whose noise it makes less by 1 dB or more, those that save most first.
+
+    Whether that is worth the time is not asked here: a few tokens that are a thousand times the others hide what all
+    others gain, so only the outputs tell.
 
     Parameters
     ----------
@@ -191,7 +192,7 @@ def plan_inputs(
             matrix = Orthogonal.spreading(_block(node), seed, block=_block(node))
             reading = [Reading(rows[name].astype(np.float64), _some_columns(weights_by_input(node)))]
             without, rotated = (noise_of(reading, r, Scheme()) for r in (np.eye(matrix.width), matrix.matrix()))
-            if INPUT_GAIN * rotated <= without:
+            if rotated <= WORTH * without:
                 found.append((without - rotated, InputRotation(node_name(node), matrix)))
     found.sort(key=lambda one: -one[0])
     saved = np.cumsum([saving for saving, _ in found])

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calib.collect import ChannelSpread, collect_spread
 from qcompile.calib.data import Dataset
+from qcompile.calib.equalization import ROUNDS, equalized_log2
 from qcompile.calib.smoothing import (
+    Numbers,
     Reader,
     Rule,
     Scheme,
     Sides,
     Writer,
     best_rule,
+    by_class,
     farthest,
     preferably_whole,
     smoothing_log2,
@@ -36,6 +42,8 @@ from qcompile.passes.shift import Shift
 from qcompile.passes.smooth import Smooth
 from qcompile.passes.split import Splittable, splittable
 
+Weights = npt.NDArray[Any]
+
 #: A Mul more is considered where it makes the noise of the operators behind it this much less, by the estimate.
 MUL_GAIN = 2.0
 
@@ -46,17 +54,19 @@ NARROWER = 0.95
 
 @dataclass(frozen=True)
 class Candidate:
-    """Some of the groups, each by its own α (None) or all by the same."""
+    """Some of the groups, each by its own α (None) or all by the same; or by factors that they chose in turn."""
 
     kinds: tuple[How, ...] = ()
     alpha: float | None = None
+    in_turn: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """A group with the operators in integers around it, its own rule (without one, why), and what may be done beside.
 
-    What that is: channels that may be set aside, and those that may be split, with their bound.
+    What that is: channels that may be set aside, and those that may be split, with their bound. Where weights have one
+    scale, also the logarithms of the factors that the groups chose in turn, by class.
     """
 
     group: ScaleGroup
@@ -65,6 +75,7 @@ class Tuned:
     reason: str = ""
     aside: tuple[int, ...] = ()
     split: Pieces | None = None
+    in_turn: Numbers | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,8 @@ class Smoothable:
         groups, _ = self.found
         kinds = [kind for kind in (How.FOLD, How.RESTORE) if any(group.how is kind for group in groups)]
         steps = [Candidate(tuple(kinds[:count])) for count in range(len(kinds) + 1)]
+        if How.FOLD in kinds and not self.scheme.per_channel:
+            steps.append(Candidate((How.FOLD,), in_turn=True))
         if any(group.how is How.BRANCH for group in groups):
             steps += [Candidate((*kinds, How.BRANCH, *beside)) for beside in ((), (How.SPLIT,), (How.ASIDE,))]
         return steps
@@ -140,7 +153,7 @@ class Smoothable:
     def tuned(self, data: Dataset) -> list[Tuned]:
         """Measure, and choose each group's own α."""
         spread = self._spread(data)
-        return [self._tune(group, spread) for group in self.found[0]]
+        return self._in_turn([self._tune(group, spread) for group in self.found[0]], spread)
 
     def chosen(
         self, tuned: Sequence[Tuned], candidate: Candidate, data: Dataset, why: str
@@ -158,6 +171,7 @@ class Smoothable:
         """
         spread = self._spread(data)
         anew = [replace(one, sides=self._sides(one.group, spread)) for one in tuned]
+        anew = self._in_turn(anew, spread) if candidate.in_turn else anew
         found = {name: ChannelFactors(How.NONE, reason=reason) for name, reason in self.found[1].items()}
         found |= self.factors(anew, candidate, why)
         order = [structure.name_of(value) for value, _ in linear_readings(self.model.graph, self.integers)]
@@ -174,11 +188,14 @@ class Smoothable:
             return _aside(one)
         if one.split is not None and one.split.channels.size and How.SPLIT in candidate.kinds:
             return _split(one.split)
-        if one.rule is None or one.group.how not in candidate.kinds:
-            return ChannelFactors(How.NONE, reason=one.reason or why)
-        log2 = smoothing_log2(one.sides, one.rule if candidate.alpha is None else Rule(candidate.alpha))
-        log2 = preferably_whole(one.sides, log2, self.scheme)
         classes = one.group.classes
+        if candidate.in_turn and one.in_turn is not None:
+            log2 = one.in_turn
+        elif one.rule is None or one.group.how not in candidate.kinds:
+            return ChannelFactors(How.NONE, reason=one.reason or why)
+        else:
+            log2 = smoothing_log2(one.sides, one.rule if candidate.alpha is None else Rule(candidate.alpha))
+            log2 = preferably_whole(one.sides, log2, self.scheme)
         return ChannelFactors(one.group.how, tuple(map(float, log2[np.abs(classes)] * np.sign(classes))))
 
     def _spread(self, data: Dataset) -> Mapping[str, ChannelSpread]:
@@ -209,35 +226,75 @@ class Smoothable:
             return Tuned(group, sides, None, reason)
         return Tuned(group, sides, rule)
 
-    def _sides(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> Sides:
-        """Return the group's operators in integers; those that write count where weights have one scale."""
-        return Sides(self._readers(group, spread), () if self.scheme.per_channel else self._writers(group, spread))
+    def _in_turn(self, tuned: Sequence[Tuned], spread: Mapping[str, ChannelSpread]) -> list[Tuned]:
+        """Let the groups that fold choose in turn, each by what all others have left, where weights have one scale."""
+        folding = [one for one in tuned if one.group.how is How.FOLD and not self.scheme.per_channel]
+        found, weights, spread = (
+            {one.group: np.zeros(one.sides.count) for one in folding},
+            dict[str, Weights](),
+            {**spread},
+        )
+        for one in folding * ROUNDS:
+            log2 = equalized_log2(self._sides(one.group, spread, weights), self.scheme)
+            found[one.group] = found[one.group] + log2
+            for fold in one.group.folds if log2.any() else ():
+                name = structure.node_name(fold.node)
+                if structure.is_linear(fold.node) and fold.index == structure.WEIGHT_INPUT:
+                    factors = by_class(np.exp2(log2 * fold.exponent), fold.classes).astype(np.float32)
+                    weights[name] = _weight(fold.node, weights) * factors
+            for value, reading in {reading.value: reading for reading in one.group.readings}.items():
+                if structure.name_of(value) in spread:
+                    seen = spread[structure.name_of(value)]
+                    divisors = by_class(np.exp2(log2), reading.classes)
+                    divided = seen.low / divisors, seen.high / divisors, seen.power / divisors**2
+                    spread[structure.name_of(value)] = ChannelSpread(*divided)
+        return [replace(one, in_turn=found.get(one.group)) for one in tuned]
 
-    def _writers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Writer]:
+    def _sides(
+        self,
+        group: ScaleGroup,
+        spread: Mapping[str, ChannelSpread],
+        weights: Mapping[str, Weights] = MappingProxyType({}),
+    ) -> Sides:
+        """Return the group's operators in integers; those that write count where weights have one scale."""
+        writers = () if self.scheme.per_channel else self._writers(group, spread, weights)
+        return Sides(self._readers(group, spread, weights), writers)
+
+    def _writers(
+        self, group: ScaleGroup, spread: Mapping[str, ChannelSpread], weights: Mapping[str, Weights]
+    ) -> list[Writer]:
         """Return what writes the group's channels, nothing where that is not linear operators in integers alone."""
         found, written = list[Writer](), set[int]()
         for fold in group.folds:
-            node, weight = fold.node, structure.constant(fold.node.inputs[fold.index])
+            node = fold.node
             if fold.exponent > 0 or fold.index != structure.WEIGHT_INPUT or not structure.is_linear(node):
                 continue
             channels, name = weight_channels(node), structure.name_of(structure.input_of(node, 0))
             if structure.node_name(node) in self.integers and name in spread:
-                assert weight is not None and channels is not None
-                found.append(Writer(spread[name].power[channels], fold.classes, weight))
+                assert channels is not None
+                found.append(Writer(spread[name].power[channels], fold.classes, _weight(node, weights)))
                 written |= set(np.unique(fold.classes).tolist())
         return found if written >= set(group.classes.tolist()) - {FIXED} else []
 
-    def _readers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Reader]:
+    def _readers(
+        self, group: ScaleGroup, spread: Mapping[str, ChannelSpread], weights: Mapping[str, Weights]
+    ) -> list[Reader]:
         """Return the operators in integers that read the group's channels."""
         found = []
         for reading in group.readings:
             name, channels = structure.name_of(reading.value), weight_channels(reading.node)
-            weight = structure.constant(reading.node.inputs[structure.WEIGHT_INPUT])
             if structure.node_name(reading.node) in self.integers and name in spread:
-                assert weight is not None and channels is not None
-                axis = structure.weight_axis(reading.node)
+                assert channels is not None
+                weight, axis = _weight(reading.node, weights), structure.weight_axis(reading.node)
                 found.append(Reader(spread[name], reading.classes, weight, axis, channels))
         return found
+
+
+def _weight(node: ir.Node, changed: Mapping[str, Weights]) -> Weights:
+    """Return a linear operator's weights, as they have become."""
+    weight = structure.constant(node.inputs[structure.WEIGHT_INPUT])
+    assert weight is not None
+    return changed.get(structure.node_name(node), weight)
 
 
 def middles(job: Job, model: ir.Model, integers: frozenset[str], data: Dataset) -> dict[str, tuple[float, ...]]:

@@ -8,7 +8,8 @@ import pytest
 from conftest import proto_from_text
 
 from qcompile.calib.output_error import OutputError
-from qcompile.calib.sections import at_scores
+from qcompile.calib.sections import at_scores, is_language
+from qcompile.calib.trials import Trials
 from qcompile.core import model as models
 from qcompile.core import runtime
 
@@ -67,3 +68,30 @@ COLUMNS = "c = Gather <axis: int = 1> (w, ids) f = Transpose <perm: ints = [1, 2
 )
 def test_other_outputs_stay_as_they_are(random: np.random.Generator, text: str, width: int) -> None:
     assert [value.name for value in at_scores(built(text, random, width)).graph.outputs] == ["logits"]
+
+
+def test_a_sample_of_a_language_model_counts_as_blocks_of_positions(random: np.random.Generator) -> None:
+    """As many as there are, each with its own noise, and together what the whole sample has."""
+    model = at_scores(built(LANGUAGE, random))
+    rounded = model.clone()
+    weight = rounded.graph.initializers["w"]
+    weight.const_value = ir.tensor(np.round(weight.const_value.numpy(), 1), name="w")
+    samples = [{"ids": random.integers(0, 50, (1, length))} for length in (96, 96, 7)]
+    trials = Trials(model, rounded, [], "uint8", {}, samples[0])
+    error = trials.together(samples, {"all": {}}, 1, lambda items, *_: items, 1)["all"]
+    [noise], at = error.noise.values(), 0
+    before, after = (runtime.Session(each) for each in (model, rounded))
+    for feeds in samples:
+        expected, found = (next(iter(session.run(feeds).values())).astype(np.float64) for session in (before, after))
+        for start in range(0, expected.shape[1], 32):
+            block = (expected - found)[:, start : start + 32]
+            assert noise[at] == pytest.approx(np.mean(block**2), rel=1e-9)
+            at += 1
+    assert at == len(noise) == 7
+
+
+def test_what_is_no_language_model_counts_by_samples(random: np.random.Generator) -> None:
+    assert is_language(built(LANGUAGE, random)) and is_language(at_scores(built(TABLE, random)))
+    assert not is_language(built(FED, random))
+    two = LANGUAGE.replace("logits) {", "logits, float[B,T,16] h) {")
+    assert not is_language(built(two, random))

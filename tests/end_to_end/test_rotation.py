@@ -100,7 +100,6 @@ def test_a_quiet_stream_is_not(qcompile, stream, tmp_path):
 def test_products_are_added_only_where_they_may_be(qcompile, stream, tmp_path, monkeypatch):
     # On a model as small as this a product takes as much time as what it saves noise for.
     monkeypatch.setattr("qcompile.outcome.NOISE", 1.0)
-    monkeypatch.setattr("qcompile.rotation.INPUT_GAIN", 1.0)
     model, data = stream()
     words = (model, "--target", "cpu", "--data", data, "--json")
     allowed = report(qcompile(*words, "-o", tmp_path / "allowed", costs=None))
@@ -119,7 +118,6 @@ def test_products_are_added_only_where_they_may_be(qcompile, stream, tmp_path, m
 @pytest.mark.parametrize("costs", [None, "none"])
 def test_the_stages_agree_with_one_compile(qcompile, stream, tmp_path, monkeypatch, costs):
     monkeypatch.setattr("qcompile.outcome.NOISE", 1.0)
-    monkeypatch.setattr("qcompile.rotation.INPUT_GAIN", 1.0)
     rotation = stages_agree(qcompile, *stream(), tmp_path, costs=costs)["rotation"]
     assert rotation["folded"] and bool(rotation["inputs"]) == (costs is None)
 
