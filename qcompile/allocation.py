@@ -48,7 +48,7 @@ UNPACKING = 900
 #: By so much, in dB, more than a bound on fidelity is asked of the prediction: it is for other samples.
 MARGIN = 0.5
 #: So often a budget is lowered by what the file was larger than reckoned.
-ATTEMPTS = 4
+ATTEMPTS = 8
 #: Without a budget, what the file of a model of so many bytes or more is to take at most, in parts of float's: a
 #: quarter, and what goes with codes.
 QUARTER, LARGE = 0.26, 10e6
@@ -268,7 +268,8 @@ class Program:
             if widths.bytes <= budget:
                 others = map(self._widths, self._rivals(best, limit - self.fixed))
                 return [widths, *(one for one in others if one.bytes <= budget)]
-            limit -= widths.bytes - budget
+            # Below what this choice is reckoned to take, which may leave some of the budget: it would come again.
+            limit = min(limit, best.costs[0] + self.fixed) - (widths.bytes - budget)
         return [self.fewest]
 
     def _rivals(self, best: Allocation, budget: float) -> list[Allocation]:

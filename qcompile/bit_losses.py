@@ -9,6 +9,7 @@ from functools import cache, partial
 import onnx_ir as ir
 
 from qcompile.allocation import above_a_quarter, program_of
+from qcompile.bops_budget import operations_of
 from qcompile.budget import Budget
 from qcompile.calib.work import multiply_accumulates
 from qcompile.calibration import Calibration
@@ -16,7 +17,15 @@ from qcompile.core.errors import UsageError
 from qcompile.job import Job
 from qcompile.passes.read_plan import is_quantized
 from qcompile.pipeline import COUNTS, LOSSES, PAIRS, TRIED, WIDTHS
-from qcompile.weight_losses import Codes, Planned, find_codes, measure_losses, measure_pairs, try_choices
+from qcompile.weight_losses import (
+    Codes,
+    Planned,
+    find_codes,
+    measure_losses,
+    measure_pairs,
+    packable,
+    try_choices,
+)
 
 
 def require_choice(job: Job, canonical: ir.Model) -> None:
@@ -59,6 +68,9 @@ def measured(job: Job, canonical: ir.Model, calibration: Calibration, planned: P
         count = partial(multiply_accumulates, canonical, job.evidence.samples[0])
         macs = pipeline.measure("multiply-accumulates", COUNTS, count)
         calibration = replace(calibration, macs=macs)
+    if options.mixed and options.max_bops is not None:  # refused before the runs rather than after them
+        plain = planned({})
+        operations_of(canonical, plain, calibration, options, packable(canonical, plain))
     if not job.evidence.calibrated:
         return calibration
     if not chosen and not above_a_quarter(canonical, calibration, planned, job.backend, options):

@@ -87,6 +87,27 @@ def test_runs_for_another_budget_do_not_replace_the_program_s_choice(program):
     assert names(best) == {"c"} and best.tried == 0
 
 
+def test_a_file_that_is_larger_than_reckoned_takes_fewer_bits_but_not_all(monkeypatch):
+    """Many choices of about the same size, each packed weight taking a little more than it is reckoned to."""
+    counts = {f"w{at}": 5_000 + 13 * at for at in range(30)}
+    reckoned = {name: count * packing.BITS / 8.0 + UNPACKING for name, count in counts.items()}
+
+    def written(bits: Mapping[str, int]) -> int:
+        return int(sum(reckoned[name] + 60 if bits.get(name) == FOUR else count for name, count in counts.items()))
+
+    monkeypatch.setattr(allocation, "_bytes", lambda model, plan, backend: written(plan))
+    model, backend = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), None
+    losses = {name: {EIGHT: 0.0, FOUR: 1.0 + at % 7} for at, name in enumerate(counts)}
+    planned: Any = dict
+    many = Program(model, counts, losses, NOISE, planned, backend, {})  # type: ignore[arg-type]
+    fewest = written(dict.fromkeys(counts, FOUR))
+    for part in (0.1, 0.3, 0.5, 0.9):
+        budget = fewest + part * (written({}) - fewest)
+        best = many.proposals(budget)[0]
+        # Never above it, and within what four weights take below it.
+        assert budget - 4 * 2_500 <= best.bytes <= budget
+
+
 def test_a_budget_that_all_weights_fit_has_one_choice(program):
     (only,) = [one for one in program().proposals(size({})) if not names(one)]
     assert only == program().proposals(size({}))[0]
