@@ -14,9 +14,10 @@ from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation
 from qcompile.backends.tvm.schedules import x86_codes as codes
+from qcompile.backends.tvm.schedules import x86_depthwise as depthwise
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_windows as windows
-from qcompile.backends.tvm.schedules.x86 import OFFSET, Processor, Rounding, high_word
+from qcompile.backends.tvm.schedules.x86 import FOLDED, OFFSET, Processor, Rounding, high_word
 from qcompile.core.errors import TargetError
 
 Array = npt.NDArray[Any]
@@ -59,7 +60,8 @@ def _require(network: Network, operation: Operation) -> None:
 def rounding(requantize: ops.Requantize) -> Rounding:
     """Return the rounding of stored codes."""
     numbers = (requantize.zero_point + OFFSET, requantize.low + OFFSET, requantize.high + OFFSET)
-    return Rounding(high_word(requantize.shift.tolist()), *numbers)
+    high = high_word(requantize.shift.tolist())
+    return Rounding(high, *numbers, folded=high and int(requantize.shift.max()) <= 32 + FOLDED)
 
 
 def _stored_bias(bias: Array, weights: Array) -> Array:
@@ -128,11 +130,11 @@ def _linear(
     multiplier, shift = (
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
     )
-    bias = _stored_bias(operation.bias[channels], weights)
-    table = linear.scaling_table(processor, shape.outputs, bias, multiplier, shift)
+    numbers = (_stored_bias(operation.bias[channels], weights), multiplier, shift)
+    packed, table = linear.pack(shape, tile, processor, weights, numbers)
     given = [
-        network.at(operation.inputs[0], places[0]), network.constant(linear.pack(shape, tile, processor, weights)),
-        network.constant(table), network.at(operation.output, places[1]),
+        network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
+        network.at(operation.output, places[1]),
     ]  # fmt: skip
     name = network.add(linear.linear_kernel, (shape, tile, processor), given, operation.name)
     network.tiles[name] = tile
@@ -157,15 +159,18 @@ def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Win
 
 def _depthwise(network: Network, operation: ops.Conv) -> None:
     shape, requantize = _windows(network, operation, rounding(operation.requantize)), operation.requantize
-    weights = operation.weights.reshape(len(operation.weights), -1)
-    table = linear.scaling_table(
-        network.processor, len(weights), _stored_bias(operation.bias, weights), requantize.multiplier, requantize.shift
-    )
-    given = [
-        network.at(operation.inputs[0]), network.constant(windows.pack(shape, network.processor, weights)),
-        network.constant(table), network.at(operation.output),
-    ]  # fmt: skip
-    network.add(windows.depthwise_kernel, (shape, network.processor), given, operation.name)
+    weights = operation.weights[..., 0]
+    numbers = [np.broadcast_to(n, operation.bias.shape)
+               for n in (_stored_bias(operation.bias, weights), requantize.multiplier, requantize.shift)]  # fmt: skip
+    for first, count, lanes in depthwise.parts(shape.channels, network.processor.lanes):
+        part, narrow = replace(shape, channels=count), network.processor.narrower(lanes)
+        channels = slice(first, first + count)
+        packed, table = depthwise.pack(part, narrow, weights[channels], tuple(n[channels] for n in numbers))
+        given = [
+            network.at(operation.inputs[0], first), network.constant(packed), network.constant(table),
+            network.at(operation.output, first),
+        ]  # fmt: skip
+        network.add(depthwise.depthwise_kernel, (part, narrow), given, operation.name)
 
 
 def _average(network: Network, operation: ops.AveragePool) -> None:
@@ -178,9 +183,8 @@ def _average(network: Network, operation: ops.AveragePool) -> None:
 
 def _one_scaling(network: Network, bias: Array, requantize: ops.Requantize) -> Argument:
     lanes = network.processor.lanes
-    return network.constant(
-        linear.scaling_table(network.processor, lanes, bias, requantize.multiplier, requantize.shift)
-    )
+    numbers = (bias, *(np.broadcast_to(array, (lanes,)) for array in (requantize.multiplier, requantize.shift)))
+    return network.constant(linear.scaling_table(network.processor, numbers, rounding(requantize)))
 
 
 def _maximum(network: Network, operation: ops.MaxPool) -> None:
@@ -275,7 +279,7 @@ def _pad(network: Network, operation: ops.Pad) -> None:
     steps = strides(network.layout, target)
     rows, columns, channels = extents(target)
     place = network.layout.places[target.name]
-    arguments = (rows, columns * channels, place.row, operation.code + OFFSET)
+    arguments = (rows, columns * channels, place.row, operation.code + OFFSET, network.processor)
     network.add(codes.fill_kernel, arguments, [network.at(target.name)], operation.name)
     start = sum(before * step for before, step in zip(operation.before, steps, strict=True))
     _gather(

@@ -9,6 +9,7 @@ from qcompile.backends.integer import operations as ops
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
 from qcompile.backends.tvm.schedules.x86 import (
+    FOUR,
     OFFSET,
     Processor,
     Rounding,
@@ -186,13 +187,18 @@ def copy_kernel(name: str, rows: int, width: int, steps: Sequence[int], flip: bo
     return function(name, CODES, body)
 
 
-def fill_kernel(name: str, rows: int, width: int, step: int, code: int) -> Function:
+def fill_kernel(name: str, rows: int, width: int, step: int, code: int, processor: Processor) -> Function:
     """Return what fills rows with one stored code. Arguments: output."""
+    lanes = FOUR * processor.lanes
 
     def body(buffers: Any) -> None:
-        ir = builder()
-        with ir.grid(rows, width) as (y, x):
-            ir.buffer_store(buffers["output"], ir.uint8(code), [y * step + x])
+        def row(y: Any, _: int) -> None:
+            def codes(at: Any, count: int) -> None:
+                store(buffers["output"], y * step + at, all_lanes(code, "uint8", lanes), lanes, count)
+
+            _by_vectors(width, lanes, codes)
+
+        blocks(rows, 1, row)
 
     return function(name, {"output": "uint8"}, body)
 
