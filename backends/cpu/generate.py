@@ -125,6 +125,7 @@ def _linear(
     network: Network, operation: Any, shape: linear.Linear, part: tuple[Array, slice], places: tuple[int, int]
 ) -> None:
     weights, channels = part
+    shape = replace(shape, looked_up=operation.output in network.layout.tables)
     processor, tile = network.processor, linear.choose_tile(shape, network.processor)
     requantize = operation.requantize
     multiplier, shift = (
@@ -134,7 +135,7 @@ def _linear(
     packed, table = linear.pack(shape, tile, processor, weights, numbers)
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
-        network.at(operation.output, places[1]),
+        *_table(network, operation), network.at(operation.output, places[1]),
     ]  # fmt: skip
     name = network.add(linear.linear_kernel, (shape, tile, processor), given, operation.name)
     network.tiles[name] = tile
@@ -163,12 +164,13 @@ def _depthwise(network: Network, operation: ops.Conv) -> None:
     numbers = [np.broadcast_to(n, operation.bias.shape)
                for n in (_stored_bias(operation.bias, weights), requantize.multiplier, requantize.shift)]  # fmt: skip
     for first, count, lanes in depthwise.parts(shape.channels, network.processor.lanes):
-        part, narrow = replace(shape, channels=count), network.processor.narrower(lanes)
+        part = replace(shape, channels=count, looked_up=operation.output in network.layout.tables)
+        narrow = network.processor.narrower(lanes)
         channels = slice(first, first + count)
         packed, table = depthwise.pack(part, narrow, weights[channels], tuple(n[channels] for n in numbers))
         given = [
             network.at(operation.inputs[0], first), network.constant(packed), network.constant(table),
-            network.at(operation.output, first),
+            *_table(network, operation), network.at(operation.output, first),
         ]  # fmt: skip
         network.add(depthwise.depthwise_kernel, (part, narrow), given, operation.name)
 
@@ -228,9 +230,19 @@ def _mul(network: Network, operation: ops.Mul) -> None:
 
 def _lookup(network: Network, operation: ops.Lookup) -> None:
     names = (operation.inputs[0], operation.output)
-    table = (operation.table.astype(np.int16) + OFFSET).astype(np.uint8)
-    given = [network.at(names[0]), network.constant(table), network.at(names[1])]
-    network.add(codes.lookup_kernel, _rows(network, names), given, operation.name)
+    given = [network.at(names[0]), network.constant(stored(operation)), network.at(names[1])]
+    network.add(codes.lookup_kernel, (*_rows(network, names), network.processor), given, operation.name)
+
+
+def _table(network: Network, operation: Operation) -> list[Argument]:
+    """Return where the table is that an operation's codes go through, if there is one."""
+    lookup = network.layout.tables.get(operation.output)
+    return [network.constant(stored(lookup))] if lookup is not None else []
+
+
+def stored(operation: ops.Lookup) -> npt.NDArray[np.uint8]:
+    """Return a table of stored codes."""
+    return (operation.table.astype(np.int16) + OFFSET).astype(np.uint8)
 
 
 def _softmax(network: Network, operation: ops.Softmax) -> None:

@@ -14,6 +14,8 @@ from qcompile.backends.tvm.native import Machine, builder
 
 #: What stored codes are above the program's.
 OFFSET = 128
+#: Codes in the widest register.
+LINE = 64
 #: Codes that one instruction multiplies and adds up.
 FOUR = 4
 
@@ -34,6 +36,8 @@ class Processor:
         That hold vectors.
     instruction : str
         LLVM's name of the dot product, but for the bits.
+    permutes : bool
+        Whether it picks bytes from two registers by another one's (VBMI): a table of 256 codes is four registers.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Processor:
     lanes: int
     registers: int
     instruction: str
+    permutes: bool = False
 
     def dot(self, sums: Any, codes: Any, weights: Any) -> Any:
         """Return `sums` and in each lane four products of codes and weights."""
@@ -54,8 +59,9 @@ class Processor:
 
 
 AVX512_VNNI = Processor(
-    "avx512-vnni", Machine("cascadelake", ("-prefer-256-bit",)),
-    ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"), 16, 32, "llvm.x86.avx512.vpdpbusd",
+    "avx512-vnni", Machine("icelake-server", ("-prefer-256-bit",)),
+    ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"), 16, 32,
+    "llvm.x86.avx512.vpdpbusd", permutes=True,
 )  # fmt: skip
 PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI,)}
 
@@ -202,6 +208,18 @@ def joined(processor: Processor, four: Sequence[Any], low: int, high: int) -> An
     if high < (1 << 8) - 1:
         whole = ir.min(whole, all_lanes(high, "uint8", 4 * lanes))
     return ir.max(whole, all_lanes(low, "uint8", 4 * lanes)) if low > 0 else whole
+
+
+def looked_up(codes: Any, size: int, table: Any) -> Any:
+    """Return table[code] for each of `size` codes, 64 at most: by halves of the table, which two registers are."""
+    ir = builder()
+    lines, kind = [load(table, at * LINE, LINE) for at in range(4)], f"uint8x{LINE}"
+    wide = codes if size == LINE else ir.Shuffle([codes] * (LINE // size), list(range(LINE)))
+    wide = ir.bind(wide)
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    halves = [ir.call_llvm_pure_intrin(kind, name, lines[at], wide, lines[at + 1]) for at in (0, 2)]
+    found = ir.Select(wide < all_lanes(OFFSET, "uint8", LINE), *halves)
+    return found if size == LINE else ir.Shuffle([ir.bind(found)], list(range(size)))
 
 
 def clipped(values: Any, low: int, high: int, lanes: int) -> Any:

@@ -10,6 +10,7 @@ from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
 from qcompile.backends.tvm.schedules.x86 import (
     FOUR,
+    LINE,
     OFFSET,
     Processor,
     Rounding,
@@ -17,6 +18,7 @@ from qcompile.backends.tvm.schedules.x86 import (
     blocks,
     clipped,
     load,
+    looked_up,
     requantize,
     store,
 )
@@ -118,11 +120,24 @@ def mul_kernel(
     return function(name, {"input": "uint8", "other": "uint8", "channels": "int32", "output": "uint8"}, body)
 
 
-def lookup_kernel(name: str, rows: int, width: int, steps: Sequence[int]) -> Function:
+def lookup_kernel(name: str, rows: int, width: int, steps: Sequence[int], processor: Processor) -> Function:
     """Return table[code]. Arguments: input, table, output."""
+
+    def vectors(buffers: Any) -> None:
+        def row(y: Any, _: int) -> None:
+            def codes(at: Any, count: int) -> None:
+                made = looked_up(load(buffers["input"], y * steps[0] + at, LINE), LINE, buffers["table"])
+                store(buffers["output"], y * steps[1] + at, made, LINE, count)
+
+            _by_vectors(width, LINE, codes)
+
+        blocks(rows, 1, row)
 
     def body(buffers: Any) -> None:
         ir = builder()
+        if processor.permutes:
+            vectors(buffers)
+            return
         with ir.grid(rows, width) as (y, x):
             code = buffers["table"][ir.cast(buffers["input"][y * steps[0] + x], "int32")]
             ir.buffer_store(buffers["output"], code, [y * steps[1] + x])

@@ -14,8 +14,18 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import FOUR, Processor, all_lanes, blocks, joined, load, scaled, store
-from qcompile.backends.tvm.schedules.x86_linear import Scaling, scaling_table
+from qcompile.backends.tvm.schedules.x86 import (
+    FOUR,
+    Processor,
+    all_lanes,
+    blocks,
+    joined,
+    load,
+    looked_up,
+    scaled,
+    store,
+)
+from qcompile.backends.tvm.schedules.x86_linear import Scaling, arguments, scaling_table
 from qcompile.backends.tvm.schedules.x86_windows import Windows
 
 #: Columns whose sums are held at once, four vectors each.
@@ -88,7 +98,7 @@ def interleaved(rows: list[Any], lanes: int) -> list[Any]:
 
 
 def depthwise_kernel(name: str, shape: Windows, processor: Processor) -> Function:
-    """Return a depthwise convolution. Arguments: input, weights, channels, output."""
+    """Return a depthwise convolution. Arguments: input, weights, channels, table where codes are looked up, output."""
     width = FOUR * processor.lanes
 
     def body(buffers: Any) -> None:
@@ -101,8 +111,7 @@ def depthwise_kernel(name: str, shape: Windows, processor: Processor) -> Functio
         if left:
             block(full, left)
 
-    kinds = {"input": "uint8", "weights": "int8", "channels": "int32", "output": "uint8"}
-    return function(name, kinds, body)
+    return function(name, arguments(shape.looked_up), body)
 
 
 class _Emitter:
@@ -130,6 +139,8 @@ class _Emitter:
             codes = [scaled(self.processor, sums[output][j], self.scaling.of(self.block * FOUR + j), shape.rounding)
                      for j in range(FOUR)]  # fmt: skip
             whole = joined(self.processor, codes, shape.rounding.low, shape.rounding.high)
+            if shape.looked_up:
+                whole = builder().bind(looked_up(builder().bind(whole), self.width, self.buffers["table"]))
             at = y * shape.output_row + (x + output) * shape.output_column + self.block * self.width
             store(self.buffers["output"], at, whole, self.width, self.left)
 

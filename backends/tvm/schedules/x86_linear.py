@@ -21,6 +21,7 @@ from qcompile.backends.tvm.schedules.x86 import (
     blocks,
     joined,
     load,
+    looked_up,
     nested,
     scaled,
     store,
@@ -44,6 +45,8 @@ class Linear:
     output_row, output_column : int
         From one output row, or column, to the next.
     rounding : Rounding
+    looked_up : bool
+        Whether codes go through a table at the end.
     """
 
     rows: int
@@ -56,6 +59,7 @@ class Linear:
     output_row: int
     output_column: int
     rounding: Rounding
+    looked_up: bool = False
 
     @property
     def quads(self) -> int:
@@ -230,7 +234,7 @@ class Scaling:
 
 
 def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) -> Function:
-    """Return the function. Arguments: input, weights, channels, output."""
+    """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
 
     def body(buffers: Any) -> None:
         emitter, lanes = _Emitter(shape, tile, processor, buffers), processor.lanes
@@ -243,7 +247,13 @@ def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) ->
             emitter.block(first, count, min(shape.outputs - first * lanes, count * lanes))
             first += count
 
-    return function(name, {"input": "uint8", "weights": "int8", "channels": "int32", "output": "uint8"}, body)
+    return function(name, arguments(shape.looked_up), body)
+
+
+def arguments(looked_up: bool) -> dict[str, str]:
+    """Return what a kernel with weights takes, and of which type."""
+    table = {"table": "uint8"} if looked_up else {}
+    return {"input": "uint8", "weights": "int8", "channels": "int32", **table, "output": "uint8"}
 
 
 class _Emitter:
@@ -313,6 +323,8 @@ class _Emitter:
             ]
             four += four[-1:] * (FOUR - len(four))
             codes = self.in_order(joined(self.processor, four, shape.rounding.low, shape.rounding.high), count)
+            if shape.looked_up:
+                codes = builder().bind(looked_up(codes, FOUR * lanes, self.buffers["table"]))
             whole = together > 1 and left == count * lanes == shape.output_column == shape.outputs
             parts = [(codes, FOUR * lanes, FOUR * lanes)]
             if not (whole and len(some) == together and len({i for _, (i, _) in some}) == 1):

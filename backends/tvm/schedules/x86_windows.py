@@ -30,6 +30,8 @@ class Windows:
         From one output row, or column, to the next.
     rounding : Rounding
         Of a maximum, `low` and `high` only.
+    looked_up : bool
+        Whether codes go through a table at the end; of depthwise convolutions.
     """
 
     rows: int
@@ -41,6 +43,7 @@ class Windows:
     output_row: int
     output_column: int
     rounding: Rounding
+    looked_up: bool = False
 
     @property
     def offsets(self) -> list[int]:
