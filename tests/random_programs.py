@@ -260,3 +260,14 @@ def wide(
     fields["requantize"] = replace(fields["requantize"], low=-128, high=127)
     grown.add(ops.Conv, (1, *shape, outputs), (grown.last,), **fields, window=window, groups=groups)
     return grown.program()
+
+
+def with_table(program: Program, random: Random) -> Program:
+    """Return a program with a Lookup behind its only operation."""
+    last = program.tensors[program.operations[-1].output]
+    made = replace(last, name="looked_up")
+    table = random.integers(-128, 128, 256).astype(np.int8)
+    lookup = ops.Lookup("lookup", (last.name,), made.name, table)
+    tensors = {**program.tensors, made.name: made}
+    ports = (replace(program.outputs[0], tensor=made.name),)
+    return replace(program, tensors=tensors, operations=(*program.operations, lookup), outputs=ports)

@@ -14,9 +14,10 @@ from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation
 from qcompile.backends.tvm.schedules import x86_codes as codes
+from qcompile.backends.tvm.schedules import x86_depthwise as depthwise
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_windows as windows
-from qcompile.backends.tvm.schedules.x86 import OFFSET, Processor, Rounding, high_word
+from qcompile.backends.tvm.schedules.x86 import FOLDED, OFFSET, Processor, Rounding, high_word
 from qcompile.core.errors import TargetError
 
 Array = npt.NDArray[Any]
@@ -59,7 +60,8 @@ def _require(network: Network, operation: Operation) -> None:
 def rounding(requantize: ops.Requantize) -> Rounding:
     """Return the rounding of stored codes."""
     numbers = (requantize.zero_point + OFFSET, requantize.low + OFFSET, requantize.high + OFFSET)
-    return Rounding(high_word(requantize.shift.tolist()), *numbers)
+    high = high_word(requantize.shift.tolist())
+    return Rounding(high, *numbers, folded=high and int(requantize.shift.max()) <= 32 + FOLDED)
 
 
 def _stored_bias(bias: Array, weights: Array) -> Array:
@@ -123,16 +125,17 @@ def _linear(
     network: Network, operation: Any, shape: linear.Linear, part: tuple[Array, slice], places: tuple[int, int]
 ) -> None:
     weights, channels = part
+    shape = replace(shape, looked_up=operation.output in network.layout.tables)
     processor, tile = network.processor, linear.choose_tile(shape, network.processor)
     requantize = operation.requantize
     multiplier, shift = (
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
     )
-    bias = _stored_bias(operation.bias[channels], weights)
-    table = linear.scaling_table(processor, shape.outputs, bias, multiplier, shift)
+    numbers = (_stored_bias(operation.bias[channels], weights), multiplier, shift)
+    packed, table = linear.pack(shape, tile, processor, weights, numbers)
     given = [
-        network.at(operation.inputs[0], places[0]), network.constant(linear.pack(shape, tile, processor, weights)),
-        network.constant(table), network.at(operation.output, places[1]),
+        network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
+        *_table(network, operation), network.at(operation.output, places[1]),
     ]  # fmt: skip
     name = network.add(linear.linear_kernel, (shape, tile, processor), given, operation.name)
     network.tiles[name] = tile
@@ -157,15 +160,19 @@ def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Win
 
 def _depthwise(network: Network, operation: ops.Conv) -> None:
     shape, requantize = _windows(network, operation, rounding(operation.requantize)), operation.requantize
-    weights = operation.weights.reshape(len(operation.weights), -1)
-    table = linear.scaling_table(
-        network.processor, len(weights), _stored_bias(operation.bias, weights), requantize.multiplier, requantize.shift
-    )
-    given = [
-        network.at(operation.inputs[0]), network.constant(windows.pack(shape, network.processor, weights)),
-        network.constant(table), network.at(operation.output),
-    ]  # fmt: skip
-    network.add(windows.depthwise_kernel, (shape, network.processor), given, operation.name)
+    weights = operation.weights[..., 0]
+    numbers = [np.broadcast_to(n, operation.bias.shape)
+               for n in (_stored_bias(operation.bias, weights), requantize.multiplier, requantize.shift)]  # fmt: skip
+    for first, count, lanes in depthwise.parts(shape.channels, network.processor.lanes):
+        part = replace(shape, channels=count, looked_up=operation.output in network.layout.tables)
+        narrow = network.processor.narrower(lanes)
+        channels = slice(first, first + count)
+        packed, table = depthwise.pack(part, narrow, weights[channels], tuple(n[channels] for n in numbers))
+        given = [
+            network.at(operation.inputs[0], first), network.constant(packed), network.constant(table),
+            *_table(network, operation), network.at(operation.output, first),
+        ]  # fmt: skip
+        network.add(depthwise.depthwise_kernel, (part, narrow), given, operation.name)
 
 
 def _average(network: Network, operation: ops.AveragePool) -> None:
@@ -178,9 +185,8 @@ def _average(network: Network, operation: ops.AveragePool) -> None:
 
 def _one_scaling(network: Network, bias: Array, requantize: ops.Requantize) -> Argument:
     lanes = network.processor.lanes
-    return network.constant(
-        linear.scaling_table(network.processor, lanes, bias, requantize.multiplier, requantize.shift)
-    )
+    numbers = (bias, *(np.broadcast_to(array, (lanes,)) for array in (requantize.multiplier, requantize.shift)))
+    return network.constant(linear.scaling_table(network.processor, numbers, rounding(requantize)))
 
 
 def _maximum(network: Network, operation: ops.MaxPool) -> None:
@@ -224,9 +230,19 @@ def _mul(network: Network, operation: ops.Mul) -> None:
 
 def _lookup(network: Network, operation: ops.Lookup) -> None:
     names = (operation.inputs[0], operation.output)
-    table = (operation.table.astype(np.int16) + OFFSET).astype(np.uint8)
-    given = [network.at(names[0]), network.constant(table), network.at(names[1])]
-    network.add(codes.lookup_kernel, _rows(network, names), given, operation.name)
+    given = [network.at(names[0]), network.constant(stored(operation)), network.at(names[1])]
+    network.add(codes.lookup_kernel, (*_rows(network, names), network.processor), given, operation.name)
+
+
+def _table(network: Network, operation: Operation) -> list[Argument]:
+    """Return where the table is that an operation's codes go through, if there is one."""
+    lookup = network.layout.tables.get(operation.output)
+    return [network.constant(stored(lookup))] if lookup is not None else []
+
+
+def stored(operation: ops.Lookup) -> npt.NDArray[np.uint8]:
+    """Return a table of stored codes."""
+    return (operation.table.astype(np.int16) + OFFSET).astype(np.uint8)
 
 
 def _softmax(network: Network, operation: ops.Softmax) -> None:
@@ -275,7 +291,7 @@ def _pad(network: Network, operation: ops.Pad) -> None:
     steps = strides(network.layout, target)
     rows, columns, channels = extents(target)
     place = network.layout.places[target.name]
-    arguments = (rows, columns * channels, place.row, operation.code + OFFSET)
+    arguments = (rows, columns * channels, place.row, operation.code + OFFSET, network.processor)
     network.add(codes.fill_kernel, arguments, [network.at(target.name)], operation.name)
     start = sum(before * step for before, step in zip(operation.before, steps, strict=True))
     _gather(

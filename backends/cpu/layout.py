@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -67,6 +67,8 @@ class Layout:
         Of each tensor that lies within one.
     workspace : int
         Bytes.
+    tables : mapping of str to Lookup
+        By what an operation with weights writes, the table that its codes go through first.
     """
 
     program: Program
@@ -74,6 +76,7 @@ class Layout:
     offsets: Mapping[str, int]
     margins: Mapping[str, Margin]
     workspace: int
+    tables: Mapping[str, ops.Lookup] = field(default_factory=dict)
 
     def at(self, name: str) -> int:
         """Return a tensor's first byte in the workspace."""
@@ -89,8 +92,16 @@ def extents(tensor: Tensor) -> tuple[int, int, int]:
     return 1, tensor.size // channels, channels
 
 
-def lay_out(program: Program) -> Layout:
-    """Return where a program's tensors lie."""
+def lay_out(program: Program, joins: bool = False) -> Layout:
+    """Return where a program's tensors lie.
+
+    Parameters
+    ----------
+    program : Program
+    joins : bool
+        Whether a kernel with weights may look its codes up in a table.
+    """
+    program, tables = with_tables(program) if joins else (program, {})
     program = with_pads(program)
     within = _absorbed(program)
     places: dict[str, Place] = {}
@@ -106,7 +117,31 @@ def lay_out(program: Program) -> Layout:
     kept = tuple(part for part in program.operations if part not in within.values())
     plan = assign_offsets(_planned(replace(program, operations=kept), places), overlap=False, exact=False)
     offsets = dict(plan.offsets)
-    return Layout(replace(program, operations=kept), places, offsets, margins, plan.arena_bytes + SLACK)
+    return Layout(replace(program, operations=kept), places, offsets, margins, plan.arena_bytes + SLACK, tables)
+
+
+def with_tables(program: Program) -> tuple[Program, dict[str, ops.Lookup]]:
+    """Return a program in which operations with weights write what a table makes of their codes, and those tables."""
+    readers: dict[str, list[Operation]] = {}
+    for part in program.operations:
+        for name in part.inputs:
+            readers.setdefault(name, []).append(part)
+    seen = {port.tensor for port in program.outputs}
+    found: dict[str, ops.Lookup] = {}
+    operations: list[Operation] = []
+    for part in program.operations:
+        behind = readers.get(part.output, [])
+        if isinstance(part, ops.Conv | ops.Dense) and len(behind) == 1 and part.output not in seen:
+            (reader,) = behind
+            if isinstance(reader, ops.Lookup):
+                found[reader.output] = reader
+                part = replace(part, output=reader.output)
+        operations.append(part)
+    kept = tuple(part for part in operations if not isinstance(part, ops.Lookup) or part not in found.values())
+    used = {name for part in kept for name in (*part.inputs, part.output)} | seen
+    used |= {port.tensor for port in program.inputs}
+    tensors = {name: tensor for name, tensor in program.tensors.items() if name in used}
+    return replace(program, operations=kept, tensors=tensors), found
 
 
 def with_pads(program: Program) -> Program:

@@ -40,7 +40,7 @@ def network_of(program: Program, processor: Processor) -> Network:
     TargetError
         If an operation has no kernel.
     """
-    return generate(lay_out(program), processor)
+    return generate(lay_out(program, processor.permutes), processor)
 
 
 def compiled(network: Network, name: str) -> tuple[Object, ...]:

@@ -86,12 +86,13 @@ class Network:
         top, bottom = (count * place.row for count in (margin.before[0], margin.after[0]))
         left, right = (count * channels for count in (margin.before[1], margin.after[1]))
         inner = base + top
+        # The right margin of a row and the left one of the next are neighbours.
         for start, count, width in (
-            (base, 1, top), (inner + rows * place.row, 1, bottom), (inner, rows, left),
-            (inner + left + columns * channels, rows, right),
+            (base, 1, top + left), (inner + left + columns * channels, rows - 1, right + left),
+            (inner + rows * place.row - right, 1, right + bottom),
         ):  # fmt: skip
             if count and width:
-                arguments = (count, width, place.row, margin.code + OFFSET)
+                arguments = (count, width, place.row, margin.code + OFFSET, self.processor)
                 self.add(codes.fill_kernel, arguments, [("workspace", start)], operation)
 
     def port(self, port: Port, into: bool, codes_: bool) -> Call:

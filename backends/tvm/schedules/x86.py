@@ -6,7 +6,7 @@ Codes are stored 128 above the program's, from 0 to 255: `vpdpbusd` multiplies u
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcompile.backends.tvm.definitions import HIGH_WORD
@@ -14,6 +14,8 @@ from qcompile.backends.tvm.native import Machine, builder
 
 #: What stored codes are above the program's.
 OFFSET = 128
+#: Codes in the widest register.
+LINE = 64
 #: Codes that one instruction multiplies and adds up.
 FOUR = 4
 
@@ -33,7 +35,9 @@ class Processor:
     registers : int
         That hold vectors.
     instruction : str
-        LLVM's name of the dot product.
+        LLVM's name of the dot product, but for the bits.
+    permutes : bool
+        Whether it picks bytes from two registers by another one's (VBMI): a table of 256 codes is four registers.
     """
 
     name: str
@@ -42,17 +46,32 @@ class Processor:
     lanes: int
     registers: int
     instruction: str
+    permutes: bool = False
 
     def dot(self, sums: Any, codes: Any, weights: Any) -> Any:
         """Return `sums` and in each lane four products of codes and weights."""
-        return builder().call_llvm_pure_intrin(f"int32x{self.lanes}", self.instruction, sums, codes, weights)
+        name = f"{self.instruction}.{32 * self.lanes}"
+        return builder().call_llvm_pure_intrin(f"int32x{self.lanes}", name, sums, codes, weights)
+
+    def narrower(self, lanes: int) -> Processor:
+        """Return the processor by shorter vectors."""
+        return replace(self, lanes=lanes)
 
 
 AVX512_VNNI = Processor(
-    "avx512-vnni", Machine("cascadelake", ("-prefer-256-bit",)),
-    ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"), 16, 32, "llvm.x86.avx512.vpdpbusd.512",
+    "avx512-vnni", Machine("icelake-server", ("-prefer-256-bit",)),
+    ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"), 16, 32,
+    "llvm.x86.avx512.vpdpbusd", permutes=True,
 )  # fmt: skip
 PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI,)}
+
+
+#: By lanes, what narrows two vectors of 32 bits to one of 16, and two of those to one of 8 bits without a sign.
+PACKS = {
+    4: ("llvm.x86.sse2.packssdw.128", "llvm.x86.sse2.packuswb.128"),
+    8: ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
+    16: ("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +84,15 @@ class Rounding:
         Whether every shift is 33 or more.
     zero_point, low, high : int
         Of the codes as they are stored.
+    folded : bool
+        Whether the zero point is added with the rounding's half, in front of the shift.
     """
 
     high_word: bool
     zero_point: int
     low: int
     high: int
+    folded: bool = False
 
 
 def load(buffer: Any, offset: Any, lanes: int) -> Any:
@@ -134,7 +156,12 @@ def nested(extents: Sequence[tuple[int, int]], offset: Any, emit: Callable[[Any,
 
 
 def requantize(processor: Processor, sums: Any, scaling: Any, rounding: Rounding) -> Any:
-    """Return codes of sums, as `core/numerics.py` has it; see `scaling_table` for what `scaling` is.
+    """Return a vector's codes, from `low` to `high`; see `scaled`."""
+    return clipped(scaled(processor, sums, scaling, rounding), rounding.low, rounding.high, processor.lanes)
+
+
+def scaled(processor: Processor, sums: Any, scaling: Any, rounding: Rounding) -> Any:
+    """Return what sums are as codes of 32 bits, before they are clipped, as `core/numerics.py` has it.
 
     Products of 64 bits are of every other lane: those of even lanes and those of odd ones are computed apart.
 
@@ -143,7 +170,7 @@ def requantize(processor: Processor, sums: Any, scaling: Any, rounding: Rounding
     processor : Processor
     sums : int32 in each lane
     scaling : callable
-        Returns the multipliers and shifts of a vector: of its even lanes (0), of its odd ones (1), shifts of all (2).
+        Returns a row of the table for a vector: of its even lanes (0), of its odd ones (1), or of all (None).
     rounding : Rounding
     """
     ir = builder()
@@ -157,8 +184,7 @@ def requantize(processor: Processor, sums: Any, scaling: Any, rounding: Rounding
     low = all_lanes((1 << 32) - 1, "int64", half)
     if rounding.high_word:
         whole = ((products[0] >> word) & low) | (products[1] & high)
-        shift, ones = scaling("places", None), all_lanes(1, "int32", lanes)
-        codes = (ir.reinterpret(f"int32x{lanes}", whole) + ((ones << shift) >> ones)) >> shift
+        codes = (ir.reinterpret(f"int32x{lanes}", whole) + scaling("half", None)) >> scaling("places", None)
     else:
         one = all_lanes(1, "int64", half)
         parts = []
@@ -166,7 +192,34 @@ def requantize(processor: Processor, sums: Any, scaling: Any, rounding: Rounding
             shift = ir.cast(scaling("shift", odd), wide)
             parts.append((product + (one << (shift - one))) >> shift)
         codes = ir.reinterpret(f"int32x{lanes}", (parts[0] & low) | (parts[1] << word))
-    return clipped(codes + all_lanes(rounding.zero_point, "int32", lanes), rounding.low, rounding.high, lanes)
+    return codes if rounding.folded else codes + all_lanes(rounding.zero_point, "int32", lanes)
+
+
+def joined(processor: Processor, four: Sequence[Any], low: int, high: int) -> Any:
+    """Return four vectors of 32 bits as one of codes from low to high.
+
+    Neighbours go in fours: those of the first vector's first 128 bits, of the second's, the third's and the fourth's,
+    then those of the next 128 bits.
+    """
+    ir, lanes = builder(), processor.lanes
+    words, codes = PACKS[lanes]
+    halves = [ir.call_llvm_pure_intrin(f"int16x{2 * lanes}", words, *four[at : at + 2]) for at in (0, 2)]
+    whole = ir.call_llvm_pure_intrin(f"uint8x{4 * lanes}", codes, *halves)
+    if high < (1 << 8) - 1:
+        whole = ir.min(whole, all_lanes(high, "uint8", 4 * lanes))
+    return ir.max(whole, all_lanes(low, "uint8", 4 * lanes)) if low > 0 else whole
+
+
+def looked_up(codes: Any, size: int, table: Any) -> Any:
+    """Return table[code] for each of `size` codes, 64 at most: by halves of the table, which two registers are."""
+    ir = builder()
+    lines, kind = [load(table, at * LINE, LINE) for at in range(4)], f"uint8x{LINE}"
+    wide = codes if size == LINE else ir.Shuffle([codes] * (LINE // size), list(range(LINE)))
+    wide = ir.bind(wide)
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    halves = [ir.call_llvm_pure_intrin(kind, name, lines[at], wide, lines[at + 1]) for at in (0, 2)]
+    found = ir.Select(wide < all_lanes(OFFSET, "uint8", LINE), *halves)
+    return found if size == LINE else ir.Shuffle([ir.bind(found)], list(range(size)))
 
 
 def clipped(values: Any, low: int, high: int, lanes: int) -> Any:
@@ -174,6 +227,11 @@ def clipped(values: Any, low: int, high: int, lanes: int) -> Any:
     ir = builder()
     bounds = all_lanes(low, "int32", lanes), all_lanes(high, "int32", lanes)
     return ir.cast(ir.max(ir.min(values, bounds[1]), bounds[0]), f"uint8x{lanes}")
+
+
+#: Up to this many places behind the high word a zero point can be added in front of them: 2^30 + 255 · 2^22 is no more
+#: than 32 bits hold.
+FOLDED = 22
 
 
 def high_word(shifts: Sequence[int]) -> bool:

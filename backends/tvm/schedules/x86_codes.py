@@ -9,6 +9,8 @@ from qcompile.backends.integer import operations as ops
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
 from qcompile.backends.tvm.schedules.x86 import (
+    FOUR,
+    LINE,
     OFFSET,
     Processor,
     Rounding,
@@ -16,6 +18,7 @@ from qcompile.backends.tvm.schedules.x86 import (
     blocks,
     clipped,
     load,
+    looked_up,
     requantize,
     store,
 )
@@ -117,11 +120,24 @@ def mul_kernel(
     return function(name, {"input": "uint8", "other": "uint8", "channels": "int32", "output": "uint8"}, body)
 
 
-def lookup_kernel(name: str, rows: int, width: int, steps: Sequence[int]) -> Function:
+def lookup_kernel(name: str, rows: int, width: int, steps: Sequence[int], processor: Processor) -> Function:
     """Return table[code]. Arguments: input, table, output."""
+
+    def vectors(buffers: Any) -> None:
+        def row(y: Any, _: int) -> None:
+            def codes(at: Any, count: int) -> None:
+                made = looked_up(load(buffers["input"], y * steps[0] + at, LINE), LINE, buffers["table"])
+                store(buffers["output"], y * steps[1] + at, made, LINE, count)
+
+            _by_vectors(width, LINE, codes)
+
+        blocks(rows, 1, row)
 
     def body(buffers: Any) -> None:
         ir = builder()
+        if processor.permutes:
+            vectors(buffers)
+            return
         with ir.grid(rows, width) as (y, x):
             code = buffers["table"][ir.cast(buffers["input"][y * steps[0] + x], "int32")]
             ir.buffer_store(buffers["output"], code, [y * steps[1] + x])
@@ -186,13 +202,18 @@ def copy_kernel(name: str, rows: int, width: int, steps: Sequence[int], flip: bo
     return function(name, CODES, body)
 
 
-def fill_kernel(name: str, rows: int, width: int, step: int, code: int) -> Function:
+def fill_kernel(name: str, rows: int, width: int, step: int, code: int, processor: Processor) -> Function:
     """Return what fills rows with one stored code. Arguments: output."""
+    lanes = FOUR * processor.lanes
 
     def body(buffers: Any) -> None:
-        ir = builder()
-        with ir.grid(rows, width) as (y, x):
-            ir.buffer_store(buffers["output"], ir.uint8(code), [y * step + x])
+        def row(y: Any, _: int) -> None:
+            def codes(at: Any, count: int) -> None:
+                store(buffers["output"], y * step + at, all_lanes(code, "uint8", lanes), lanes, count)
+
+            _by_vectors(width, lanes, codes)
+
+        blocks(rows, 1, row)
 
     return function(name, {"output": "uint8"}, body)
 

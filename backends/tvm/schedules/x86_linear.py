@@ -19,9 +19,11 @@ from qcompile.backends.tvm.schedules.x86 import (
     Processor,
     Rounding,
     blocks,
+    joined,
     load,
+    looked_up,
     nested,
-    requantize,
+    scaled,
     store,
 )
 
@@ -43,6 +45,8 @@ class Linear:
     output_row, output_column : int
         From one output row, or column, to the next.
     rounding : Rounding
+    looked_up : bool
+        Whether codes go through a table at the end.
     """
 
     rows: int
@@ -55,6 +59,7 @@ class Linear:
     output_row: int
     output_column: int
     rounding: Rounding
+    looked_up: bool = False
 
     @property
     def quads(self) -> int:
@@ -87,10 +92,12 @@ class Tile:
 def choose_tile(shape: Linear, processor: Processor) -> Tile:
     """Return the tile that is expected to take fewest cycles."""
     vectors = -(-shape.outputs // processor.lanes)
-    room = processor.registers - 1
+    # A short sum is unrolled, and its weights want registers too.
+    room = processor.registers - (SPARED if shape.depth < SHORT else 1)
     tiles = [
         Tile(rows, columns, count)
-        for count in range(1, min(vectors, 4) + 1)
+        for count in (1, 2, 4)
+        if count <= vectors or count == 1
         for columns in range(1, min(shape.columns, room) + 1)
         for rows in range(1, min(shape.rows, room) + 1)
         if (rows == 1 or columns == shape.columns) and rows * columns * count + count + 1 <= room
@@ -98,6 +105,8 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
     return min(tiles, key=lambda tile: (_cycles(shape, tile, vectors), tile.vectors, tile.columns))
 
 
+#: Groups of four codes below which a sum is short, and registers that are left to others then.
+SHORT, SPARED = 8, 8
 #: Cycles until a sum can be added to again, and what one vector of codes takes behind its sum.
 LATENCY, EPILOGUE = 5, 8
 
@@ -120,37 +129,83 @@ def _cycles(shape: Linear, tile: Tile, vectors: int) -> float:
     return total
 
 
-def pack(shape: Linear, tile: Tile, processor: Processor, weights: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    """Return weights in the order in which they are read: [block][tap][four codes][vector][lane][code].
+def widths(vectors: int, step: int) -> list[int]:
+    """Return how many vectors each block of channels has: `step`, then what is left in powers of two."""
+    whole, rest = divmod(vectors, step)
+    return [step] * whole + [count for count in (2, 1) if rest & count]
+
+
+def order(shape: Linear, tile: Tile, processor: Processor) -> npt.NDArray[np.intp]:
+    """Return which channel each lane of each vector has, so that `x86.joined` puts them in a row.
+
+    Four neighbours of each vector of a block stand behind one another, then the next four.
+    """
+    lanes, found, first = processor.lanes, [], 0
+    for count in widths(-(-shape.outputs // lanes), tile.vectors):
+        lane, vector = np.arange(lanes), np.arange(count)[:, None]
+        found.append((first + lane // FOUR * (FOUR * count) + FOUR * vector + lane % FOUR).reshape(-1))
+        first += count * lanes
+    return np.concatenate(found)
+
+
+def pack(
+    shape: Linear,
+    tile: Tile,
+    processor: Processor,
+    weights: npt.NDArray[np.int8],
+    numbers: tuple[npt.NDArray[Any], ...],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
+    """Return weights, and the table of biases, multipliers and shifts, in the order in which they are read.
 
     Parameters
     ----------
     weights : ndarray of int8, shape (outputs, taps, length)
+    numbers : tuple of ndarray, shape (outputs,)
+        Biases, multipliers and shifts.
+
+    Returns
+    -------
+    ndarray of int8
+        [block][tap][four codes][vector][lane][code].
+    ndarray of int32
     """
-    lanes = processor.lanes
-    vectors = -(-shape.outputs // lanes)
-    room = [(0, vectors * lanes - shape.outputs), (0, 0), (0, shape.quads * FOUR - shape.length)]
-    wide = np.pad(weights, room).reshape(vectors, lanes, weights.shape[1], shape.quads, FOUR)
-    parts = [wide[at : at + tile.vectors] for at in range(0, vectors, tile.vectors)]
-    return np.concatenate([part.transpose(2, 3, 0, 1, 4).reshape(-1) for part in parts])
+    lanes, places = processor.lanes, order(shape, tile, processor)
+    room = [(0, places.size - shape.outputs), (0, 0), (0, shape.quads * FOUR - shape.length)]
+    wide = np.pad(weights, room)[places].reshape(-1, lanes, weights.shape[1], shape.quads, FOUR)
+    parts, first = [], 0
+    for count in widths(len(wide), tile.vectors):
+        parts.append(wide[first : first + count].transpose(2, 3, 0, 1, 4).reshape(-1))
+        first += count
+    permuted = tuple(np.pad(array, room[0], mode="edge")[places] for array in numbers)
+    return np.concatenate(parts), scaling_table(processor, permuted, shape.rounding)
 
 
 def scaling_table(
-    processor: Processor, outputs: int, bias: npt.NDArray[Any], multiplier: npt.NDArray[Any], shift: npt.NDArray[Any]
+    processor: Processor, numbers: tuple[npt.NDArray[Any], ...], rounding: Rounding
 ) -> npt.NDArray[np.int32]:
-    """Return numbers per channel as kernels read them, shape (6, vectors · lanes).
+    """Return numbers per lane as kernels read them, shape (5, lanes of all vectors).
 
-    Rows are: biases; multipliers of each vector's even lanes, then its odd ones; shifts, alike; shifts - 32, or 0.
+    Rows are: biases; multipliers of each vector's even lanes, then its odd ones; shifts, alike; places behind the high
+    word; what is added in front of those.
+
+    Parameters
+    ----------
+    processor : Processor
+    numbers : tuple of ndarray, shape (lanes of all vectors,)
+        Biases, multipliers and shifts.
+    rounding : Rounding
     """
-    lanes = processor.lanes
-    width = -(-outputs // lanes) * lanes
-    columns = [np.resize(np.broadcast_to(array, (outputs,)), outputs).astype(np.int64) for array in (multiplier, shift)]
-    rows = [np.pad(bias.astype(np.int64), (0, width - outputs))]
-    for column in columns:
-        wide = np.pad(column, (0, width - outputs), mode="edge").reshape(-1, lanes // 2, 2)
-        rows.append(wide.transpose(0, 2, 1).reshape(-1))
-    rows.append(np.pad(np.maximum(columns[1] - 32, 0), (0, width - outputs), mode="edge"))
-    return np.stack(rows).astype(np.int32)
+    bias, multiplier, shift = (array.astype(np.int64) for array in numbers)
+    places = np.maximum(shift - 32, 0)
+    half = (np.int64(1) << places) >> 1
+    if rounding.folded:
+        half += rounding.zero_point << places
+    apart = [array.reshape(-1, processor.lanes // 2, 2).transpose(0, 2, 1).reshape(-1) for array in (multiplier, shift)]
+    return np.stack([bias, *apart, places, half]).astype(np.int32)
+
+
+#: Of a scaling table.
+ROWS = ("bias", "multiplier", "shift", "places", "half")
 
 
 class Scaling:
@@ -169,7 +224,7 @@ class Scaling:
         half = self.lanes // 2
 
         def read(kind: str, odd: int | None) -> Any:
-            row = {"multiplier": 1, "shift": 2, "places": 3}[kind]
+            row = ROWS.index(kind)
             start = row * self.width + vector * self.lanes
             return load(
                 self.channels, start if odd is None else start + odd * half, half if odd is not None else 2 * half
@@ -179,18 +234,26 @@ class Scaling:
 
 
 def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) -> Function:
-    """Return the function. Arguments: input, weights, channels, output."""
+    """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
 
     def body(buffers: Any) -> None:
-        emitter = _Emitter(shape, tile, processor, buffers)
-        vectors = -(-shape.outputs // processor.lanes)
+        emitter, lanes = _Emitter(shape, tile, processor, buffers), processor.lanes
+        counts = widths(-(-shape.outputs // lanes), tile.vectors)
         # A block with lanes that no channel has stands for itself: what it stores is less.
-        full = vectors if shape.outputs % processor.lanes == 0 else (vectors - 1) // tile.vectors * tile.vectors
-        blocks(full, tile.vectors, emitter.block)
-        if full < vectors:
-            emitter.block(full, vectors - full)
+        alike = counts.count(tile.vectors) - (len(set(counts)) == 1 and shape.outputs % lanes > 0)
+        blocks(alike * tile.vectors, tile.vectors, lambda first, count: emitter.block(first, count, count * lanes))
+        first = alike * tile.vectors
+        for count in counts[alike:]:
+            emitter.block(first, count, min(shape.outputs - first * lanes, count * lanes))
+            first += count
 
-    return function(name, {"input": "uint8", "weights": "int8", "channels": "int32", "output": "uint8"}, body)
+    return function(name, arguments(shape.looked_up), body)
+
+
+def arguments(looked_up: bool) -> dict[str, str]:
+    """Return what a kernel with weights takes, and of which type."""
+    table = {"table": "uint8"} if looked_up else {}
+    return {"input": "uint8", "weights": "int8", "channels": "int32", **table, "output": "uint8"}
 
 
 class _Emitter:
@@ -200,28 +263,28 @@ class _Emitter:
         self.shape, self.tile, self.processor, self.buffers = shape, tile, processor, buffers
         self.scaling = Scaling(processor, buffers["channels"], shape.outputs)
 
-    def block(self, first: Any, count: int) -> None:
-        """Emit a block of channels: all rows and columns."""
+    def block(self, first: Any, count: int, left: int) -> None:
+        """Emit a block of channels, of which `left` are there: all rows and columns."""
 
         def row(y: Any, rows: int) -> None:
-            blocks(
-                self.shape.columns,
-                self.tile.columns,
-                lambda x, columns: self.accumulate(first, count, (y, rows), (x, columns)),
-            )
+            def column(x: Any, columns: int) -> None:
+                pixels = [(i, j) for i in range(rows) for j in range(columns)]
+                sums = self.accumulate(first, count, (y, x), pixels)
+                self.finish(sums, (first, count, left), (y, x), pixels)
+
+            blocks(self.shape.columns, self.tile.columns, column)
 
         blocks(self.shape.rows, self.tile.rows, row)
 
-    def accumulate(self, first: Any, count: int, rows: tuple[Any, int], columns: tuple[Any, int]) -> None:
-        """Emit one tile."""
+    def accumulate(self, first: Any, count: int, origin: tuple[Any, Any], pixels: list[tuple[int, int]]) -> Any:
+        """Emit the sums of one tile and return where they are."""
         ir = builder()
         shape, lanes, step = self.shape, self.processor.lanes, self.processor.lanes * FOUR
-        pixels = [(i, j) for i in range(rows[1]) for j in range(columns[1])]
         sums = ir.alloc_buffer((len(pixels) * count * lanes,), "int32", scope="local")
         for p in range(len(pixels)):
             for v in range(count):
                 ir.buffer_store(sums, self.scaling.bias(first + v), [ir.ramp((p * count + v) * lanes, 1, lanes)])
-        source = rows[0] * shape.row_step + columns[0] * shape.column_step
+        source = origin[0] * shape.row_step + origin[1] * shape.column_step
         start = first * (shape.depth * step)
 
         def products(offset: Any, index: Any) -> None:
@@ -237,19 +300,58 @@ class _Emitter:
                     ir.buffer_store(sums, self.processor.dot(sums[place], codes, weights[v]), [place])
 
         nested([*shape.taps, (shape.quads, FOUR)], source, products)
-        self.finish(sums, first, count, [(rows[0] + i, columns[0] + j) for i, j in pixels])
+        return sums
 
-    def finish(self, sums: Any, first: Any, count: int, pixels: list[tuple[Any, Any]]) -> None:
-        """Emit what is behind the sums."""
+    def finish(
+        self, sums: Any, block: tuple[Any, int, int], origin: tuple[Any, Any], pixels: list[tuple[int, int]]
+    ) -> None:
+        """Emit what is behind the sums: as many pixels at once as make four vectors."""
         shape, lanes = self.shape, self.processor.lanes
-        for v in range(count):
-            left = shape.outputs - (first + v) * lanes if isinstance(first, int) else lanes
-            for p, (y, x) in enumerate(pixels):
-                codes = requantize(
+        first, count, left = block
+        together = FOUR // count
+        for start in range(0, len(pixels), together):
+            some = list(enumerate(pixels))[start : start + together]
+            four = [
+                scaled(
                     self.processor,
                     load(sums, (p * count + v) * lanes, lanes),
                     self.scaling.of(first + v),
                     shape.rounding,
                 )
-                at = y * shape.output_row + x * shape.output_column + (first + v) * lanes
-                store(self.buffers["output"], at, codes, lanes, left)
+                for p, _ in some
+                for v in range(count)
+            ]
+            four += four[-1:] * (FOUR - len(four))
+            codes = self.in_order(joined(self.processor, four, shape.rounding.low, shape.rounding.high), count)
+            if shape.looked_up:
+                codes = builder().bind(looked_up(codes, FOUR * lanes, self.buffers["table"]))
+            whole = together > 1 and left == count * lanes == shape.output_column == shape.outputs
+            parts = [(codes, FOUR * lanes, FOUR * lanes)]
+            if not (whole and len(some) == together and len({i for _, (i, _) in some}) == 1):
+                parts = [(self.part(codes, p, count), count * lanes, left) for p in range(len(some))]
+            for (part, size, stored), (_, (i, j)) in zip(parts, some, strict=False):
+                at = (origin[0] + i) * shape.output_row + (origin[1] + j) * shape.output_column + first * lanes
+                store(self.buffers["output"], at, part, size, stored)
+
+    def scaled(self, sums: Any, pixel: int, first: Any, vector: int, count: int) -> Any:
+        """Return what one vector's sums are as codes, before they are clipped."""
+        held = load(sums, (pixel * count + vector) * self.processor.lanes, self.processor.lanes)
+        return scaled(self.processor, held, self.scaling.of(first + vector), self.shape.rounding)
+
+    def in_order(self, codes: Any, count: int) -> Any:
+        """Return joined vectors of `count` each, pixel by pixel."""
+        if count == FOUR:
+            return codes
+        lanes = self.processor.lanes
+        places = [
+            quarter * FOUR * FOUR + (p * count + v) * FOUR + e
+            for p in range(FOUR // count) for quarter in range(lanes // FOUR) for v in range(count) for e in range(FOUR)
+        ]  # fmt: skip
+        return builder().bind(builder().Shuffle([codes], places))
+
+    def part(self, codes: Any, pixel: int, count: int) -> Any:
+        """Return one pixel's codes."""
+        if count == FOUR:
+            return codes
+        size = count * self.processor.lanes
+        return builder().Shuffle([codes], list(range(pixel * size, (pixel + 1) * size)))

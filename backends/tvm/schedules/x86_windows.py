@@ -1,12 +1,9 @@
-"""Windows over each channel for itself: depthwise convolutions and pools, a vector of channels at a time."""
+"""Windows over each channel for itself: their shape, and pools, a vector of channels at a time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
@@ -33,6 +30,8 @@ class Windows:
         From one output row, or column, to the next.
     rounding : Rounding
         Of a maximum, `low` and `high` only.
+    looked_up : bool
+        Whether codes go through a table at the end; of depthwise convolutions.
     """
 
     rows: int
@@ -44,25 +43,13 @@ class Windows:
     output_row: int
     output_column: int
     rounding: Rounding
+    looked_up: bool = False
 
     @property
     def offsets(self) -> list[int]:
         """Where each tap is."""
         (rows, row), (columns, column) = self.taps
         return [i * row + j * column for i in range(rows) for j in range(columns)]
-
-
-def pack(shape: Windows, processor: Processor, weights: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    """Return weights in the order in which they are read: [vector][tap][lane].
-
-    Parameters
-    ----------
-    weights : ndarray of int8, shape (channels, taps)
-    """
-    lanes = processor.lanes
-    vectors = -(-shape.channels // lanes)
-    wide = np.pad(weights, [(0, vectors * lanes - shape.channels), (0, 0)])
-    return np.ascontiguousarray(wide.reshape(vectors, lanes, -1).transpose(0, 2, 1))
 
 
 def _kernel(name: str, shape: Windows, processor: Processor, arguments: dict[str, str], pixels: Any) -> Function:
@@ -82,28 +69,6 @@ def _kernel(name: str, shape: Windows, processor: Processor, arguments: dict[str
             vector(full, left)
 
     return function(name, arguments, body)
-
-
-def depthwise_kernel(name: str, shape: Windows, processor: Processor) -> Function:
-    """Return a depthwise convolution. Arguments: input, weights, channels, output."""
-    lanes, taps = processor.lanes, shape.offsets
-
-    def pixels(buffers: Any, v: Any, y: Any, x: Any, columns: int, left: int) -> None:
-        scaling = Scaling(processor, buffers["channels"], shape.channels)
-        sums = [scaling.bias(v)] * columns
-        ir = builder()
-        for tap, offset in enumerate(taps):
-            weights = ir.bind(ir.cast(load(buffers["weights"], (v * len(taps) + tap) * lanes, lanes), f"int32x{lanes}"))
-            for j in range(columns):
-                at = y * shape.row_step + (x + j) * shape.column_step + v * lanes + offset
-                codes = ir.cast(load(buffers["input"], at, lanes), f"int32x{lanes}")
-                sums[j] = ir.bind(sums[j] + codes * weights)
-        for j in range(columns):
-            codes = requantize(processor, sums[j], scaling.of(v), shape.rounding)
-            store(buffers["output"], _place(shape, y, x + j, v * lanes), codes, lanes, left)
-
-    kinds = {"input": "uint8", "weights": "int8", "channels": "int32", "output": "uint8"}
-    return _kernel(name, shape, processor, kinds, pixels)
 
 
 def average_kernel(name: str, shape: Windows, processor: Processor) -> Function:

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from random_programs import random_codes, random_program, wide
+from random_programs import random_codes, random_program, wide, with_table
 
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 
@@ -60,6 +60,19 @@ def test_wide_layers_equal_the_interpreter(load, processor, channels, outputs, s
     expected = interpret(program, codes)["y"]
     assert len(np.unique(expected)) > 16, "an output that says something"
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "groups"), [(16, 20, 1, 1), (32, 130, 3, 1), (48, 48, 3, 48), (70, 70, 3, 70)]
+)
+def test_a_table_behind_a_layer_equals_the_interpreter(load, processor, channels, outputs, size, groups):
+    random = np.random.default_rng(channels)
+    program = with_table(wide(random, channels, outputs, size, groups=groups), random)
+    codes = random_codes(program, 2)
+    expected = interpret(program, codes)["y"]
+    assert len(np.unique(expected)) > 16, "an output that says something"
+    np.testing.assert_array_equal(load(program, processor).run_codes([codes["x"]])[0], expected)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)

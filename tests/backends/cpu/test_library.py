@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from random_programs import random_program, wide
+from random_programs import random_program, wide, with_table
 
 from qcompile.backends.cpu import library
 from qcompile.backends.cpu.backend import write
@@ -87,7 +87,16 @@ def test_a_program_in_c_runs_it_by_its_header(tmp_path):
 def test_padding_is_written_around_the_map_rather_than_copied():
     network = library.network_of(wide(np.random.default_rng(1), 16, 16, 3), VNNI)
     assert not [call for call in network.calls if call.kernel.startswith("gather")]
-    assert [call.kernel.split("_")[0] for call in network.calls] == ["fill"] * 4 + ["linear"]
+    assert [call.kernel.split("_")[0] for call in network.calls] == ["fill"] * 3 + ["linear"]
+
+
+def test_a_table_is_part_of_the_layer_in_front_unless_that_is_read_otherwise_too():
+    random = np.random.default_rng(0)
+    program = with_table(wide(random, 16, 16, 1), random)
+    assert [call.kernel.split("_")[0] for call in library.network_of(program, VNNI).calls] == ["linear"]
+    both = replace(program, outputs=(*program.outputs, replace(program.outputs[0], name="z", tensor="t1")))
+    kernels = [call.kernel.split("_")[0] for call in library.network_of(both, VNNI).calls]
+    assert kernels == ["linear", "lookup"]
 
 
 def test_two_readers_with_other_padding_each_see_their_own(load):
