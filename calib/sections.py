@@ -96,7 +96,7 @@ def at_scores(model: ir.Model) -> ir.Model:
     """
     copy = model.clone()
     for index, value in enumerate(copy.graph.outputs):
-        node = value.producer()
+        node = _in_front_of_codes(value)
         if node is None:
             continue
         if node.op_type in SQUASHING and node.domain in ("", "ai.onnx") and node.inputs[0] is not None:
@@ -104,6 +104,15 @@ def at_scores(model: ir.Model) -> ir.Model:
         if _words(value) is not None and _words(value) in _vocabularies(copy.graph):
             copy.graph.outputs[index] = _square_roots(copy.graph, value)
     return copy
+
+
+def _in_front_of_codes(value: ir.Value) -> ir.Node | None:
+    """Return what makes a value, also where it leaves as codes that are dequantized."""
+    node = value.producer()
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        source = node.inputs[0] if node is not None and node.op_type == kind else None
+        node = node if source is None else source.producer()
+    return node
 
 
 def _words(value: ir.Value) -> int | None:

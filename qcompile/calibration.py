@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from qcompile.calib.collect import Statistics
+from qcompile.calib.map_losses import MapLosses
 from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError, first_line
@@ -55,6 +56,8 @@ class Calibration:
         What choices of bits lose that were run for the budget, by the weights that they have in four bits.
     float_bytes : int
         What the model's file takes in float.
+    maps : MapLosses
+        What activations lose in four bits, where a device's memory asks for them.
     """
 
     statistics: Statistics
@@ -69,6 +72,7 @@ class Calibration:
     losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     tried: Mapping[frozenset[str], float] = field(default_factory=dict)
     float_bytes: int = 0
+    maps: MapLosses = field(default_factory=MapLosses)
 
     @property
     def guessed(self) -> bool:
@@ -96,6 +100,7 @@ class Calibration:
             "losses": self.losses,
             "tried": [[sorted(names), noise] for names, noise in self.tried.items()],
             "float_bytes": self.float_bytes,
+            "maps": self.maps.as_json(),
         }
         buffer = io.BytesIO()
         with np.load(io.BytesIO(self.statistics.to_bytes()), allow_pickle=False) as arrays:
@@ -140,6 +145,7 @@ class Calibration:
                 {name: {int(bits): float(loss) for bits, loss in of.items()} for name, of in header["losses"].items()},
                 {frozenset(map(str, names)): float(noise) for names, noise in header.get("tried", [])},
                 int(header["float_bytes"]),
+                MapLosses.from_json(header["maps"]) if "maps" in header else MapLosses(),
             )
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,
                 AttributeError, IndexError) as error:  # fmt: skip

@@ -168,7 +168,8 @@ def compile_command(model: Path, as_json: bool, quiet: bool, debug: bool, **flag
 @cli.command("calibrate")
 @takes(
     "target", "data", "enlarge", "eval", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "recipe", "cache", "threads", "workers",
+    "no_added_nodes", "costs", "shape", "max_size", "max_latency", "board", "max_sram", "recipe", "cache", "threads",
+    "workers",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
@@ -185,7 +186,7 @@ def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug
 
 
 @cli.command("plan")
-@takes("target", "costs", "max_size", "min_fidelity", "recipe")
+@takes("target", "costs", "max_size", "board", "max_sram", "min_fidelity", "recipe")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="What 'qcompile calibrate' wrote.")
 @click.option("--pareto", type=click.Path(path_type=Path), help="Folder for the best bits for every size, as plans.")
 @written_to("plan.json", "the plan")

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from qcompile import verify
+from qcompile import map_widths, verify
 from qcompile.allocation import Widths, above_a_quarter, choose_widths, program_of
 from qcompile.backends.base import Backend
 from qcompile.budget import Budget
@@ -27,7 +27,7 @@ from qcompile.core.errors import ModelError, UsageError, VerificationError
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import OpKind, Target
 from qcompile.evidence import SYNTHETIC
-from qcompile.job import Job
+from qcompile.job import Job, with_limits
 from qcompile.latency_budget import quietest
 from qcompile.options import Options
 from qcompile.override import wishes
@@ -36,7 +36,7 @@ from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.share_scales import unlike_ranges
-from qcompile.pipeline import CHOICE, LOSSES, NOISE, STATISTICS, TRIED, WIDTHS, WISHES
+from qcompile.pipeline import CHOICE, LOSSES, MAP_LOSSES, NOISE, STATISTICS, TRIED, WIDTHS, WISHES
 from qcompile.pricing import Pricer
 from qcompile.rotation import ROTATES
 from qcompile.weight_losses import Planned, find_codes, measure_losses, try_choices
@@ -80,12 +80,26 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
             best = _spare(job, canonical, pricer, weights, best)
     calibration = _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
     options, planned = job.options, planner(canonical, calibration, job.target, job.options)
-    chosen = options.mixed or options.pareto
-    if is_quantized(canonical) or not (
-        chosen or above_a_quarter(canonical, calibration, planned, job.backend, options)
-    ):
+    if is_quantized(canonical):
         return calibration
-    return _with_losses(job, canonical, calibration)
+    chosen = options.mixed or options.pareto
+    if chosen or above_a_quarter(canonical, calibration, planned, job.backend, options):
+        calibration = _with_losses(job, canonical, calibration)
+    return _with_map_losses(job, canonical, calibration)
+
+
+def _with_map_losses(job: Job, canonical: ir.Model, calibration: Calibration) -> Calibration:
+    """Measure what activations lose in four bits, where the device's memory has no room for eight."""
+    if not map_widths.bounded(job.device):
+        return calibration
+    narrowing = partial(_planned, canonical, calibration, job.target, job.options, {})
+    quantized = InsertQdq(narrowing({}))(canonical.clone()).model
+    tied = map_widths.ties(choose_operators(canonical, job.target, job.options, True, calibration.spared))
+    names = job.backend.narrowable(quantized, job.device, tied)
+    if not names:
+        return calibration
+    losses = job.pipeline.measure("maps", MAP_LOSSES, lambda: map_widths.measure(job, canonical, names, narrowing))
+    return replace(calibration, maps=losses)
 
 
 def _with_losses(job: Job, canonical: ir.Model, calibration: Calibration) -> Calibration:
@@ -197,7 +211,15 @@ def decide(
         If the options need a measurement that was not made.
     """
     planned = planner(canonical, calibration, target, options)
-    return told(planned, choose_widths(canonical, calibration, planned, backend, options), calibration, options)
+    widths = choose_widths(canonical, calibration, planned, backend, options)
+    decided = told(planned, widths, calibration, options)
+    device = with_limits(target, options)
+    if not (map_widths.bounded(device) and calibration.calibrated and decided.tensors):
+        return decided
+    narrowing = partial(_planned, canonical, calibration, target, options, widths.bits)
+    tied = map_widths.ties(choose_operators(canonical, target, options, True, calibration.spared))
+    narrow, said = map_widths.narrowed(canonical, calibration.maps, device, backend, tied, narrowing)
+    return replace(decided, tensors=narrowing(narrow).tensors, maps=said) if narrow else decided
 
 
 def planner(canonical: ir.Model, calibration: Calibration, target: Target, options: Options) -> Planned:
@@ -218,13 +240,18 @@ def told(planned: Planned, widths: Widths, calibration: Calibration, options: Op
 
 
 def _planned(
-    canonical: ir.Model, calibration: Calibration, target: Target, options: Options, bits: Mapping[str, int]
+    canonical: ir.Model,
+    calibration: Calibration,
+    target: Target,
+    options: Options,
+    bits: Mapping[str, int],
+    narrow: Mapping[str, Observer] = MappingProxyType({}),
 ) -> QuantPlan:
-    """Return the plan with weights in so many bits."""
+    """Return the plan with weights in so many bits, and these activations in four."""
     placement = choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)
     calibration.require(placement.activations)
     observers = calibration.choice.observers
-    return allocate_bits(canonical, placement, calibration.statistics, target, observers, bits)
+    return allocate_bits(canonical, placement, calibration.statistics, target, observers, bits, narrow)
 
 
 def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = MappingProxyType({})) -> Pricer | None:

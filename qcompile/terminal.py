@@ -83,6 +83,8 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
         counts = sorted(Counter(allocation["bits"].values()).items(), reverse=True)
         run = f"best of {allocation['tried']} run" if allocation["tried"] else ""
         table.add_row("weights", "", ", ".join(f"{count} in {bits} bits" for bits, count in counts), run)
+    if (maps := report["maps"]) is not None:
+        table.add_row("activations", "", f"{len(maps['bits'])} in 4 bits", "")
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)
