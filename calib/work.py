@@ -70,7 +70,7 @@ def value_shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
     known = cuttable(model)
     values = [value for node in copy.graph for value in node.outputs
               if value.name and (isinstance(value.type, ir.TensorType) or (value.type is None and known))]  # fmt: skip
-    # The runtime tells no shape of codes of four bits: they have that of the value that they were made of.
+    # The runtime tells no shape of codes of four bits: codes have that of the value that they were made of.
     asked = [ir.node("Shape", [_whole(value)], outputs=[ir.val(_SHAPE + str(value.name), ir.DataType.INT64)])
              for value in values]  # fmt: skip
     copy.graph.extend(asked)
@@ -87,10 +87,9 @@ def value_shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
 
 
 def _whole(value: ir.Value) -> ir.Value:
-    """Return what codes of four bits were made of; another value itself."""
+    """Return what codes were made of; another value itself."""
     node = value.producer()
-    narrow = value.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
-    source = node.inputs[0] if narrow and node is not None and node.inputs else None
+    source = node.inputs[0] if node is not None and node.op_type == "QuantizeLinear" else None
     return value if source is None else source
 
 

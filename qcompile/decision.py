@@ -98,7 +98,9 @@ def _with_map_losses(job: Job, canonical: ir.Model, calibration: Calibration) ->
     names = job.backend.narrowable(quantized, job.device, tied)
     if not names:
         return calibration
-    losses = job.pipeline.measure("maps", MAP_LOSSES, lambda: map_widths.measure(job, canonical, names, narrowing))
+    losses = job.pipeline.measure(
+        "maps", MAP_LOSSES, lambda: map_widths.measure(job, canonical, names, tied, narrowing)
+    )
     return replace(calibration, maps=losses)
 
 

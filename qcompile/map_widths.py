@@ -6,7 +6,8 @@ range is chosen anew for four bits. docs/allocation.md has the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -18,7 +19,7 @@ from qcompile.calib.weighing import whole_models
 from qcompile.compensation import HELD_OUT
 from qcompile.core import numerics
 from qcompile.core.errors import UsageError
-from qcompile.core.plan import QuantPlan
+from qcompile.core.plan import QuantPlan, TensorQuant
 from qcompile.core.target import Target
 from qcompile.job import Job
 from qcompile.passes.insert_qdq import InsertQdq, quantized_name
@@ -42,8 +43,20 @@ def ties(placement: Placement) -> dict[str, str]:
     return names | {quantized_name(name): source for name, source in names.items()}
 
 
-def measure(job: Job, canonical: ir.Model, names: Iterable[str], planned: Narrowing) -> MapLosses:
+def measure(
+    job: Job, canonical: ir.Model, names: Sequence[str], tied: Mapping[str, str], planned: Narrowing
+) -> MapLosses:
     """Run the quantized model with one activation after the other in four bits, on samples held out.
+
+    Parameters
+    ----------
+    job : Job
+    canonical : onnx_ir.Model
+    names : sequence of str
+        Activations.
+    tied : mapping of str to str
+        As of `ties`.
+    planned : callable
 
     Returns
     -------
@@ -53,12 +66,22 @@ def measure(job: Job, canonical: ir.Model, names: Iterable[str], planned: Narrow
     observers = [observer for observer in OBSERVERS if observer in job.options.observers] or list(job.options.observers)
     tries = [(name, observer) for name in names for observer in observers if observer is not Observer.DYNAMIC]
     _, others = job.evidence.calibration.split(HELD_OUT)
-    models = (InsertQdq(planned(dict(one)))(canonical.clone()).model for one in ([], *([each] for each in tries)))
+    # Ranges take long to find: they are found once for all, and each trial has those of one activation.
+    eight = planned({})
+    four = {each: planned(dict.fromkeys(names, each)).tensors for each in dict.fromkeys(each for _, each in tries)}
+    models = (InsertQdq(plan)(canonical.clone()).model
+              for plan in (eight, *(_with_one(eight, four[each], name, tied) for name, each in tries)))  # fmt: skip
     found = whole_models(canonical, models, 1 + len(tries), others, job.track)
     narrow: dict[str, dict[Observer, float]] = {}
     for (name, observer), noise in zip(tries, found[1:], strict=False):
         narrow.setdefault(name, {})[observer] = noise
     return MapLosses(found[0], narrow) if found else MapLosses()
+
+
+def _with_one(plan: QuantPlan, narrow: Mapping[str, TensorQuant], name: str, tied: Mapping[str, str]) -> QuantPlan:
+    """Return a plan with one activation, and what has its scale, as another plan has it."""
+    own = {other: narrow[other] for other in plan.tensors if tied.get(other) == name}
+    return replace(plan, tensors={**plan.tensors, **own})
 
 
 def narrowed(
