@@ -90,6 +90,41 @@ class Backend(Protocol):
         """Return the bytes that `lower` would write for a QDQ model."""
         ...
 
+    def narrowable(self, model: ir.Model, target: Target, tied: Mapping[str, str]) -> tuple[str, ...]:
+        """Return which activations may be stored in four bits, if a QDQ model with all in eight does not fit `target`.
+
+        Parameters
+        ----------
+        model : onnx_ir.Model
+        target : Target
+            With the device's memory among its settings; what they do not bound always fits.
+        tied : mapping of str to str
+            By name of a value in the QDQ model, the activation that it is; several have their bits together.
+        """
+        ...
+
+    def narrowed(
+        self, model: ir.Model, target: Target, tied: Mapping[str, str], losses: Mapping[str, float]
+    ) -> tuple[str, ...]:
+        """Return which activations to store in four bits so that a QDQ model fits `target` and loses least.
+
+        Parameters
+        ----------
+        model : onnx_ir.Model
+            With all activations in eight bits.
+        target : Target
+        tied : mapping of str to str
+            As of `narrowable`.
+        losses : mapping of str to float
+            Of each activation that may have four bits, what that loses.
+
+        Raises
+        ------
+        BudgetError
+            If it does not fit even with all of them in four bits; it says what it takes then.
+        """
+        ...
+
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the target would execute for a QDQ model, for pricing."""
         ...

@@ -96,7 +96,7 @@ def at_scores(model: ir.Model) -> ir.Model:
     """
     copy = model.clone()
     for index, value in enumerate(copy.graph.outputs):
-        node = value.producer()
+        node = _in_front_of_codes(value)
         if node is None:
             continue
         if node.op_type in SQUASHING and node.domain in ("", "ai.onnx") and node.inputs[0] is not None:
@@ -110,6 +110,15 @@ def is_language(model: ir.Model) -> bool:
     """Tell whether all that comes out are scores of the words of a vocabulary, or roots of theirs, at each position."""
     vocabularies = _vocabularies(model.graph)
     return bool(model.graph.outputs) and all(_words(value) in vocabularies for value in model.graph.outputs)
+
+
+def _in_front_of_codes(value: ir.Value) -> ir.Node | None:
+    """Return what makes a value, also where it leaves as codes that are dequantized."""
+    node = value.producer()
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        source = node.inputs[0] if node is not None and node.op_type == kind else None
+        node = node if source is None else source.producer()
+    return node
 
 
 def _words(value: ir.Value) -> int | None:

@@ -124,6 +124,7 @@ def whole_models(
     for model in track(candidates, count, "running choices"):
         session, error = runtime.Session(at_scores(model), optimize=False), OutputError()
         for feeds, outputs in zip(samples, expected, strict=True):
-            error.add(outputs, session.run(feeds))
+            # In front of a last Softmax, values have other names once they are quantized.
+            error.add(outputs, dict(zip(outputs, session.run(feeds).values(), strict=True)))
         found.append(error.total)
     return found

@@ -84,7 +84,8 @@ def value_shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
     known = cuttable(model)
     values = [value for node in copy.graph for value in node.outputs
               if value.name and (isinstance(value.type, ir.TensorType) or (value.type is None and known))]  # fmt: skip
-    asked = [ir.node("Shape", [value], outputs=[ir.val(_SHAPE + str(value.name), ir.DataType.INT64)])
+    # The runtime tells no shape of codes of four bits: codes have that of the value that they were made of.
+    asked = [ir.node("Shape", [_whole(value)], outputs=[ir.val(_SHAPE + str(value.name), ir.DataType.INT64)])
              for value in values]  # fmt: skip
     copy.graph.extend(asked)
     outputs = list(copy.graph.outputs)
@@ -97,6 +98,13 @@ def value_shapes(model: ir.Model, feeds: Sample) -> dict[str, tuple[int, ...]]:
                if value.const_value is not None}  # fmt: skip
     return shapes | {name.removeprefix(_SHAPE): tuple(map(int, shape)) for name, shape in found.items()
                      if name.startswith(_SHAPE)}  # fmt: skip
+
+
+def _whole(value: ir.Value) -> ir.Value:
+    """Return what codes were made of; another value itself."""
+    node = value.producer()
+    source = node.inputs[0] if node is not None and node.op_type == "QuantizeLinear" else None
+    return value if source is None else source
 
 
 def _node_work(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int:

@@ -23,6 +23,8 @@ from qcompile.passes.place import Placement
 
 #: Bits of weights that are packed (`core/packing.py`), but for what their block has in common.
 PACKED = 4
+#: The types of four bits beside those of eight.
+HALVES = {"int8": "int4", "uint8": "uint4"}
 #: What is left above the highest score seen, as far as scores also lie below zero: e^8 is 3,000 times as likely.
 HEADROOM = 8.0
 
@@ -34,6 +36,7 @@ def allocate_bits(
     target: Target,
     observers: Mapping[str, Observer],
     bits: Mapping[str, int] = MappingProxyType({}),
+    narrow: Mapping[str, Observer] = MappingProxyType({}),
 ) -> QuantPlan:
     """Turn a placement and measurements into the plan.
 
@@ -50,6 +53,8 @@ def allocate_bits(
         placement allows it.
     bits : mapping of str to int
         By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
+    narrow : mapping of str to Observer
+        By name of an activation whose codes are to have four bits, how its range is chosen then.
     """
     tensors: dict[str, TensorQuant] = {}
     scores = _scores(model) if target.integer_only else frozenset()
@@ -57,11 +62,12 @@ def allocate_bits(
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
-        low, high = value_range(statistics.histograms[name], observers[name], target.activation_dtype)
+        dtype = HALVES[target.activation_dtype] if name in narrow else target.activation_dtype
+        low, high = value_range(statistics.histograms[name], narrow.get(name, observers[name]), dtype)
         if name in scores:
             high = max(high, min(-low, high + HEADROOM))
-        scale, zero_point = numerics.affine_scale([low], [high], target.activation_dtype)
-        tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (float(scale[0]),), (int(zero_point[0]),))
+        scale, zero_point = numerics.affine_scale([low], [high], dtype)
+        tensors[name] = TensorQuant(Role.ACTIVATION, dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():
         tensors[name] = tensors[source]
     for node in model.graph:

@@ -13,6 +13,7 @@ from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.rotation import Rotations
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
+from qcompile.passes.allocate_bits import HALVES
 from qcompile.passes.obstacles import integer_obstacle, linear_obstacle, lookup_obstacle, stored_obstacle
 from qcompile.passes.read_plan import is_quantized, read_ops
 from qcompile.passes.rotations import rotatable
@@ -214,7 +215,8 @@ class _Checker:
         weight = quant.role is Role.WEIGHT
         dtype = self.target.weight_dtype if weight else self.target.activation_dtype
         wide = weight and quant.dtype == self.target.wide_weight_dtype and self.unpacked(value)
-        if quant.dtype != dtype and not wide:
+        halves = not weight and self.target.integer_only and quant.dtype == HALVES.get(dtype)
+        if quant.dtype != dtype and not (wide or halves):
             raise self.error(f"tensor '{name}' is {quant.dtype}, {self.target.name} takes {dtype}")
         if quant.axis is None:
             return

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from qcompile.calib.collect import Statistics
+from qcompile.calib.map_losses import MapLosses
 from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import Choice
 from qcompile.core.errors import UsageError, first_line
@@ -59,6 +60,8 @@ class Calibration:
         By node name, multiply-accumulates of one run; empty where bits are not to be chosen.
     float_bytes : int
         What the model's file takes in float.
+    maps : MapLosses
+        What activations lose in four bits, where a device's memory asks for them.
     """
 
     statistics: Statistics
@@ -75,6 +78,7 @@ class Calibration:
     pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
     macs: Mapping[str, int] = field(default_factory=dict)
     float_bytes: int = 0
+    maps: MapLosses = field(default_factory=MapLosses)
 
     @property
     def guessed(self) -> bool:
@@ -104,6 +108,7 @@ class Calibration:
             "pairs": [[*names, loss] for names, loss in self.pairs.items()],
             "macs": dict(self.macs),
             "float_bytes": self.float_bytes,
+            "maps": self.maps.as_json(),
         }
         buffer = io.BytesIO()
         with np.load(io.BytesIO(self.statistics.to_bytes()), allow_pickle=False) as arrays:
@@ -150,6 +155,7 @@ class Calibration:
                 {(str(a), str(b)): float(loss) for a, b, loss in header.get("pairs", [])},
                 {str(node): int(count) for node, count in header.get("macs", {}).items()},
                 int(header["float_bytes"]),
+                MapLosses.from_json(header["maps"]) if "maps" in header else MapLosses(),
             )
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError,
                 AttributeError, IndexError) as error:  # fmt: skip

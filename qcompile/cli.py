@@ -104,7 +104,8 @@ def compile_command(
 @cli.command("calibrate")
 @takes(
     "target", "data", "enlarge", "eval", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "pairs", "recipe", "cache", "threads",
+    "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "board", "max_sram", "pairs",
+    "recipe", "cache", "threads",
     "workers",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
@@ -122,7 +123,7 @@ def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug
 
 
 @cli.command("plan")
-@takes("target", "costs", "max_size", "max_bops", "min_fidelity", "recipe")
+@takes("target", "costs", "max_size", "max_bops", "board", "max_sram", "min_fidelity", "recipe")
 @click.option("--calibration", required=True, type=click.Path(path_type=Path), help="What 'qcompile calibrate' wrote.")
 @click.option("--pareto", type=click.Path(path_type=Path), help="Folder for the best bits for every size, as plans.")
 @written_to("plan.json", "the plan")

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from qcompile import bit_losses, verify
+from qcompile import bit_losses, map_widths, verify
 from qcompile.allocation import Widths, choose_widths
 from qcompile.backends.base import Backend
 from qcompile.calib.collect import Statistics, collect
@@ -26,7 +26,7 @@ from qcompile.core.errors import ModelError, UsageError, VerificationError
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import OpKind, Target
 from qcompile.evidence import SYNTHETIC
-from qcompile.job import Job
+from qcompile.job import Job, with_limits
 from qcompile.latency_budget import quietest
 from qcompile.options import Options
 from qcompile.override import wishes
@@ -35,7 +35,7 @@ from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.share_scales import unlike_ranges
-from qcompile.pipeline import CHOICE, NOISE, STATISTICS, WISHES
+from qcompile.pipeline import CHOICE, MAP_LOSSES, NOISE, STATISTICS, WISHES
 from qcompile.pricing import Pricer
 from qcompile.rotation import ROTATES
 from qcompile.weight_losses import Planned
@@ -61,7 +61,8 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
     """
     bit_losses.require_choice(job, canonical)
     calibration = _ranged(job, canonical, kept)
-    return bit_losses.measured(job, canonical, calibration, planner(canonical, calibration, job.target, job.options))
+    planned = planner(canonical, calibration, job.target, job.options)
+    return _with_map_losses(job, canonical, bit_losses.measured(job, canonical, calibration, planned))
 
 
 def _ranged(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibration:
@@ -85,6 +86,22 @@ def _ranged(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibrat
         else:
             best = _spare(job, canonical, pricer, weights, best)
     return _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
+
+
+def _with_map_losses(job: Job, canonical: ir.Model, calibration: Calibration) -> Calibration:
+    """Measure what activations lose in four bits, where the device's memory has no room for eight."""
+    if is_quantized(canonical) or not job.evidence.calibrated or not map_widths.bounded(job.device):
+        return calibration
+    narrowing = partial(_planned, canonical, calibration, job.target, job.options, {})
+    quantized = InsertQdq(narrowing({}))(canonical.clone()).model
+    tied = map_widths.ties(choose_operators(canonical, job.target, job.options, True, calibration.spared))
+    names = job.backend.narrowable(quantized, job.device, tied)
+    if not names:
+        return calibration
+    losses = job.pipeline.measure(
+        "maps", MAP_LOSSES, lambda: map_widths.measure(job, canonical, names, tied, narrowing)
+    )
+    return replace(calibration, maps=losses)
 
 
 def _require_time(job: Job, canonical: ir.Model) -> None:
@@ -175,7 +192,15 @@ def decide(
         If the options need a measurement that was not made.
     """
     planned = planner(canonical, calibration, target, options)
-    return told(planned, choose_widths(canonical, calibration, planned, backend, options), calibration, options)
+    widths = choose_widths(canonical, calibration, planned, backend, options)
+    decided = told(planned, widths, calibration, options)
+    device = with_limits(target, options)
+    if not (map_widths.bounded(device) and calibration.calibrated and decided.tensors):
+        return decided
+    narrowing = partial(_planned, canonical, calibration, target, options, widths.bits)
+    tied = map_widths.ties(choose_operators(canonical, target, options, True, calibration.spared))
+    narrow, said = map_widths.narrowed(canonical, calibration.maps, device, backend, tied, narrowing)
+    return replace(decided, tensors=narrowing(narrow).tensors, maps=said) if narrow else decided
 
 
 def planner(canonical: ir.Model, calibration: Calibration, target: Target, options: Options) -> Planned:
@@ -196,13 +221,18 @@ def told(planned: Planned, widths: Widths, calibration: Calibration, options: Op
 
 
 def _planned(
-    canonical: ir.Model, calibration: Calibration, target: Target, options: Options, bits: Mapping[str, int]
+    canonical: ir.Model,
+    calibration: Calibration,
+    target: Target,
+    options: Options,
+    bits: Mapping[str, int],
+    narrow: Mapping[str, Observer] = MappingProxyType({}),
 ) -> QuantPlan:
-    """Return the plan with weights in so many bits."""
+    """Return the plan with weights in so many bits, and these activations in four."""
     placement = choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)
     calibration.require(placement.activations)
     observers = calibration.choice.observers
-    return allocate_bits(canonical, placement, calibration.statistics, target, observers, bits)
+    return allocate_bits(canonical, placement, calibration.statistics, target, observers, bits, narrow)
 
 
 def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = MappingProxyType({})) -> Pricer | None:

@@ -19,6 +19,7 @@ from qcompile import verify
 from qcompile.cache import Cache
 from qcompile.calib.collect import Statistics
 from qcompile.calib.data import Sample
+from qcompile.calib.map_losses import MapLosses
 from qcompile.calib.sensitivity import Choice
 from qcompile.core import model as models
 from qcompile.core import runtime
@@ -70,6 +71,9 @@ CODES: Codec[dict[str, IntArray]] = Codec(lambda codes: _archive(codes), lambda 
 LOSSES: Codec[dict[str, dict[int, float]]] = Codec(
     lambda losses: json.dumps(losses).encode(),
     lambda content: {name: {int(bits): loss for bits, loss in of.items()} for name, of in json.loads(content).items()},
+)
+MAP_LOSSES: Codec[MapLosses] = Codec(
+    lambda losses: json.dumps(losses.as_json()).encode(), lambda content: MapLosses.from_json(json.loads(content))
 )
 TRIED: Codec[dict[frozenset[str], float]] = Codec(
     lambda tried: json.dumps([[sorted(names), noise] for names, noise in tried.items()]).encode(),

@@ -65,6 +65,7 @@ def build(
         "precision": {precision.value: plan.count(precision) for precision in Precision},
         "activation_ranges": _ranges(plan),
         "allocation": dict(plan.allocation) or None,
+        "maps": dict(plan.maps) or None,
         "operators": _operators(plan, lowered, proof, canonical),
         "passes": [
             {"name": s.name, "effect": s.effect, "nodes_before": s.nodes_before, "nodes_after": s.nodes_after,
@@ -135,6 +136,10 @@ def measurements(
 def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
     """Return what is worse than it should be, the gravest first."""
     warnings = []
+    if (maps := content["maps"]) is not None:
+        names = ", ".join(maps["bits"])
+        cost = f"{_said(maps['sqnr'])} expected on held-out samples, {_said(maps['sqnr_of_eight'])} with all in eight"
+        warnings.append(f"Stored in four bits to fit the memory: {names}; {cost}.")
     for name, measures in content["fidelity"]["outputs"].items():
         if measures["equal"] is not None:
             if measures["equal"] < 1.0:
@@ -158,6 +163,10 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
         names = ", ".join(refusal.node for refusal in lowered.refusals[:3])
         warnings.append(f"{len(lowered.refusals)} quantized operators run in float all the same: {names}.")
     return warnings
+
+
+def _said(decibel: float | None) -> str:
+    return "no noise" if decibel is None else f"{decibel:.1f} dB"
 
 
 def describe(model: ir.Model) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
         if (pairs := allocation.get("pairs")) is not None:
             without = "" if pairs["sqnr_without"] is None else f"{pairs['sqnr_without']} dB without"
             table.add_row("pairs", "", f"{pairs['measured']}: {len(pairs['changed'])} weights changed", without)
+    if (maps := report["maps"]) is not None:
+        table.add_row("activations", "", f"{len(maps['bits'])} in 4 bits", "")
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)

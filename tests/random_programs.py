@@ -205,8 +205,8 @@ def plus(grown: Growing) -> None:
     )
 
 
-def random_narrow_program(seed: int) -> Program:
-    """Return a program of random steps in which maps of four bits and of eight stand beside one another."""
+def random_maps(seed: int) -> Growing:
+    """Return a program that grew by random steps which all take maps of four bits."""
     random = np.random.default_rng(seed)
     rows, columns, channels = (int(n) for n in random.integers(1, 9, 3))
     grown = Growing(random, (1, rows, columns, channels + channels % 2))
@@ -215,16 +215,23 @@ def random_narrow_program(seed: int) -> Program:
         if grown.last.size <= LARGEST:
             growth(grown)
     pointwise(grown)
+    return grown
+
+
+def random_narrow_program(seed: int) -> Program:
+    """Return a program of random steps in which maps of four bits and of eight stand beside one another."""
+    grown = random_maps(seed)
+    random = grown.random
     narrow = {name for name, tensor in grown.tensors.items()
               if packs(tensor) and name != grown.last.name and random.random() < 0.6}  # fmt: skip
     program = grown.program()
     tensors = {name: replace(tensor, dtype="int4", zero_point=tensor.zero_point // 8) if name in narrow else tensor
                for name, tensor in program.tensors.items()}  # fmt: skip
-    operations = tuple(_in_halves(part) if part.output in narrow else part for part in program.operations)
+    operations = tuple(in_halves(part) if part.output in narrow else part for part in program.operations)
     return replace(program, tensors=tensors, operations=operations)
 
 
-def _in_halves(operation: Any) -> Any:
+def in_halves(operation: Any) -> Any:
     """Return an operation whose results are codes of four bits, 16 times as far apart."""
     bounds = {key: min(max(getattr(operation, key) // 16, -8), 7) for key in ("low", "high") if hasattr(operation, key)}
     if isinstance(operation, ops.Add):

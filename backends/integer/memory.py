@@ -107,6 +107,8 @@ class Layout:
         self.buffers = self._lifetimes()
         #: Directed: bytes that the second buffer begins above the first at least, if it lies above.
         self.gaps: dict[tuple[str, str], int] = {}
+        #: Times and indices of inputs that an output may lie on.
+        self.lying: set[tuple[int, int]] = set()
         self.graph = self._interference()
 
     def _lifetimes(self) -> dict[str, Buffer]:
@@ -153,6 +155,7 @@ class Layout:
             reads = [place for place, other in enumerate(operation.inputs) if self.owner[other] == source]
             if ends_here and source != output and len(reads) == 1:
                 self.gaps[output, source] = aligned(rows.gap(operation, index, self.program.tensors))
+                self.lying.add((time, index))
 
     def _share_windows(self, graph: networkx.Graph, strips: Strips) -> None:
         """Let windows share bytes that are never held at one time."""
@@ -179,16 +182,20 @@ class Layout:
         )
         return all(offset >= 0 and offset % ALIGNMENT == 0 for offset in offsets.values()) and all(apart)
 
+    def together(self, time: int) -> list[list[str]]:
+        """Return the sets of buffers that an operation has at one time: several, where windows take turns."""
+        operation = self.program.operations[time]
+        alive = [name for name, buffer in self.buffers.items() if buffer.born <= time <= buffer.dies]
+        windows = set(operation.windows).intersection(alive) if isinstance(operation, Strips) else set[str]()
+        whole = [name for name in alive if name not in windows]
+        cliques = sorted(map(sorted, networkx.find_cliques(self.graph.subgraph(windows)))) if windows else [[]]
+        return [[*whole, *clique] for clique in cliques]
+
     def needed(self, time: int) -> int:
         """Return the bytes of what lives during an operation."""
         operation = self.program.operations[time]
         alive = {name: buffer.size for name, buffer in self.buffers.items() if buffer.born <= time <= buffer.dies}
-        total = sum(alive.values())
-        if isinstance(operation, Strips):
-            windows = {name for name in operation.windows if name in alive}
-            cliques = networkx.find_cliques(self.graph.subgraph(windows)) if windows else [[]]
-            total -= sum(alive[name] for name in windows)
-            total += max(sum(alive[name] for name in clique) for clique in cliques)
+        total = max(sum(alive[name] for name in together) for together in self.together(time))
         output = self.owner[operation.output]
         savings = [0]
         for name in operation.inputs:

@@ -48,6 +48,39 @@ class Point:
     moved_bytes: int
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """One way to run the first operations, before anything is placed; see `Point`."""
+
+    depth: int
+    height: int
+    recomputes: bool
+    macs: int
+    moved_bytes: int
+    program: Program
+
+
+def schedules(program: Program) -> Iterator[Schedule]:
+    """Yield the program as it is, and then every depth and height of strips, those with fewest operations to do first.
+
+    Parameters
+    ----------
+    program : Program
+        Without strips.
+    """
+    whole = sum(rows.macs(operation, program.tensors) for operation in program.operations)
+    yield Schedule(0, 0, False, whole, 0, program)
+    ways = []
+    for depth in range(2, _deepest(program) + 1):
+        last = program.tensors[program.operations[depth - 1].output].rows
+        heights = [height for height in HEIGHTS if height < last] if _closes(program, depth) else []
+        ways += [(depth, height, again) for height in heights for again in (False, True)]
+    for cost, way, striped in sorted(
+        ((_cost(striped := in_strips(program, *way)), way, striped) for way in ways), key=lambda found: found[:2]
+    ):
+        yield Schedule(*way, whole + cost[0], cost[1], striped)
+
+
 def trade_off(program: Program, overlap: bool = True) -> Iterator[tuple[Point, MemoryPlan]]:
     """Yield what strips of each depth and height take, those with fewest operations to do first.
 
@@ -58,19 +91,9 @@ def trade_off(program: Program, overlap: bool = True) -> Iterator[tuple[Point, M
     overlap : bool
         As of `memory.assign_offsets`.
     """
-    whole = sum(rows.macs(operation, program.tensors) for operation in program.operations)
-    plain = assign_offsets(program, overlap)
-    yield Point(0, 0, False, plain.arena_bytes, whole, 0), plain
-    ways = []
-    for depth in range(2, _deepest(program) + 1):
-        last = program.tensors[program.operations[depth - 1].output].rows
-        heights = [height for height in HEIGHTS if height < last] if _closes(program, depth) else []
-        ways += [(depth, height, again) for height in heights for again in (False, True)]
-    for cost, (depth, height, again), striped in sorted(
-        ((_cost(striped := in_strips(program, *way)), way, striped) for way in ways), key=lambda found: found[:2]
-    ):
-        plan = assign_offsets(striped, overlap, exact=False)
-        yield Point(depth, height, again, plan.arena_bytes, whole + cost[0], cost[1]), plan
+    for way in schedules(program):
+        plan = assign_offsets(way.program, overlap, exact=not way.depth)
+        yield Point(way.depth, way.height, way.recomputes, plan.arena_bytes, way.macs, way.moved_bytes), plan
 
 
 def plan_memory(program: Program, max_sram: int | None = None, overlap: bool = True) -> MemoryPlan:

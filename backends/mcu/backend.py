@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from qcompile.backends.base import Lowered, Subject
+from qcompile.backends.integer import map_bits
 from qcompile.backends.integer.interpret import dequantize_output, quantize_input
 from qcompile.backends.integer.lower import lower
-from qcompile.backends.integer.memory import MemoryPlan
+from qcompile.backends.integer.memory import MemoryPlan, assign_offsets
 from qcompile.backends.integer.program import Program
 from qcompile.backends.integer.strips import Point, plan_memory
 from qcompile.backends.mcu import footprint as footprints
@@ -37,6 +39,10 @@ from qcompile.core.target import Target
 
 #: The quantized model that the C computes, beside it.
 REFERENCE = "reference.onnx"
+#: Bytes of stack that no network has taken: with so many left nobody has to look.
+MOST_STACK = 16384
+#: So often bits are chosen again because the stack was larger than reckoned.
+ATTEMPTS = 3
 
 
 class McuBackend:
@@ -92,6 +98,30 @@ class McuBackend:
         weighted = [part for part in lower(model).operations if isinstance(part, Conv | Dense)]
         return sum(part.weights.nbytes + 3 * part.bias.nbytes for part in weighted)
 
+    def narrowable(self, model: ir.Model, target: Target, tied: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the maps that may have four bits, where eight do not fit in strips either."""
+        limits = Limits.of(target.settings)
+        if limits.sram_bytes is None:
+            return ()
+        program = lower(model)
+        return () if fits(program, target, limits.sram_bytes) else tuple(map_bits.narrowable(program, tied))
+
+    def narrowed(
+        self, model: ir.Model, target: Target, tied: Mapping[str, str], losses: Mapping[str, float]
+    ) -> tuple[str, ...]:
+        """Return the maps to store in four bits: an integer program's choice; see `map_bits`.
+
+        Raises
+        ------
+        BudgetError
+            If all in four bits do not fit: it names the bytes, and the operation that needs most.
+        """
+        limits, program = Limits.of(target.settings), lower(model)
+        groups = {name: names for name, names in map_bits.narrowable(program, tied).items() if name in losses}
+        if limits.sram_bytes is None or fits(program, target, limits.sram_bytes):
+            return ()
+        return fitting(program, groups, losses, target, limits).narrow
+
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return nothing: no table prices kernels of a device that is not here."""
         del model
@@ -121,6 +151,51 @@ class McuBackend:
             return {port.name: dequantize_output(program, port, made[port.name]) for port in program.outputs}
 
         return run
+
+
+def fits(program: Program, target: Target, sram_bytes: int) -> bool:
+    """Tell whether arena and stack fit with every map in eight bits."""
+    try:
+        plan = plan_memory(program, sram_bytes)
+        if plan.arena_bytes + MOST_STACK > sram_bytes:
+            plan_memory(program, sram_bytes - stack_of(plan, target))
+    except BudgetError:
+        return False
+    return True
+
+
+def fitting(
+    program: Program, groups: map_bits.Groups, losses: Mapping[str, float], target: Target, limits: Limits
+) -> map_bits.Fitting:
+    """Return what loses least while arena and stack fit; the stack is that of kernels with four bits.
+
+    Raises
+    ------
+    BudgetError
+        See `McuBackend.narrowed`.
+    """
+    assert limits.sram_bytes is not None
+    stack = 0
+    for _ in range(ATTEMPTS):
+        found = map_bits.fit(program, groups, losses, limits.sram_bytes - stack)
+        if found is None:
+            break
+        needed = stack_of(found.plan, target)
+        if found.plan.arena_bytes + needed <= limits.sram_bytes:
+            return found
+        stack = max(stack, needed)
+    plain, least = assign_offsets(program), map_bits.least(program, groups).arena_bytes
+    beside = f", with {stack} of stack beside them" if stack else ""
+    fact = f"{plain.arena_bytes} bytes of activations do not fit, nor {least} in strips with maps in four bits{beside}"
+    remedy = f"allow {least + stack}, or make smaller what needs most: '{plain.peak}' needs {plain.bound}"
+    raise BudgetError(limits.sram_place, fact, remedy)
+
+
+def stack_of(plan: MemoryPlan, target: Target) -> int:
+    """Return the bytes of stack that a plan's kernels take, 0 where no compiler is here to tell."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = _written(plan, target, Path(folder), ()).compiled
+    return compiled.stack_bytes if compiled else 0
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qcompile.backends.integer.memory import MemoryPlan
-from qcompile.backends.integer.program import Program, Strips
+from qcompile.backends.integer.program import Program, Strips, Tensor
 from qcompile.backends.integer.strips import Point, trade_off
 from qcompile.backends.mcu.boards import Limits
 from qcompile.backends.mcu.compiler import Compiled
-from qcompile.backends.mcu.layers import Layers, macs, weight_bytes
+from qcompile.backends.mcu.layers import Layer, Layers, macs, weight_bytes
 from qcompile.core.errors import BudgetError
 
 
@@ -25,6 +25,8 @@ class Row:
     name, operation : str
     shape : tuple of int
         Of its output, as stored.
+    bits : int
+        Of each code of its output.
     macs : int
     weight_bytes : int
         With biases and multipliers.
@@ -37,10 +39,18 @@ class Row:
     name: str
     operation: str
     shape: tuple[int, ...]
+    bits: int
     macs: int
     weight_bytes: int
     function: str
     kernels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, layer: Layer, output: Tensor, count: int) -> Row:
+        """Return what a layer with so many multiply-accumulates takes."""
+        operation, size = layer.operation, weight_bytes([layer])
+        kind = type(operation).__name__
+        return cls(operation.name, kind, output.shape, output.bits, count, size, layer.function, layer.names)
 
 
 @dataclass(frozen=True)
@@ -78,10 +88,8 @@ class Footprint:
         """Add up a program's layers."""
         tensors = plan.program.tensors
         rows = tuple(
-            Row(layer.operation.name, type(layer.operation).__name__, tensors[layer.operation.output].shape,
-                macs(layer.operation, tensors), weight_bytes([layer]), layer.function, layer.names)
-            for layer in layers.layers
-        )  # fmt: skip
+            Row.of(layer, tensors[layer.operation.output], macs(layer.operation, tensors)) for layer in layers.layers
+        )
         again = sum(part.recomputed for part in plan.program.operations if isinstance(part, Strips))
         return cls(name, target, plan.arena_bytes, plan.bound, weight_bytes(layers.layers), again, rows, trade_off)
 
@@ -127,7 +135,7 @@ class Footprint:
 def _table(layers: Iterable[Row]) -> list[str]:
     lines = ["| | layer | operation | output | multiply-accumulates | bytes |", "|---|---|---|---|---|---|"]
     for index, row in enumerate(layers):
-        shape = "x".join(map(str, row.shape))
+        shape = "x".join(map(str, row.shape)) + ("" if row.bits == 8 else f", {row.bits} bits a code")
         name = row.name.replace("|", "/")
         lines.append(f"| {index} | {name} | {row.operation} | {shape} | {row.macs:,} | {row.weight_bytes:,} |")
     return lines

@@ -223,6 +223,9 @@ class QuantPlan:
         What is rotated, in front of that and behind it.
     allocation : mapping
         How the bits of weights were chosen, JSON-ready (`qcompile/allocation.py`); empty where there was no choice.
+    maps : mapping
+        Which activations have four bits for the device's memory, and what that is expected to lose, JSON-ready
+        (`qcompile/map_widths.py`); empty where all have eight.
     """
 
     tensors: Mapping[str, TensorQuant] = field(default_factory=dict)
@@ -232,6 +235,7 @@ class QuantPlan:
     smoothing: Mapping[str, ChannelFactors] = field(default_factory=dict)
     rotation: Rotations = field(default_factory=Rotations)
     allocation: Mapping[str, Any] = field(default_factory=dict)
+    maps: Mapping[str, Any] = field(default_factory=dict)
 
     def count(self, precision: Precision) -> int:
         """Return how many operators have this precision."""
@@ -244,6 +248,7 @@ class QuantPlan:
             "options": self.options,
             "guessed": self.guessed,
             "allocation": self.allocation,
+            "maps": self.maps,
             "rotation": self.rotation.to_json(),
             "smoothing": {name: factors.as_json() for name, factors in self.smoothing.items()},
             "tensors": {name: asdict(quant) for name, quant in sorted(self.tensors.items())},
@@ -275,6 +280,7 @@ class QuantPlan:
                 },
                 rotation=Rotations.from_json(content["rotation"]) if "rotation" in content else Rotations(),
                 allocation=dict(content.get("allocation", {}).items()),
+                maps=dict(content.get("maps", {}).items()),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(place, f"is not a quantization plan ({error!r})", "write it again") from error

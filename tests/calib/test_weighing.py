@@ -54,3 +54,18 @@ def test_whole_models_are_run_one_after_the_other_within_their_work(
     # Three samples of four models: not all of them fit, so that none is run, not even made.
     untouched = iter([model])
     assert whole_models(model, untouched, 4, data, track) == [] and list(untouched) == [model]
+
+
+def test_scores_that_are_codes_are_compared_in_front_of_the_softmax_too(model_of: Callable[..., ir.Model]) -> None:
+    """Values in front of it have other names there, which must not pass for an output without noise."""
+    generator = np.random.default_rng(2)
+    weights = generator.normal(size=(8, 8)).astype(np.float32)
+    text = "(float[4,8] x) => (float[4,8] y) { a = MatMul (x, w) y = Softmax (a) }"
+    codes = """(float[4,8] x) => (float[4,8] y) { a = MatMul (x, w) q = QuantizeLinear (a, s, z)
+        b = DequantizeLinear (q, s, z) c = Softmax (b) p = QuantizeLinear (c, t, l) y = DequantizeLinear (p, t, l) }"""
+    model = model_of(text, 21, w=weights)
+    data = dataset(model, [{"x": generator.normal(size=(4, 8)).astype(np.float32)} for _ in range(3)])
+    grid = {"z": np.int8(0), "t": np.float32(1 / 256), "l": np.int8(-128)}
+    others = (model_of(codes, 21, w=weights, s=np.float32(step), **grid) for step in (0.1, 1.0))
+    fine, coarse = whole_models(model, others, 2, data, track)
+    assert 1e-5 < fine < 1e-3 and 0.005 < coarse < 0.05

@@ -35,3 +35,10 @@ def test_the_peak_is_what_is_alive_at_once() -> None:
 def test_an_output_stays_alive_to_the_end() -> None:
     body = "f (float[N] x) => (float[N] a, float[N] z) { a = Neg(x) b = Exp(a) c = Neg(b) z = Exp(c) }"
     assert cost(body, x=(10,)).peak_bytes == 4 * 20
+
+
+def test_codes_of_four_bits_have_the_shape_of_what_they_were_made_of() -> None:
+    """The runtime has no Shape for them."""
+    body = """f (float[N,4] x) => (float[N,4] y) <float s = {0.5}> {
+        q = QuantizeLinear <output_dtype = 22> (x, s) y = DequantizeLinear (q, s) }"""
+    assert cost(body, x=(3, 4)).work == (PER_ELEMENT * 12, PER_ELEMENT * 12)

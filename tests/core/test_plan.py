@@ -70,7 +70,7 @@ def test_bytes_do_not_depend_on_the_order_of_tensors() -> None:
 def test_the_text_of_a_plan_is_fixed() -> None:
     plan = QuantPlan({"x": activation()}, {"conv": OpPlan("Conv", Precision.INTEGER, output="é")})
     assert plan.to_json() == (
-        '{\n "schema_version": 1,\n "options": {},\n "guessed": false,\n "allocation": {},\n'
+        '{\n "schema_version": 1,\n "options": {},\n "guessed": false,\n "allocation": {},\n "maps": {},\n'
         ' "rotation": {\n  "folded": [],\n  "inputs": [],\n  "refused": []\n },\n "smoothing": {},\n'
         ' "tensors": {\n  "x": {\n'
         '   "role": "activation",\n   "dtype": "uint8",\n'
@@ -106,6 +106,16 @@ def test_quantize_and_dequantize_along_the_axis() -> None:
     assert codes.tolist() == [[3, 6], [-4, 2]]
     assert quant.dequantize(codes).tolist() == [[3.0, 3.0], [-4.0, 1.0]]
     assert quant.bits == 8 and TensorQuant(Role.ACTIVATION, "uint16", (1.0,), (0,)).bits == 16
+
+
+def test_activations_may_have_four_bits() -> None:
+    quant = TensorQuant(Role.ACTIVATION, "uint4", (0.5,), (3,))
+    assert quant.bits == 4
+    codes = quant.quantize(np.float32([-9.0, -1.5, 0.0, 0.3, 9.0]))
+    assert codes.tolist() == [0, 0, 3, 4, 15] and str(codes.dtype) == "uint4"
+    assert quant.dequantize(codes).tolist() == [-1.5, -1.5, 0.0, 0.5, 6.0]
+    plan = QuantPlan({"a": quant}, maps={"bits": {"a": 4}, "sqnr": 20.0, "sqnr_of_eight": 30.0})
+    assert QuantPlan.from_json(plan.to_json()) == plan
 
 
 def content() -> dict[str, Any]:

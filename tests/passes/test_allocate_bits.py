@@ -249,3 +249,24 @@ def histogram_of(low: float, high: float) -> Histogram:
     histogram = Histogram()
     histogram.add(np.array([low, 0.0, high], np.float32))
     return histogram
+
+
+def test_an_activation_has_four_bits_where_it_is_asked_for(
+    model_of: Build, quantized: Build, eager: Target, m: np.ndarray
+) -> None:
+    text = rows("a = MatMul (x, m) b = Relu (a) y = MatMul (b, m)")
+    found = quantized(model_of(text, m=m))
+    model, plan = found.float_model, found.plan
+    target = replace(eager, activation_dtype="int8")
+    histogram = Histogram()
+    histogram.add(np.append(np.linspace(0.0, 1.0, 10_000), 40.0).astype(np.float32))
+    statistics = Statistics(dict.fromkeys(found.placement.activations, histogram), 1)
+    wide = dict.fromkeys(found.placement.activations, Observer.MINMAX)
+    name = found.placement.activations[0]
+    eight = allocate_bits(model, found.placement, statistics, target, wide).tensors
+    four = allocate_bits(model, found.placement, statistics, target, wide, narrow={name: Observer.MSE}).tensors
+    assert (eight[name].dtype, four[name].dtype, four[name].zero_point, four[name].bits) == ("int8", "int4", (-8,), 4)
+    # The range is chosen anew: fifteen steps up to one value far away would leave all others two codes.
+    assert four[name].scale[0] * 15 < 40.0 / 2 < eight[name].scale[0] * 255
+    assert {other for other in eight if eight[other] != four[other]} == {name}
+    assert plan.tensors.keys() == four.keys()

@@ -143,3 +143,15 @@ def test_a_range_of_each_run_is_for_operators_that_take_one(made: Build, eager: 
     model, plan = made(text)
     plan = replace(plan, tensors={**plan.tensors, "e": dynamic})
     assert check_plan(model, plan, eager) == plan
+
+
+def test_activations_in_four_bits_are_for_targets_without_a_runtime(made: Build, eager: Target) -> None:
+    model, plan = made(MOVED)
+    quant = TensorQuant(Role.ACTIVATION, "uint4", (0.5,), (3,))
+    edited = replace(plan, tensors={**plan.tensors, "s": quant})
+    with pytest.raises(UsageError, match=r"tensor 's' is uint4, .* takes uint8"):
+        check_plan(model, edited, eager)
+    assert check_plan(model, edited, replace(eager, integer_only=True)).tensors["s"] == quant
+    wider = replace(plan, tensors={**plan.tensors, "s": replace(quant, dtype="int4")})
+    with pytest.raises(UsageError, match="tensor 's' is int4"):
+        check_plan(model, wider, replace(eager, integer_only=True))
