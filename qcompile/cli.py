@@ -56,10 +56,9 @@ def cmake_dir(context: click.Context, _: click.Parameter, asked: bool) -> None:
     help="Print the folder of the CMake package and exit.",
 )
 def cli() -> None:
-    r"""Compile an ONNX model for an edge device: quantized, verified, and with its reasons.
+    """Compile an ONNX model for an edge device: quantized, verified, and with its reasons.
 
-    \b
-    qcompile MODEL.onnx --target cpu --data calib.npz -o build/model
+    For example: qcompile MODEL.onnx --target cpu --data calib.npz -o build/model
 
     Exit codes: 0 done, 2 usage, 3 bad input model, 4 bad data, 5 budget or fidelity not met,
     6 verification failed, 7 the target is not available here.
