@@ -1,4 +1,4 @@
-"""Compile a CNN with one scale for the weights of each operator, with and without smoothing: docs/equalization.md.
+"""Quantize a CNN with one scale for the weights of each operator, smoothed and not: docs/equalization.md.
 
     python benchmarks/equalization.py [--cache DIR]
 
@@ -21,17 +21,21 @@ from smoothing import groups_of
 
 from qcompile import driver
 from qcompile.backends.base import find_target
+from qcompile.calib.collect import collect
 from qcompile.calib.data import input_specs, open_data
+from qcompile.calib.observers import Observer
 from qcompile.calib.output_error import OutputError
 from qcompile.calib.sections import at_scores
 from qcompile.core import model as models
 from qcompile.core import numerics, runtime
-from qcompile.core.plan import How, QuantPlan
-from qcompile.decision import calibrate, decide
+from qcompile.core.plan import How
+from qcompile.decision import choose_operators
 from qcompile.equivalence import rewrite
 from qcompile.job import Job
 from qcompile.options import NO_COSTS, Options
+from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.structure import is_linear, name_of
 from qcompile.pipeline import untracked
 
@@ -45,9 +49,10 @@ HEAD = """# Weights with one scale
 Written by `python benchmarks/equalization.py`; do not edit. Where a target has one scale for all weights of an
 operator, the noise of what writes a channel counts as well, and the factors of cross-layer equalization (Nagel et al.
 2019) are tried beside those of activations ([smoothing.md](smoothing.md)), and then factors that the groups choose in
-turn. SQNR over all evaluation samples, everything that can be integers in integers, with minmax ranges. At the outputs:
-in front of a last Softmax. Features: what the last product reads, each channel times its factor. An output of two
-numbers is a matter of how the roundings of all operators happen to add up, so it is features that tell what factors do.
+turn. SQNR over all evaluation samples, everything that can be integers in integers, minmax ranges, weights to nearest
+and no bias corrected. Outputs: in front of a last Softmax. Features: what the last product reads, each channel times
+its factor. An output of two numbers is a matter of how the roundings of all operators happen to add up, so it is
+features that tell what factors do.
 
 | model | at | a scale per channel, dB | one scale, dB | one scale, smoothed, dB | of the gap | folded | left alone |
 |---|---|---|---|---|---|---|---|
@@ -61,26 +66,29 @@ REFUSALS = """
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A model before and behind smoothing, quantized, and by which plan."""
+class Quantized:
+    """A model before and behind smoothing, with everything in codes, and how many groups fold or are left alone."""
 
     canonical: ir.Model
     smoothed: ir.Model
     quantized: ir.Model
-    plan: QuantPlan
+    hows: Counter[How]
 
 
-def compiled(paths: Sequence[Path], per_channel: bool, smoothing: str) -> Compiled:
-    """Compile for weights with a scale per channel or one."""
+def quantized(paths: Sequence[Path], per_channel: bool, smoothing: str) -> Quantized:
+    """Quantize with a scale for each channel of weights or one, to nearest, with minmax ranges."""
     options = Options("cpu", data=str(paths[1]), eval=str(paths[2]), observer="minmax",
                       smoothing=smoothing, rotation="none", costs=NO_COSTS)  # type: ignore[arg-type]  # fmt: skip
     job = Job.begin(paths[0], options, untracked)
     job = replace(job, target=replace(job.target, per_channel=per_channel))
     canonical = driver.canonicalize(job)
     smoothed, chosen = rewrite(job, canonical)
-    calibration = chosen.noted(calibrate(job, smoothed, chosen.kept(smoothed)))
-    plan = decide(smoothed, calibration, job.target, job.backend, options)
-    return Compiled(canonical, smoothed, driver.quantize(job, smoothed, plan), plan)
+    placement = choose_operators(smoothed, job.target, options, True, {})
+    statistics = collect(smoothed, placement.activations, job.evidence.calibration, untracked)
+    observers = dict.fromkeys(placement.activations, Observer.MINMAX)
+    copy = smoothed.clone()
+    InsertQdq(allocate_bits(smoothed, placement, statistics, job.target, observers))(copy)
+    return Quantized(canonical, smoothed, copy, Counter(one.how for one in chosen.smoothing.values()))
 
 
 def sqnr(model: ir.Model, quantized: ir.Model, data: Path) -> float:
@@ -103,7 +111,7 @@ def last_input(model: ir.Model) -> str:
     return name_of(value)
 
 
-def features(one: Compiled, data: Path) -> float:
+def features(one: Quantized, data: Path) -> float:
     """Return the SQNR in dB of what the last product reads, each channel times its factor: the mean over samples."""
     models_of = (one.canonical, one.smoothed, one.quantized)
     names = [last_input(model) for model in models_of]
@@ -124,17 +132,23 @@ def features(one: Compiled, data: Path) -> float:
 
 
 def rows(name: str, paths: Sequence[Path]) -> str:
-    """Compile one model in three ways; return its rows of the table."""
+    """Quantize one model in three ways; return its rows of the table."""
     found = []
     for per_channel, smoothing in ((True, "none"), (False, "none"), (False, "auto")):
-        one = compiled(paths, per_channel, smoothing)
+        one = quantized(paths, per_channel, smoothing)
         found.append((features(one, paths[2]), sqnr(one.canonical, one.quantized, paths[2])))
         print(name, per_channel, smoothing, *(f"{number:.2f}" for number in found[-1]), flush=True)
-    hows = Counter(chosen.how for chosen in one.plan.smoothing.values())
     table = ""
     for at, numbers in zip(("features", "outputs"), zip(*found, strict=True), strict=True):
         gap = f"{(numbers[2] - numbers[1]) / (numbers[0] - numbers[1]):.0%}"
-        cells = [name, at, *(f"{number:.1f}" for number in numbers), gap, str(hows[How.FOLD]), str(hows[How.NONE])]
+        cells = [
+            name,
+            at,
+            *(f"{number:.1f}" for number in numbers),
+            gap,
+            str(one.hows[How.FOLD]),
+            str(one.hows[How.NONE]),
+        ]
         table += f"| {' | '.join(cells)} |\n"
     return table
 
@@ -149,7 +163,7 @@ def refusals(name: str, path: Path) -> str:
 
 def main() -> None:
     """Measure and write the page."""
-    parser = argparse.ArgumentParser(description="Compile with one scale for weights; write docs/equalization.md.")
+    parser = argparse.ArgumentParser(description="Quantize with one scale for weights; write docs/equalization.md.")
     parser.add_argument("--cache", type=Path, help="folder of the fetched models")
     options = parser.parse_args()
     table = rows(EQUALIZED, fetch(EQUALIZED, options.cache))

@@ -4,11 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompile import equivalence
 from qcompile.backends.base import find_target
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.rotations import Scheme
@@ -18,7 +21,7 @@ from qcompile.core.orthogonal import Orthogonal
 from qcompile.core.plan import ChannelFactors, How, Precision
 from qcompile.core.rotation import InputRotation, Rotations, Site
 from qcompile.decision import choose_operators
-from qcompile.equivalence import Equivalences
+from qcompile.equivalence import NOTHING, Equivalences
 from qcompile.options import Options
 from qcompile.override import Override
 from qcompile.passes.canonicalize import Canonicalize
@@ -30,6 +33,7 @@ from qcompile.passes.rotations import rotatable
 from qcompile.passes.scale_groups import ScaleGroup, linear_readings, scale_group
 from qcompile.passes.structure import is_linear, node_name
 from qcompile.rotation import RotationPlan, input_operators, plan_inputs, plan_rotations
+from qcompile.smoothing import Candidate
 
 EXPORTS = Path(__file__).parent / "passes" / "exports"
 Planned = Callable[..., RotationPlan]
@@ -137,7 +141,7 @@ def test_what_readers_see(name: str) -> None:
     assert checked == {"pre_norm": 6, "vit": 3, "llama": 7, "bottlenecks": 3}[name.partition(".")[0]]
 
 
-def three_products() -> ir.Model:
+def three_products(last: float = 1.0) -> ir.Model:
     """Build three products in a row; single numbers in front of each are made louder, least in front of the last."""
     random = np.random.default_rng(3)
     text = """(float[1,40,64] x) => (float[1,40,8] y) {
@@ -145,7 +149,7 @@ def three_products() -> ir.Model:
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 21]> g {text}')
     shapes = {"u": (64, 64), "v": (64, 64), "w": (64, 8), "p": (40, 64), "q": (40, 64), "r": (40, 64)}
     arrays = {name: random.normal(0, 0.125, shape) for name, shape in shapes.items()}
-    for name, loud in (("p", 60.0), ("q", 30.0), ("r", 1.0)):
+    for name, loud in (("p", 60.0), ("q", 30.0), ("r", last)):
         arrays[name] = np.ones((40, 64))
         arrays[name][::4, random.integers(0, 64)] = loud
     for name, array in arrays.items():
@@ -167,6 +171,57 @@ def test_products_stand_where_they_save_most_first() -> None:
     names = [node_name(node) for node in operators]
     assert [rotation.node for rotation in most] == names[:2] and least == most[:1]
     assert {(rotation.matrix.width, rotation.matrix.block) for rotation in most} == {(32, 32)}
+
+
+def test_a_product_that_gains_little_is_tried_with_all_others() -> None:
+    """By 1.5 dB in the operator: what that is worth is for the outputs to say."""
+    model = three_products(last=3.0)
+    operators = input_operators(model, linear(model))
+    every, *fewer = plan_inputs(model, operators, data_of(model), lambda items, *_: items)
+    assert [rotation.node for rotation in every] == [node_name(node) for node in operators]
+    assert all(len(some) < 3 for some in fewer) and fewer
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected", "alpha", "tried"),
+    [
+        # All of them help, most with another α; fewer are not tried then.
+        ({(2, None): 3.0, (2, 0.65): 2.0, (1, None): 1.0}, 2, 0.65, [(2, None), (2, 0.65)]),
+        # All are too many.
+        ({(2, None): 9.0, (2, 0.65): 9.0, (1, None): 4.0}, 1, None, [(2, None), (2, 0.65), (1, None)]),
+        ({(2, None): 9.0, (2, 0.65): 9.0, (1, None): 9.0}, 0, None, [(2, None), (2, 0.65), (1, None)]),
+    ],
+)
+def test_products_are_tried_all_with_each_alpha_before_fewer(
+    monkeypatch: pytest.MonkeyPatch,
+    noise: dict[tuple[int, float | None], float],
+    expected: int,
+    alpha: float | None,
+    tried: list[tuple[int, float | None]],
+) -> None:
+    planned = tuple(InputRotation(name, Orthogonal.spreading(32)) for name in "ab")
+    options = SimpleNamespace(smoothing="none", rotation="auto")
+    search = equivalence._Search(SimpleNamespace(options=options, track=None), None, {}, None)
+    fold = Candidate((How.FOLD,))
+    search.__dict__.update(steps=[NOTHING, fold, replace(fold, alpha=0.65)], judge=SimpleNamespace(fit=None))
+    seen = []
+
+    def outcome(_: object, candidate: Any) -> Any:
+        key = len(candidate.inputs), candidate.smoothing.alpha
+        seen.append(key)
+        value = noise.get(key, {(): 8.0}.get(candidate.smoothing.kinds, 5.0 + (candidate.smoothing.alpha or 0.0)))
+        error = SimpleNamespace(total=0.0)
+        return SimpleNamespace(error=error, value=value, beats=lambda other: value < other.value)
+
+    for name, stub in (
+        ("_outcome", outcome), ("_operators", lambda *_: ["a", "b"]), ("_built", lambda *_: (None, None)),
+        ("_same", lambda _, one, other: one == other),
+    ):  # fmt: skip
+        monkeypatch.setattr(equivalence._Search, name, stub)
+    monkeypatch.setattr(equivalence, "plan_inputs", lambda *_: (planned, planned[:1]))
+    best = search._best(())
+    assert (len(best.inputs), best.smoothing.alpha) == (expected, alpha)
+    assert [key for key in seen if key[0]] == tried
 
 
 def test_an_override_is_not_meant_for_products() -> None:
