@@ -16,6 +16,8 @@ from qcompile.passes.resources import Resource
 
 #: Bits of a float. Models that compute in float16 are widened before anything is decided.
 FLOAT = 32
+#: What this resource is called.
+WHAT = "bit operations"
 
 
 def bit_operations(
@@ -55,7 +57,7 @@ def bit_operations(
         else:
             fixed += count * _bits(plan.tensors.get(first), integer) * _bits(plan.tensors.get(second), integer)
     taken = {name: {bits: float(bits * per) for bits in widths} for name, per in per_bit.items()}
-    return Resource("bit operations", float(fixed), taken, most)
+    return Resource(WHAT, float(fixed), taken, most)
 
 
 def float_operations(macs: Mapping[str, int]) -> int:

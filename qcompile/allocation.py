@@ -25,6 +25,7 @@ from qcompile.core import numerics, packing
 from qcompile.core.errors import BudgetError, UsageError
 from qcompile.core.plan import QuantPlan
 from qcompile.options import Options
+from qcompile.passes import bit_operations
 from qcompile.passes.greedy import greedy
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.integer_program import Allocation, Candidate, InfeasibleError, Pair, allocate
@@ -338,7 +339,7 @@ class Program:
         noise = self.tried.get(four, noise)
         # Without data nothing is known of the noise that there is.
         size = _bytes(self.model, self.planned(bits), self.backend)
-        bops = sum(int(one.of(bits)) for one in self.resources)
+        bops = sum(int(one.of(bits)) for one in self.resources if one.what == bit_operations.WHAT)
         return Widths(bits, noise if self.noise else 0.0, size, gap, bops=bops)
 
     @cached_property
