@@ -17,7 +17,7 @@ from qcompile.backends.tvm.schedules import x86_codes as codes
 from qcompile.backends.tvm.schedules import x86_depthwise as depthwise
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_windows as windows
-from qcompile.backends.tvm.schedules.x86 import FOLDED, OFFSET, Processor, Rounding, high_word
+from qcompile.backends.tvm.schedules.x86 import FOLDED, OFFSET, Processor, Rounding, high_word, saturates
 from qcompile.core.errors import TargetError
 
 Array = npt.NDArray[Any]
@@ -125,7 +125,11 @@ def _linear(
     network: Network, operation: Any, shape: linear.Linear, part: tuple[Array, slice], places: tuple[int, int]
 ) -> None:
     weights, channels = part
-    shape = replace(shape, looked_up=operation.output in network.layout.tables)
+    even = np.pad(weights, [(0, 0), (0, 0), (0, shape.length % 2)])
+    shape = replace(
+        shape, looked_up=operation.output in network.layout.tables,
+        saturates=not network.processor.instruction and saturates(even),
+    )  # fmt: skip
     processor, tile = network.processor, linear.choose_tile(shape, network.processor)
     requantize = operation.requantize
     multiplier, shift = (
@@ -168,6 +172,7 @@ def _depthwise(network: Network, operation: ops.Conv) -> None:
         narrow = network.processor.narrower(lanes)
         channels = slice(first, first + count)
         packed, table = depthwise.pack(part, narrow, weights[channels], tuple(n[channels] for n in numbers))
+        part = replace(part, saturates=not narrow.instruction and saturates(packed))
         given = [
             network.at(operation.inputs[0], first), network.constant(packed), network.constant(table),
             *_table(network, operation), network.at(operation.output, first),

@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from qcompile.backends.tvm.definitions import HIGH_WORD
 from qcompile.backends.tvm.native import Machine, builder
 
@@ -35,7 +38,7 @@ class Processor:
     registers : int
         That hold vectors.
     instruction : str
-        LLVM's name of the dot product, but for the bits.
+        LLVM's name of the dot product, but for the bits; empty where there is none.
     permutes : bool
         Whether it picks bytes from two registers by another one's (VBMI): a table of 256 codes is four registers.
     """
@@ -48,10 +51,31 @@ class Processor:
     instruction: str
     permutes: bool = False
 
-    def dot(self, sums: Any, codes: Any, weights: Any) -> Any:
-        """Return `sums` and in each lane four products of codes and weights."""
-        name = f"{self.instruction}.{32 * self.lanes}"
-        return builder().call_llvm_pure_intrin(f"int32x{self.lanes}", name, sums, codes, weights)
+    def dot(self, sums: Any, codes: Any, weights: Any, saturates: bool) -> Any:
+        """Return `sums` and in each lane four products of codes and weights.
+
+        Without the instruction, two products are added to 16 bits, which saturate, and two such sums to 32.
+
+        Parameters
+        ----------
+        sums, codes, weights : vectors
+        saturates : bool
+            Whether two products may be beyond 16 bits; then those of every other weight are taken apart.
+        """
+        ir, bits = builder(), 32 * self.lanes
+        if self.instruction:
+            return ir.call_llvm_pure_intrin(f"int32x{self.lanes}", f"{self.instruction}.{bits}", sums, codes, weights)
+        pairs, sums_of_pairs = PAIRS[self.lanes]
+        words, ones = f"int16x{2 * self.lanes}", all_lanes(1, "int16", 2 * self.lanes)
+        parts = [weights]
+        if saturates:
+            apart = ir.reinterpret(words, weights)
+            even = apart & all_lanes(255, "int16", 2 * self.lanes)
+            parts = [ir.reinterpret(f"int8x{4 * self.lanes}", part) for part in (even, apart ^ even)]
+        for part in parts:
+            two = ir.call_llvm_pure_intrin(words, pairs, codes, part)
+            sums = sums + ir.call_llvm_pure_intrin(f"int32x{self.lanes}", sums_of_pairs, two, ones)
+        return sums
 
     def narrower(self, lanes: int) -> Processor:
         """Return the processor by shorter vectors."""
@@ -63,7 +87,30 @@ AVX512_VNNI = Processor(
     ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"), 16, 32,
     "llvm.x86.avx512.vpdpbusd", permutes=True,
 )  # fmt: skip
-PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI,)}
+AVX_VNNI = Processor("avx-vnni", Machine("alderlake"), ("avx2", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
+AVX2 = Processor("avx2", Machine("haswell"), ("avx2",), 8, 16, "")
+PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI, AVX_VNNI, AVX2)}
+
+#: By lanes, what adds products of codes and weights in pairs to 16 bits, and pairs of 16 bits to 32.
+PAIRS = {
+    4: ("llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"),
+    8: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
+}
+
+
+def saturates(weights: npt.NDArray[np.int8]) -> bool:
+    """Tell whether two neighbours' products with codes up to 255 may be beyond 16 bits.
+
+    The largest sum has 255 wherever the weight is positive, the lowest wherever it is negative.
+
+    Parameters
+    ----------
+    weights : ndarray of int8
+        In the order in which they are read: those of one sum of pairs are neighbours along the last axis.
+    """
+    pairs = weights.reshape(-1, 2).astype(np.int32)
+    extremes = 255 * np.maximum(pairs, 0).sum(axis=1), 255 * np.minimum(pairs, 0).sum(axis=1)
+    return bool(extremes[0].max(initial=0) >= 1 << 15 or extremes[1].min(initial=0) < -(1 << 15))
 
 
 #: By lanes, what narrows two vectors of 32 bits to one of 16, and two of those to one of 8 bits without a sign.

@@ -28,8 +28,8 @@ from qcompile.backends.tvm.schedules.x86 import (
 from qcompile.backends.tvm.schedules.x86_linear import Scaling, arguments, scaling_table
 from qcompile.backends.tvm.schedules.x86_windows import Windows
 
-#: Columns whose sums are held at once, four vectors each.
-COLUMNS = 4
+#: Registers for each output whose sums, four vectors, are held at once; half of them hold what is interleaved.
+EACH = 8
 #: Channels that lie together in a vector's 128 bits once four taps are interleaved.
 LANE = 16
 
@@ -104,7 +104,8 @@ def depthwise_kernel(name: str, shape: Windows, processor: Processor) -> Functio
     def body(buffers: Any) -> None:
         def block(v: Any, left: int) -> None:
             emitter = _Emitter(shape, processor, buffers, v, left)
-            blocks(shape.rows, 1, lambda y, _: blocks(shape.columns, COLUMNS, lambda x, n: emitter.columns(y, x, n)))
+            held = processor.registers // EACH
+            blocks(shape.rows, 1, lambda y, _: blocks(shape.columns, held, lambda x, n: emitter.columns(y, x, n)))
 
         full, left = divmod(shape.channels, width)
         blocks(full, 1, lambda v, _: block(v, width))
@@ -157,4 +158,5 @@ class _Emitter:
             for j in range(FOUR):
                 place = (((self.block * wide + tap) * groups + group) * FOUR + j) * self.width
                 weights = load(self.buffers["weights"], place, self.width)
-                sums[output][j] = ir.bind(self.processor.dot(sums[output][j], codes[j], weights))
+                made = self.processor.dot(sums[output][j], codes[j], weights, self.shape.saturates)
+                sums[output][j] = ir.bind(made)

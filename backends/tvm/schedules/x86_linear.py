@@ -47,6 +47,8 @@ class Linear:
     rounding : Rounding
     looked_up : bool
         Whether codes go through a table at the end.
+    saturates : bool
+        See `x86.saturates`.
     """
 
     rows: int
@@ -60,6 +62,7 @@ class Linear:
     output_column: int
     rounding: Rounding
     looked_up: bool = False
+    saturates: bool = False
 
     @property
     def quads(self) -> int:
@@ -94,13 +97,15 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
     vectors = -(-shape.outputs // processor.lanes)
     # A short sum is unrolled, and its weights want registers too.
     room = processor.registers - (SPARED if shape.depth < SHORT else 1)
+    # Without the instruction, a product, sums of pairs and ones have registers; weights have two where they are split.
+    room, each = (room, 1) if processor.instruction else (min(room, processor.registers - 3), 1 + shape.saturates)
     tiles = [
         Tile(rows, columns, count)
         for count in (1, 2, 4)
         if count <= vectors or count == 1
         for columns in range(1, min(shape.columns, room) + 1)
         for rows in range(1, min(shape.rows, room) + 1)
-        if (rows == 1 or columns == shape.columns) and rows * columns * count + count + 1 <= room
+        if (rows == 1 or columns == shape.columns) and rows * columns * count + count * each + 1 <= room
     ]
     return min(tiles, key=lambda tile: (_cycles(shape, tile, vectors), tile.vectors, tile.columns))
 
@@ -297,7 +302,7 @@ class _Emitter:
                 codes = ir.bind(ir.reinterpret(f"uint8x{step}", ir.broadcast(four, lanes)))
                 for v in range(count):
                     place = ir.ramp((p * count + v) * lanes, 1, lanes)
-                    ir.buffer_store(sums, self.processor.dot(sums[place], codes, weights[v]), [place])
+                    ir.buffer_store(sums, self.processor.dot(sums[place], codes, weights[v], shape.saturates), [place])
 
         nested([*shape.taps, (shape.quads, FOUR)], source, products)
         return sums

@@ -32,6 +32,8 @@ class Windows:
         Of a maximum, `low` and `high` only.
     looked_up : bool
         Whether codes go through a table at the end; of depthwise convolutions.
+    saturates : bool
+        See `x86.saturates`; of depthwise convolutions.
     """
 
     rows: int
@@ -44,6 +46,7 @@ class Windows:
     output_column: int
     rounding: Rounding
     looked_up: bool = False
+    saturates: bool = False
 
     @property
     def offsets(self) -> list[int]:

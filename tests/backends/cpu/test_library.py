@@ -161,3 +161,33 @@ def test_inputs_that_do_not_fit_are_told_so(load):
         session.run(None, {})
     with pytest.raises(ValueError, match=r"shape \(1, 2\), not \(1, 9, 11, 16\)"):
         session.run(None, {"x": np.zeros((1, 2), np.float32)})
+
+
+def test_pairs_of_products_saturate_beyond_sixteen_bits_and_not_below():
+    from qcompile.backends.tvm.schedules.x86 import saturates
+
+    random = np.random.default_rng(0)
+    pairs = random.integers(-128, 128, (4000, 2)).astype(np.int8)
+    codes = np.array([(a, b) for a in (0, 255) for b in (0, 255)])
+    sums = pairs.astype(np.int64) @ codes.T
+    expected = (sums.max(axis=1) > 32767) | (sums.min(axis=1) < -32768)
+    assert 0 < expected.sum() < len(pairs)
+    assert [saturates(pair) for pair in pairs] == expected.tolist()
+    assert not saturates(np.array([64, 64, -64, -64, 127, -127], np.int8))
+    assert saturates(np.array([1, 0, 65, 64], np.int8))
+
+
+@pytest.mark.parametrize(("limit", "products"), [(64, 1), (127, 2)])
+def test_without_the_instruction_weights_are_split_where_sums_saturate(limit, products):
+    program = wide(np.random.default_rng(0), 32, 32, 1)
+    np.clip(program.operations[0].weights, -limit, limit, out=program.operations[0].weights)
+    (body,) = [body for name, body in assembly(program, PROCESSORS["avx2"]).items() if name.startswith("linear")]
+    assert "vpmaddubsw" in body and "vpdpbusd" not in body and "zmm" not in body
+    assert ("vpand" in body) == (products == 2)
+    assert body.count("vpmaddubsw") == body.count("vpmaddwd")
+
+
+def test_avx_vnni_has_the_instruction_on_short_vectors():
+    bodies = assembly(wide(np.random.default_rng(0), 64, 64, 3), PROCESSORS["avx-vnni"])
+    loops = [loop for body in bodies.values() for loop in innermost(body) if "vpdpbusd" in loop]
+    assert loops and all("ymm" in loop and "zmm" not in loop for loop in loops)
