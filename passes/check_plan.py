@@ -214,7 +214,8 @@ class _Checker:
         weight = quant.role is Role.WEIGHT
         dtype = self.target.weight_dtype if weight else self.target.activation_dtype
         wide = weight and quant.dtype == self.target.wide_weight_dtype and self.unpacked(value)
-        if quant.dtype != dtype and not wide:
+        narrow = weight and quant.dtype == self.target.narrow_weight_dtype and not self.unpacked(value)
+        if quant.dtype != dtype and not (wide or narrow):
             raise self.error(f"tensor '{name}' is {quant.dtype}, {self.target.name} takes {dtype}")
         if quant.axis is None:
             return

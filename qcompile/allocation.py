@@ -26,8 +26,9 @@ from qcompile.options import Options
 from qcompile.passes.greedy import greedy
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.integer_program import Allocation, Candidate, InfeasibleError, allocate
+from qcompile.passes.read_plan import is_quantized
 from qcompile.pricing import SIZE, WORTH
-from qcompile.weight_losses import EIGHT, FOUR, Losses, Planned, Tried, in_four, own_errors, packable
+from qcompile.weight_losses import EIGHT, FOUR, Losses, Planned, Tried, in_four, own_errors, packable, takes_four
 
 #: Bytes that the nodes take which unpack a tensor.
 UNPACKING = 900
@@ -94,8 +95,7 @@ def choose_widths(
     UsageError
         If what weights lose was not measured.
     """
-    plain = planned({})
-    names = packable(canonical, plain)
+    names = packable(canonical, planned)
     budget = Budget.parse(options.max_size, "--max-size") if options.max_size is not None else None
     limit = math.inf if budget is None else budget.of(calibration.float_bytes)
     if calibration.losses and above_a_quarter(canonical, calibration, planned, backend, options):
@@ -103,6 +103,9 @@ def choose_widths(
         widths = program.within(QUARTER * calibration.float_bytes)
         worst = program.noise * 10.0 ** (SPENT / 10.0)
         return widths if widths.bytes <= QUARTER * calibration.float_bytes and widths.noise <= worst else Widths()
+    if (room := short_of_flash(canonical, planned, backend, options)) is not None:
+        # What does not fit in the end is refused by the backend, which knows the bytes of code.
+        return program_of(canonical, calibration, planned, backend).within(min(room, limit))
     if not options.mixed:
         bits = dict.fromkeys(names, FOUR) if options.weights == "4" else {}
         size = _bytes(canonical, planned(bits), backend) if bits or budget else 0
@@ -129,6 +132,14 @@ def above_a_quarter(
     return free and large and _bytes(canonical, planned({}), backend) > QUARTER * calibration.float_bytes
 
 
+def short_of_flash(canonical: ir.Model, planned: Planned, backend: Backend, options: Options) -> int | None:
+    """Return the bytes that a device's flash has for constants, where all weights in eight bits take more."""
+    room = backend.room(options.limits) if options.weights in ("auto", "mixed") else None
+    if room is None or is_quantized(canonical) or not takes_four(canonical, planned):
+        return None
+    return room if _bytes(canonical, planned({}), backend) > room else None
+
+
 def _require(size: int, limit: float, options: Options) -> None:
     if size > limit:
         fact = f"cannot be met: with weights in as few bits as they may have the file takes {size} of {limit:.0f} bytes"
@@ -143,15 +154,17 @@ def program_of(canonical: ir.Model, calibration: Calibration, planned: Planned, 
     UsageError
         If what weights lose was not measured.
     """
-    names, losses = packable(canonical, planned({})), calibration.losses
+    names, losses = packable(canonical, planned), calibration.losses
+    narrow = takes_four(canonical, planned)
     if not losses and not calibration.statistics.samples:
-        return Program(canonical, names, own_errors(canonical, planned, names), 0.0, planned, backend)
+        own = own_errors(canonical, planned, names)
+        return Program(canonical, names, own, 0.0, planned, backend, narrow=narrow)
     if missing := sorted(set(names) - set(losses)):
         fact = f"has no measurement of what weights '{missing[0]}' lose in fewer bits, which these options need"
         raise UsageError("calibration", fact, "calibrate again, on data, with --weights mixed")
     # Where no activation is in codes, nothing was measured with all weights in eight bits: each was alone.
     noise = calibration.choice.noise or sum(losses[name][EIGHT] for name in names)
-    return Program(canonical, names, losses, noise, planned, backend, calibration.tried)
+    return Program(canonical, names, losses, noise, planned, backend, calibration.tried, narrow=narrow)
 
 
 @dataclass(frozen=True)
@@ -171,6 +184,8 @@ class Program:
     backend : Backend
     tried : Tried
         What came of choices that were run.
+    narrow : bool
+        Whether kernels take four bits as they are: nothing unpacks them, and blocks have nothing in common.
     """
 
     model: ir.Model
@@ -180,6 +195,7 @@ class Program:
     planned: Planned
     backend: Backend
     tried: Tried = field(default_factory=dict)
+    narrow: bool = False
 
     def within(self, budget: float) -> Widths:
         """Return what loses least in a file of so many bytes, which `fewest` fits.
@@ -279,7 +295,7 @@ class Program:
     def _candidates(self) -> list[list[Candidate]]:
         found = []
         for name, count in self.numbers.items():
-            packed = count * packing.BITS / 8.0 + UNPACKING
+            packed = count * FOUR / 8.0 if self.narrow else count * packing.BITS / 8.0 + UNPACKING
             found.append([Candidate(0.0, (float(count),)), Candidate(self._more(name), (packed,))])
         return found
 

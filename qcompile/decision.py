@@ -10,7 +10,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from qcompile import verify
-from qcompile.allocation import Widths, above_a_quarter, choose_widths, program_of
+from qcompile.allocation import Widths, above_a_quarter, choose_widths, program_of, short_of_flash
 from qcompile.backends.base import Backend
 from qcompile.budget import Budget
 from qcompile.calib.collect import Statistics, collect
@@ -82,7 +82,9 @@ def calibrate(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibr
     options, planned = job.options, planner(canonical, calibration, job.target, job.options)
     chosen = options.mixed or options.pareto
     if is_quantized(canonical) or not (
-        chosen or above_a_quarter(canonical, calibration, planned, job.backend, options)
+        chosen
+        or above_a_quarter(canonical, calibration, planned, job.backend, options)
+        or short_of_flash(canonical, planned, job.backend, options) is not None
     ):
         return calibration
     return _with_losses(job, canonical, calibration)
@@ -279,9 +281,9 @@ def _guess(job: Job, canonical: ir.Model) -> Calibration:
     """
     options = job.options
     weights_alone = _calibration(job, Statistics(), Choice({}), {}, calibrated=False)
-    found = known_moments(job.model) if options.activations == "8" and cuttable(canonical) else {}
+    found = known_moments(job.model) if options.activations != "none" and cuttable(canonical) else {}
     at_run_time = Observer.DYNAMIC in options.observers and any(rule.dynamic for rule in job.target.ops.values())
-    if options.activations != "8" or not (found or at_run_time) or is_quantized(canonical):
+    if options.activations == "none" or not (found or at_run_time) or is_quantized(canonical):
         return weights_alone
     # Lengths that are open say nothing of what a run takes.
     fixed = all(value.shape is not None and value.shape.is_static() for value in canonical.graph.inputs)

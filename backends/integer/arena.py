@@ -76,7 +76,7 @@ class _Machine:
         else:
             # Nothing that it reads may lie where it writes.
             output = self.whole(operation.output)
-            output[...] = np.full(1, POISON, np.uint8).view(np.int8)[0]
+            output[...] = np.full(8, POISON, np.uint8).view(output.dtype)[0]
             output[...] = run(
                 operation, [self.whole(name) for name in operation.inputs], self.tensors[operation.output]
             )
@@ -95,7 +95,7 @@ class _Machine:
     def run_rows(self, operation: Operation, span: rows.Span) -> None:
         """Run an operation for some rows of its output."""
         output = self.part(operation.output, span)
-        output[...] = np.full(1, POISON, np.uint8).view(np.int8)[0]
+        output[...] = np.full(8, POISON, np.uint8).view(output.dtype)[0]
         needed = [rows.span(operation, index, span, self.tensors) for index in range(len(operation.inputs))]
         inputs = [self.part(name, part) for name, part in zip(operation.inputs, needed, strict=True)]
         partial = _for_rows(operation, span, needed[0][0], self.tensors[operation.inputs[0]].rows)

@@ -38,7 +38,7 @@ def trace(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
     values: dict[str, Array] = {}
     for port in program.inputs:
         tensor, array = program.tensors[port.tensor], np.asarray(inputs[port.name])
-        if array.shape != tensor.shape or str(array.dtype) != tensor.dtype:
+        if array.shape != tensor.shape or str(array.dtype) != tensor.array_dtype:
             raise ValueError(f"{port.name}: {array.dtype}{array.shape} is not {tensor.dtype}{tensor.shape}")
         values[port.tensor] = array
     for operation in program.operations:
@@ -51,7 +51,17 @@ def trace(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array]:
 def run(operation: Operation, inputs: list[Array], output: Tensor) -> Array:
     """Return the codes that one operation makes, of the output's shape and type."""
     result = KERNELS[type(operation)](operation, inputs, output)
-    return np.ascontiguousarray(result.reshape(output.shape)).astype(output.dtype)
+    return np.ascontiguousarray(result.reshape(output.shape)).astype(output.array_dtype)
+
+
+def random_codes(program: Program, random: np.random.Generator) -> dict[str, Array]:
+    """Return random codes for every input, as stored."""
+    found: dict[str, Array] = {}
+    for port in program.inputs:
+        tensor = program.tensors[port.tensor]
+        low, high = numerics.code_range(tensor.dtype)
+        found[port.name] = random.integers(low, high + 1, tensor.shape).astype(tensor.array_dtype)
+    return found
 
 
 def quantize_input(program: Program, port: Port, real: npt.NDArray[Any]) -> Array:
@@ -73,7 +83,7 @@ def dequantize_output(program: Program, port: Port, codes: Array) -> npt.NDArray
 
 
 def _offset(port: Port, tensor: Tensor) -> int:
-    return 1 << (8 * np.dtype(tensor.dtype).itemsize - 1) if port.unsigned else 0
+    return 1 << (tensor.bits - 1) if port.unsigned else 0
 
 
 def _requantized(accumulator: Array, step: ops.Requantize) -> Array:
@@ -150,6 +160,11 @@ def _lookup(operation: ops.Lookup, inputs: list[Array], output: Tensor) -> Array
     return codes
 
 
+def _rescale(operation: ops.Rescale, inputs: list[Array], output: Tensor) -> Array:
+    del output
+    return _requantized(inputs[0].astype(np.int64) - operation.zero_point, operation.requantize)
+
+
 def _softmax(operation: ops.Softmax, inputs: list[Array], output: Tensor) -> Array:
     del output
     x = inputs[0].astype(np.int64)
@@ -202,6 +217,7 @@ KERNELS: Mapping[type[Operation], Callable[[Any, list[Array], Tensor], Array]] =
     ops.MaxPool: _max_pool,
     ops.Mul: _mul,
     ops.Pad: _pad,
+    ops.Rescale: _rescale,
     ops.Resize: _resize,
     ops.Slice: _slice,
     ops.Softmax: _softmax,

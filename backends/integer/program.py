@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from qcompile.core import numerics
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -25,7 +27,7 @@ class Tensor:
     shape : tuple of int
         As it is stored: [1, H, W, C] of a map.
     dtype : str
-        ``int8`` or ``int16``.
+        ``int8``, ``int16``, or ``int4``: two codes a byte, the first in its low half, rows of whole bytes.
     scale : float
         A float32.
     zero_point : int
@@ -43,14 +45,29 @@ class Tensor:
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
+    def bits(self) -> int:
+        """Bits that a code is stored in: 4, 8 or 16."""
+        return numerics.bits_of(self.dtype)
+
+    @property
+    def array_dtype(self) -> str:
+        """The type of an array that holds its codes one by one."""
+        return "int8" if self.bits == 4 else self.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its codes."""
-        return self.size * np.dtype(self.dtype).itemsize
+        return -(-self.size * self.bits // 8)
 
     @property
     def rows(self) -> int:
         """How many rows kernels go through from the top: those of a map, or all positions in front of the last axis."""
         return self.shape[0] * self.shape[1] if len(self.shape) == 4 else self.size // max(self.shape[-1:], default=1)
+
+    @property
+    def row_codes(self) -> int:
+        """Codes of one row."""
+        return self.size // self.rows
 
     @property
     def row_bytes(self) -> int:

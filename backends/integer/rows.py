@@ -15,6 +15,7 @@ from qcompile.backends.integer.operations import (
     Lookup,
     MaxPool,
     Mul,
+    Rescale,
     Resize,
     Window,
 )
@@ -26,7 +27,7 @@ Span = tuple[int, int]
 #: Computed from the top to the bottom by kernels that can be asked for some rows.
 BY_ROWS = (Conv, AveragePool, MaxPool, Resize, Dense)
 #: Computed element by element, in the order in which they are stored.
-BY_ELEMENTS = (Add, Mul, Lookup)
+BY_ELEMENTS = (Add, Mul, Lookup, Rescale)
 
 
 def span(operation: Operation, index: int, rows: Span, tensors: Tensors) -> Span:
@@ -81,8 +82,8 @@ def gap(operation: Operation, index: int, tensors: Tensors) -> int:
     element by element, an element may be written once it was read. An output's own size says: no overlap.
     """
     source, output = tensors[operation.inputs[index]], tensors[operation.output]
-    if isinstance(operation, BY_ELEMENTS) and source.shape == output.shape and source.nbytes == output.nbytes:
-        return 0
+    if isinstance(operation, BY_ELEMENTS) and source.shape == output.shape:
+        return max(output.nbytes - source.nbytes, 0)
     if isinstance(operation, Strips):
         return _gap_of_strips(operation, operation.inputs[index], tensors)
     if not isinstance(operation, BY_ROWS):

@@ -28,6 +28,8 @@ class Row:
     macs : int
     weight_bytes : int
         With biases and multipliers.
+    weight_bits : int
+        That a weight takes in flash: 4 where two share a byte; 0 without weights.
     function : str
         Its C function.
     kernels : tuple of str
@@ -39,6 +41,7 @@ class Row:
     shape: tuple[int, ...]
     macs: int
     weight_bytes: int
+    weight_bits: int
     function: str
     kernels: tuple[str, ...]
 
@@ -79,7 +82,7 @@ class Footprint:
         tensors = plan.program.tensors
         rows = tuple(
             Row(layer.operation.name, type(layer.operation).__name__, tensors[layer.operation.output].shape,
-                macs(layer.operation, tensors), weight_bytes([layer]), layer.function, layer.names)
+                macs(layer.operation, tensors), weight_bytes([layer]), layer.weight_bits, layer.function, layer.names)
             for layer in layers.layers
         )  # fmt: skip
         again = sum(part.recomputed for part in plan.program.operations if isinstance(part, Strips))
@@ -125,11 +128,13 @@ class Footprint:
 
 
 def _table(layers: Iterable[Row]) -> list[str]:
-    lines = ["| | layer | operation | output | multiply-accumulates | bytes |", "|---|---|---|---|---|---|"]
+    lines = ["| | layer | operation | output | multiply-accumulates | bits of weights | bytes |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for index, row in enumerate(layers):
         shape = "x".join(map(str, row.shape))
         name = row.name.replace("|", "/")
-        lines.append(f"| {index} | {name} | {row.operation} | {shape} | {row.macs:,} | {row.weight_bytes:,} |")
+        bits = row.weight_bits or ""
+        lines.append(f"| {index} | {name} | {row.operation} | {shape} | {row.macs:,} | {bits} | {row.weight_bytes:,} |")
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -77,6 +77,11 @@ class OrtBackend:
     def size(self, model: ir.Model) -> int:
         """Return the bytes that `lower` would write for a QDQ model."""
         return models.file_bytes(legalize(model))
+
+    def room(self, settings: Mapping[str, Any]) -> int | None:
+        """Return nothing: files have no flash to fit."""
+        del settings
+        return None
 
     def executed(self, model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the runtime executes for a QDQ model."""

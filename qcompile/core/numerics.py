@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes  # which makes int4 and uint4 types of NumPy
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
+
+#: What NumPy's own tells of its integer types, it tells of those of four bits too; without type hints.
+_IINFO: Any = ml_dtypes.iinfo
 
 #: Below this a scale would make `1 / scale` overflow float32; a tensor that narrow is constant for every purpose.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
@@ -21,18 +25,27 @@ SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 LARGEST_SHIFT = 62
 
 
+#: Parts of absmax that the largest code may stand for where codes are few, from all of it down.
+SHARES = np.linspace(1.0, 0.4, 25)
+
+
 def code_range(dtype: str, symmetric: bool = False) -> tuple[int, int]:
     """Return the lowest and highest code of an integer type.
 
     Parameters
     ----------
     dtype : str
-        A NumPy integer type's name, such as ``"uint8"``.
+        An integer type's name, such as ``"uint8"`` or ``"int4"``.
     symmetric : bool
         Leave out the lowest code of a signed type, so that the range is ``[-q, q]``.
     """
-    info = np.iinfo(dtype)
+    info = _IINFO(np.dtype(dtype))
     return (-int(info.max) if symmetric and info.min < 0 else int(info.min)), int(info.max)
+
+
+def bits_of(dtype: str) -> int:
+    """Return how many bits a code of an integer type has."""
+    return int(_IINFO(np.dtype(dtype)).bits)
 
 
 def affine_scale(
@@ -66,6 +79,32 @@ def symmetric_scale(absmax: npt.ArrayLike, dtype: str) -> npt.NDArray[np.float32
     return _usable(np.asarray(absmax, np.float64) / code_range(dtype, symmetric=True)[1])
 
 
+def clipped_scale(rows: FloatArray, dtype: str) -> npt.NDArray[np.float32]:
+    """Return for each row the symmetric scale of least squared error, of a few that clip its largest values.
+
+    Of four bits a step is long: what little is lost by clipping a few weights is won by a shorter step for all others.
+
+    Parameters
+    ----------
+    rows : ndarray of float, shape (rows, n)
+    dtype : str
+
+    Returns
+    -------
+    ndarray of float32, shape (rows,)
+    """
+    most = code_range(dtype, symmetric=True)[1]
+    values = np.asarray(rows, np.float64)
+    best = symmetric_scale(np.abs(values).max(axis=1), dtype)
+    least = np.full(len(values), np.inf)
+    for share in SHARES:
+        scale = symmetric_scale(share * np.abs(values).max(axis=1), dtype)
+        steps = scale.astype(np.float64)[:, None]
+        error = np.square(np.clip(np.rint(values / steps), -most, most) * steps - values).sum(axis=1)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return best
+
+
 def _usable(scale: FloatArray) -> npt.NDArray[np.float32]:
     """Replace scales that cannot be divided by with 1: every code they would produce stands for (nearly) zero."""
     single = np.asarray(scale, np.float32)
@@ -97,7 +136,7 @@ def quantize(
     scale, zero_point : ndarray
         One value (axis None), or one per index of `axis`.
     dtype : str
-        ``uint8``, ``int8``, ``uint16``, ``int16`` or ``int32``.
+        ``uint4``, ``int4``, ``uint8``, ``int8``, ``uint16``, ``int16`` or ``int32``.
     axis : int, optional
     symmetric : bool
         Saturate at ``-qmax`` rather than at the lowest code of a signed type.

@@ -90,14 +90,14 @@ class TensorQuant:
     @property
     def bits(self) -> float:
         """Bits that a code takes in the file."""
-        return packing.BITS if self.block_size else float(np.iinfo(self.dtype).bits)
+        return packing.BITS if self.block_size else float(numerics.bits_of(self.dtype))
 
     def quantize(self, x: numerics.FloatArray) -> numerics.IntArray:
         """Return the codes of `x`; a weight's leave out the lowest code of its type, so that it stays symmetric."""
         if self.block_size:
             scaled = x / numerics.along_axis(self.scales, self.axis, x.ndim)
             return packing.pack_codes(scaled, packing.multiples(scaled, self.axis, self.block_size))
-        symmetric = self.role is Role.WEIGHT and np.iinfo(self.dtype).min < 0
+        symmetric = self.role is Role.WEIGHT and numerics.code_range(self.dtype)[0] < 0
         return numerics.quantize(x, self.scales, self.zero_points, self.dtype, self.axis, symmetric)
 
     def dequantize(self, codes: numerics.IntArray) -> npt.NDArray[np.float32]:
