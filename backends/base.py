@@ -125,6 +125,10 @@ class Backend(Protocol):
         """
         ...
 
+    def room(self, settings: Mapping[str, Any]) -> int | None:
+        """Return the bytes that the device's memory leaves for constants, by its settings; None where nobody says."""
+        ...
+
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the target would execute for a QDQ model, for pricing."""
         ...

@@ -38,6 +38,8 @@ AT_ONCE = 512
 #: Added to the diagonal of H, in parts of its mean: what few samples tell of small directions is chance. Coarse steps
 #: make more of it, so that packed codes have as much as there are columns for each row.
 DAMPING = 0.1
+#: Of fewer bits steps are so coarse that this is done, and codes are gone over once more (`calib/packed_rounding.py`).
+MANY = 8
 #: Rows of weights whose errors are passed on at once to those behind them.
 BLOCK = 128
 #: Multiply-accumulates that collecting the rows may take, over all batches of operators.
@@ -262,15 +264,16 @@ def round_weights(operator: Operator, moments: SecondMoments) -> numerics.IntArr
     if quant.block_size:
         multiples = packing.multiples(weights / scales, quant.axis, quant.block_size)
     matrices = (operator.matrix(array.astype(np.float64)) for array in (weights, scales, multiples))
-    damping = operator.depth / max(1, moments.rows) if quant.block_size else DAMPING
+    few = quant.bits < MANY
+    damping = operator.depth / max(1, moments.rows) if few else DAMPING
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
     codes = []
     for part, step, multiple, h in zip(*matrices, moments.matrices, strict=True):
         trusted = damped(h + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
         chosen = gptq(part, step[0], trusted, limits, multiple)
-        if quant.block_size:
+        if few:
             scaled = part / step[0]
-            if quant.axis is not None:
+            if quant.block_size and quant.axis is not None:
                 length = packing.block_length(operator.depth, quant.block_size)
                 chosen, multiple = fit_multiples(chosen, scaled, trusted, limits, multiple, length)
             chosen = descend(chosen, scaled, trusted, limits, multiple)

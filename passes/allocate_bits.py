@@ -52,7 +52,8 @@ def allocate_bits(
         How the range of each value of ``placement.activations`` is chosen. A dynamic one needs no statistics where the
         placement allows it.
     bits : mapping of str to int
-        By name of a weight, how many it is to be stored in: 8, or 4 and a part of what its block has in common.
+        By name of a weight, how many it is to be stored in: 8, or 4, and where the target has no type of four bits a
+        part of what its block has in common.
     narrow : mapping of str to Observer
         By name of an activation whose codes are to have four bits, how its range is chosen then.
     """
@@ -79,7 +80,9 @@ def allocate_bits(
             weight = structure.name_of(value)
             wide = all(structure.node_name(reader) in placement.wide for reader in structure.readers(value))
             dtype = target.wide_weight_dtype if wide else target.weight_dtype
-            block = packing.BLOCK if bits.get(weight) == PACKED and dtype == target.weight_dtype else 0
+            packed = bits.get(weight) == PACKED and dtype == target.weight_dtype
+            block = packing.BLOCK if packed and not target.narrow_weight_dtype else 0
+            dtype = target.narrow_weight_dtype or dtype if packed else dtype
             quant = _weight_quant(node, value, axis, dtype, target.per_channel, tensors, block)
             if weight in tensors:
                 # Two operators share these weights, and either may need room for its bias.
@@ -130,7 +133,13 @@ def _weight_quant(
     others = tuple(a for a in range(weight.ndim) if a != axis)
     by_channel = per_channel or not structure.is_linear(node)
     absmax = np.max(np.abs(weight), axis=others if by_channel else None).reshape(-1)
-    scale = packing.packed_scale(absmax) if block else numerics.symmetric_scale(absmax, dtype)
+    if block:
+        scale = packing.packed_scale(absmax)
+    elif numerics.bits_of(dtype) == PACKED:
+        rows = np.moveaxis(weight, axis, 0) if by_channel else weight
+        scale = numerics.clipped_scale(rows.reshape(absmax.size, -1), dtype)
+    else:
+        scale = numerics.symmetric_scale(absmax, dtype)
     biased = node.op_type in structure.BIASED_OPS and len(node.inputs) > structure.BIAS_INPUT
     activation = tensors.get(structure.name_of(node.inputs[0])) if biased and node.inputs[0] is not None else None
     bias = structure.constant(node.inputs[structure.BIAS_INPUT]) if biased else None

@@ -215,8 +215,9 @@ class _Checker:
         weight = quant.role is Role.WEIGHT
         dtype = self.target.weight_dtype if weight else self.target.activation_dtype
         wide = weight and quant.dtype == self.target.wide_weight_dtype and self.unpacked(value)
+        narrow = weight and quant.dtype == self.target.narrow_weight_dtype and not self.unpacked(value)
         halves = not weight and self.target.integer_only and quant.dtype == HALVES.get(dtype)
-        if quant.dtype != dtype and not (wide or halves):
+        if quant.dtype != dtype and not (wide or narrow or halves):
             raise self.error(f"tensor '{name}' is {quant.dtype}, {self.target.name} takes {dtype}")
         if quant.axis is None:
             return

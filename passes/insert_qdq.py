@@ -13,6 +13,7 @@ from qcompile.core import numerics
 from qcompile.core.contract import Effect
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
 from qcompile.passes import structure
+from qcompile.passes.round_weights import RoundWeights
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class InsertQdq(ir.passes.InPlacePass):
     Parameters
     ----------
     plan : QuantPlan
+    rounded : RoundWeights, optional
+        What gives weights other codes than the nearest at once: where these alone, in four bits, would leave too little
+        of the outputs.
     """
 
     plan: QuantPlan
+    rounded: RoundWeights | None = None
     effect: ClassVar[Effect] = Effect.LOSSY
 
     def requires(self, model: ir.Model) -> None:
@@ -60,6 +65,8 @@ class InsertQdq(ir.passes.InPlacePass):
                 writer.store_bias(node)
         model.graph.sort()
         _drop_unread(model)
+        if self.rounded is not None:
+            self.rounded(model)
         return ir.passes.PassResult(model, True)
 
 

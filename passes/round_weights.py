@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.rounding import Operator
+from qcompile.core import numerics
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
@@ -82,7 +82,7 @@ def roundable(
             continue
         weights = node.inputs[structure.WEIGHT_INPUT]
         quant = plan.tensors.get(structure.name_of(weights)) if weights is not None else None
-        if quant is None or np.iinfo(quant.dtype).bits > MOST_BITS:
+        if quant is None or numerics.bits_of(quant.dtype) > MOST_BITS:
             continue
         if reason := _obstacle(node):
             refusals.append(Refusal(name, f"its weights are rounded to nearest: {reason}"))

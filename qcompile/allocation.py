@@ -29,6 +29,7 @@ from qcompile.passes import bit_operations
 from qcompile.passes.greedy import greedy
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.integer_program import Allocation, Candidate, InfeasibleError, Pair, allocate
+from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.resources import Resource
 from qcompile.pricing import SIZE, WORTH
 from qcompile.weight_losses import (
@@ -41,6 +42,7 @@ from qcompile.weight_losses import (
     in_four,
     own_errors,
     packable,
+    takes_four,
     tempered,
 )
 
@@ -128,8 +130,7 @@ def choose_widths(
     UsageError
         If what weights lose was not measured.
     """
-    plain = planned({})
-    names = packable(canonical, plain)
+    names = packable(canonical, planned)
     budget = Budget.parse(options.max_size, "--max-size") if options.max_size is not None else None
     limit = math.inf if budget is None else budget.of(calibration.float_bytes)
     if calibration.losses and above_a_quarter(canonical, calibration, planned, backend, options):
@@ -137,6 +138,9 @@ def choose_widths(
         widths = program.within(QUARTER * calibration.float_bytes)
         worst = program.noise * 10.0 ** (SPENT / 10.0)
         return widths if widths.bytes <= QUARTER * calibration.float_bytes and widths.noise <= worst else Widths()
+    if (room := short_of_flash(canonical, planned, backend, options)) is not None:
+        # What does not fit in the end is refused by the backend, which knows the bytes of code.
+        return program_of(canonical, calibration, planned, backend, options).within(min(room, limit))
     if not options.mixed:
         bits = dict.fromkeys(names, FOUR) if options.weights == "4" else {}
         plan = planned(bits)
@@ -165,6 +169,14 @@ def above_a_quarter(
     return free and large and _bytes(canonical, planned({}), backend) > QUARTER * calibration.float_bytes
 
 
+def short_of_flash(canonical: ir.Model, planned: Planned, backend: Backend, options: Options) -> int | None:
+    """Return the bytes that a device's flash has for constants, where all weights in eight bits take more."""
+    room = backend.room(options.limits) if options.weights in ("auto", "mixed") else None
+    if room is None or is_quantized(canonical) or not takes_four(canonical, planned):
+        return None
+    return room if _bytes(canonical, planned({}), backend) > room else None
+
+
 def _require(size: int, limit: float, options: Options) -> None:
     if size > limit:
         fact = f"cannot be met: with weights in as few bits as they may have the file takes {size} of {limit:.0f} bytes"
@@ -184,11 +196,11 @@ def program_of(
         If what weights lose was not measured.
     """
     plain, losses = planned({}), calibration.losses
-    names = packable(canonical, plain)
+    names, narrow = packable(canonical, planned), takes_four(canonical, planned)
     resources = operations_of(canonical, plain, calibration, options, names)
     if not losses and not calibration.statistics.samples:
         own = own_errors(canonical, planned, names)
-        return Program(canonical, names, own, 0.0, planned, backend, resources=resources)
+        return Program(canonical, names, own, 0.0, planned, backend, resources=resources, narrow=narrow)
     if missing := sorted(set(names) - set(losses)):
         fact = f"has no measurement of what weights '{missing[0]}' lose in fewer bits, which these options need"
         raise UsageError("calibration", fact, "calibrate again, on data, with --weights mixed")
@@ -197,7 +209,7 @@ def program_of(
     more = {name: _more(losses[name]) for name in names}
     pairs = {pair: loss for pair, loss in calibration.pairs.items() if set(pair) <= set(names)}
     together = tempered(more, pairs)
-    return Program(canonical, names, losses, noise, planned, backend, calibration.tried, together, resources)
+    return Program(canonical, names, losses, noise, planned, backend, calibration.tried, together, resources, narrow)
 
 
 @dataclass(frozen=True)
@@ -221,6 +233,8 @@ class Program:
         What two weights lose in four bits beyond what each does.
     resources : tuple of Resource
         What there is only so much of, beside bytes.
+    narrow : bool
+        Whether kernels take four bits as they are: nothing unpacks them, and blocks have nothing in common.
     """
 
     model: ir.Model
@@ -232,6 +246,7 @@ class Program:
     tried: Tried = field(default_factory=dict)
     pairs: Pairs = field(default_factory=dict)
     resources: tuple[Resource, ...] = ()
+    narrow: bool = False
 
     def within(self, budget: float) -> Widths:
         """Return what loses least in a file of so many bytes, which `fewest` fits.
@@ -355,7 +370,7 @@ class Program:
     def _candidates(self) -> list[list[Candidate]]:
         found = []
         for name, count in self.numbers.items():
-            packed = count * packing.BITS / 8.0 + UNPACKING
+            packed = count * FOUR / 8.0 if self.narrow else count * packing.BITS / 8.0 + UNPACKING
             costs = {EIGHT: [float(count)], FOUR: [packed]}
             for bits, of in costs.items():
                 of.extend(resource.taken[name][bits] for resource in self.resources)

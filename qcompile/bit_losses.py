@@ -8,7 +8,7 @@ from functools import cache, partial
 
 import onnx_ir as ir
 
-from qcompile.allocation import above_a_quarter, program_of
+from qcompile.allocation import above_a_quarter, program_of, short_of_flash
 from qcompile.bops_budget import operations_of
 from qcompile.budget import Budget
 from qcompile.calib.work import multiply_accumulates
@@ -70,10 +70,11 @@ def measured(job: Job, canonical: ir.Model, calibration: Calibration, planned: P
         calibration = replace(calibration, macs=macs)
     if options.mixed and options.max_bops is not None:  # refused before the runs rather than after them
         plain = planned({})
-        operations_of(canonical, plain, calibration, options, packable(canonical, plain))
+        operations_of(canonical, plain, calibration, options, packable(canonical, planned))
     if not job.evidence.calibrated:
         return calibration
-    if not chosen and not above_a_quarter(canonical, calibration, planned, job.backend, options):
+    short = short_of_flash(canonical, planned, job.backend, options) is not None
+    if not (chosen or short or above_a_quarter(canonical, calibration, planned, job.backend, options)):
         return calibration
     return _with_losses(job, canonical, calibration, planned)
 

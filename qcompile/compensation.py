@@ -13,12 +13,13 @@ import onnx_ir as ir
 from qcompile.calib.data import Dataset
 from qcompile.calib.drift import losses, measure_drift
 from qcompile.calib.output_error import OutputError, surely_less
-from qcompile.calib.rounding import Operator, round_weights, second_moments
+from qcompile.calib.rounding import MANY, Operator, round_weights, second_moments
 from qcompile.core.contract import Pass, Refusal
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import QuantPlan
 from qcompile.job import Job
 from qcompile.passes.correct_bias import CorrectBias, correctable
+from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.round_weights import RoundWeights, roundable
 from qcompile.pipeline import CODES, DRIFT, NAMES
 
@@ -63,6 +64,31 @@ def compensate(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPl
         return pipeline.apply(CorrectBias(drift, biases_left), quantized)
     _decline(job, CorrectBias, quantized, (_useless(CorrectBias) if biases else ()) + biases_left)
     return quantized
+
+
+def rounded_at_once(job: Job, canonical: ir.Model, plan: QuantPlan) -> RoundWeights | None:
+    """Return codes for weights in plain four bits, which rounded to nearest may leave nothing of the outputs.
+
+    Parameters
+    ----------
+    job : Job
+    canonical : onnx_ir.Model
+        The float model.
+    plan : QuantPlan
+
+    Returns
+    -------
+    RoundWeights or None
+        None where there are none, or without data.
+    """
+    narrow = any(quant.bits < MANY and not quant.block_size for quant in plan.tensors.values())
+    if not narrow or not job.evidence.calibrated:
+        return None
+    operators, _ = roundable(canonical, InsertQdq(plan)(canonical.clone()).model, plan)
+    few = {name: one for name, one in operators.items() if one.quant.bits < MANY}
+    data = job.evidence.fitted(job.evidence.calibration)
+    codes = job.pipeline.measure("codes at once", CODES, lambda: _codes(job, canonical, few, data))
+    return RoundWeights(codes)
 
 
 def _useful(

@@ -287,9 +287,9 @@ def _guess(job: Job, canonical: ir.Model) -> Calibration:
     """
     options = job.options
     weights_alone = _calibration(job, Statistics(), Choice({}), {}, calibrated=False)
-    found = known_moments(job.model) if options.activations == "8" and cuttable(canonical) else {}
+    found = known_moments(job.model) if options.activations != "none" and cuttable(canonical) else {}
     at_run_time = Observer.DYNAMIC in options.observers and any(rule.dynamic for rule in job.target.ops.values())
-    if options.activations != "8" or not (found or at_run_time) or is_quantized(canonical):
+    if options.activations == "none" or not (found or at_run_time) or is_quantized(canonical):
         return weights_alone
     # Lengths that are open say nothing of what a run takes.
     fixed = all(value.shape is not None and value.shape.is_static() for value in canonical.graph.inputs)

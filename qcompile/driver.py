@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qcompile import artifact, pareto, report, timing, verify
 from qcompile.budget import require_size
-from qcompile.compensation import compensate
+from qcompile.compensation import compensate, rounded_at_once
 from qcompile.core.contract import Track
 from qcompile.core.plan import QuantPlan
 from qcompile.core.target import Target
@@ -99,7 +99,8 @@ def canonical_form(target: Target, options: Options, calibrated: bool) -> Canoni
 
 def quantize(job: Job, canonical: ir.Model, plan: QuantPlan) -> ir.Model:
     """Apply the plan, and make up for what that takes where something can."""
-    return compensate(job, canonical, job.pipeline.apply(InsertQdq(plan), canonical), plan)
+    inserted = job.pipeline.apply(InsertQdq(plan, rounded_at_once(job, canonical, plan)), canonical)
+    return compensate(job, canonical, inserted, plan)
 
 
 def deliver(

@@ -23,13 +23,13 @@ FLAGS = {
         "--weights",
         type=click.Choice(["auto", "8", "4", "mixed", "none"]),
         show_default="auto",
-        help="Bits that weights are stored in; 'mixed' chooses per tensor, 'auto' does with --max-size or --max-bops.",
+        help="Bits that weights are stored in; 'mixed' chooses per tensor, 'auto' does for a budget.",
     ),
     "activations": click.option(
         "--activations",
-        type=click.Choice(["8", "none"]),
+        type=click.Choice(["8", "16", "none"]),
         show_default="8",
-        help="Bits of activations; 'none' stores weights as integers and computes in float.",
+        help="Bits of activations, 16 for microcontrollers; 'none' stores weights as integers and computes in float.",
     ),
     "observer": click.option(
         "--observer",

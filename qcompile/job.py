@@ -15,12 +15,15 @@ from qcompile.calib.workers import Workers
 from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Rewritten, Track
+from qcompile.core.errors import UsageError
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence, gather
 from qcompile.options import NO_COSTS, Options
 from qcompile.passes.lower_opset import LowerOpset
 from qcompile.pipeline import Pipeline
 
+#: Bits of activations beyond what targets work in by themselves.
+WIDE = "16"
 #: Every form that a caller may have a model in.
 Source = str | Path | onnx.ModelProto | ir.Model
 
@@ -74,8 +77,19 @@ class Job:
 
 
 def chosen_target(options: Options) -> tuple[Target, Backend]:
-    """Return the target that is asked for, with the cost table that is asked for, and its backend."""
+    """Return the target that is asked for, with the cost table that is asked for, and its backend.
+
+    Raises
+    ------
+    TargetError, UsageError
+        If there is none, or it cannot work with such activations, or with these beside such weights.
+    """
     target, backend = find_target(options.target)
+    if options.activations == WIDE:
+        target = target.in_wide_activations()
+        if options.weights in ("4", "mixed"):
+            fact = "is for weights that no kernel multiplies 16-bit activations by"
+            raise UsageError(f"--weights {options.weights}", fact, f"leave it out, or --activations {WIDE}")
     if options.costs == NO_COSTS:
         return replace(target, costs=None), backend
     table = options.cost_table

@@ -22,6 +22,7 @@ from qcompile.core.errors import UsageError
 from qcompile.core.plan import QuantPlan, TensorQuant
 from qcompile.core.target import Target
 from qcompile.job import Job
+from qcompile.passes.allocate_bits import HALVES
 from qcompile.passes.insert_qdq import InsertQdq, quantized_name
 from qcompile.passes.place import Placement
 
@@ -33,8 +34,9 @@ Narrowing = Callable[[Mapping[str, Observer]], QuantPlan]
 
 
 def bounded(target: Target) -> bool:
-    """Tell whether a device's memory is bounded."""
-    return any(target.settings.get(key) is not None for key in ("max_sram", "board"))
+    """Tell whether a device's memory is bounded, and its activations have half as many bits as well."""
+    bounds = (target.settings.get(key) for key in ("max_sram", "board"))
+    return target.activation_dtype in HALVES and any(bound is not None for bound in bounds)
 
 
 def ties(placement: Placement) -> dict[str, str]:

@@ -51,8 +51,9 @@ class Options:
         Folder of the artifact; by default ``<model>-<target>`` in the working directory.
     weights : "auto", "8", "4", "mixed" or "none"
         Bits that weights are stored in. ``mixed`` chooses for each tensor; ``auto`` is 8, and ``mixed`` where a budget
-        on size or bit operations is set.
-    activations : "8" or "none"
+        on size or bit operations is set, or a device's flash is too small for 8.
+    activations : "8", "16" or "none"
+        Bits that activations are computed in.
     observer : "auto", or one of `Observer`
         How an activation's range is chosen; ``auto`` measures which serves each tensor best.
     smoothing : "auto" or "none"
@@ -105,7 +106,7 @@ class Options:
     eval: str | None = None
     output: Path | None = None
     weights: Literal["auto", "8", "4", "mixed", "none"] = "auto"
-    activations: Literal["8", "none"] = "8"
+    activations: Literal["8", "16", "none"] = "8"
     observer: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
     smoothing: Literal["auto", "none"] = "auto"
     rotation: Literal["auto", "none"] = "auto"
@@ -173,7 +174,7 @@ class Options:
 
     def quantized(self, calibrated: bool) -> tuple[bool, bool]:
         """Return whether weights and whether activations are to be quantized; the latter take ranges."""
-        return self.weights != "none", self.activations == "8" and calibrated
+        return self.weights != "none", self.activations != "none" and calibrated
 
     @property
     def mixed(self) -> bool:

@@ -124,7 +124,7 @@ def sweep(
     planned = planner(canonical, calibration, target, options)
     # All points by what is expected, though the chosen one may have been run.
     program = program_of(canonical, replace(calibration, tried={}), planned, backend, options)
-    chosen = {name: FOUR if plan.tensors[name].block_size else EIGHT for name in program.numbers}
+    chosen = {name: FOUR if plan.tensors[name].bits < EIGHT else EIGHT for name in program.numbers}
     return Front(
         [(widths, told(planned, widths, calibration, options)) for widths in undominated(program.front(POINTS))],
         {bits: program.of(dict.fromkeys(program.numbers, bits)) for bits in (EIGHT, FOUR)},

@@ -175,7 +175,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "eval": ("a path or module:function", _data),
     "output": ("a path", _path),
     "weights": ('"auto", 8, 4, "mixed" or "none"', _whole_or_text),
-    "activations": ('8 or "none"', _whole_or_text),
+    "activations": ('8, 16 or "none"', _whole_or_text),
     "observer": ("a text", _text),
     "smoothing": ("a text", _text),
     "rotation": ("a text", _text),

@@ -24,7 +24,7 @@ from qcompile.passes.allocate_bits import round_to_codes
 from qcompile.passes.insert_qdq import InsertQdq, quantized_name
 from qcompile.passes.round_weights import RoundWeights, roundable
 
-#: Bits that weights can be stored in, by what is called so in files: an int8's, and four and a quarter.
+#: Bits that weights can be stored in, by what is called so in files: an int8's, and an int4's or four and a quarter.
 EIGHT, FOUR = 8, 4
 
 #: Noise over signal at the outputs, by the name of a weight and by its bits.
@@ -39,15 +39,25 @@ Codes = Mapping[int, Mapping[str, IntArray]]
 Pairs = Mapping[tuple[str, str], float]
 
 
-def packable(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
+def packable(model: ir.Model, planned: Planned) -> dict[str, int]:
     """Return how many numbers the weights have that can be stored in four bits, by name."""
     weights = {name: structure.constant_tensor(value) for name, value in model.graph.initializers.items()}
     sizes = {name: weight.size for name, weight in weights.items() if weight is not None}
-    return {
-        name: sizes[name]
-        for name, quant in plan.tensors.items()
-        if quant.role is Role.WEIGHT and quant.dtype == "int8" and sizes.get(name, 0) >= packing.FEWEST
-    }
+    found = [
+        name
+        for name, quant in planned({}).tensors.items()
+        if quant.role is Role.WEIGHT and quant.dtype == "int8" and name in sizes
+    ]
+    four = planned(dict.fromkeys(found, FOUR)).tensors
+    # What unpacks codes takes bytes of a file too; kernels that take four bits as they are need nothing.
+    return {name: sizes[name] for name in found if sizes[name] >= (packing.FEWEST if four[name].block_size else 1)}
+
+
+def takes_four(model: ir.Model, planned: Planned) -> bool:
+    """Tell whether kernels take weights of four bits as they are, so that nothing need unpack them."""
+    names = packable(model, planned)
+    four = planned(dict.fromkeys(names, FOUR)).tensors
+    return any(four[name].bits < EIGHT and not four[name].block_size for name in names)
 
 
 def in_four(bits: Mapping[str, int]) -> frozenset[str]:
@@ -57,7 +67,7 @@ def in_four(bits: Mapping[str, int]) -> frozenset[str]:
 
 def find_codes(job: Job, canonical: ir.Model, planned: Planned) -> dict[int, dict[str, IntArray]]:
     """Round all weights with regard to one another, in each number of bits; inputs are weighed once for both."""
-    names = packable(canonical, planned({}))
+    names = packable(canonical, planned)
     plans = {bits: planned(dict.fromkeys(names, bits)) for bits in (EIGHT, FOUR)}
     operators = {bits: _operators(canonical, plan) for bits, plan in plans.items()}
     initializers = {operator: name for name, operator in operators[EIGHT].items()}
@@ -83,7 +93,7 @@ def measure_losses(
 
     Of a model too large to be run with each, it is the weights' own squared error that tells.
     """
-    names = packable(canonical, planned({}))
+    names = packable(canonical, planned)
     _, others = job.evidence.calibration.split(HELD_OUT)
     if not affordable(canonical, len(names), others):
         return own_errors(canonical, planned, names)
@@ -114,7 +124,7 @@ def measure_pairs(
     dict of (str, str) to float
         Empty where losses were not measured at the outputs either.
     """
-    names = list(packable(canonical, planned({})))
+    names = list(packable(canonical, planned))
     _, others = job.evidence.calibration.split(HELD_OUT)
     pairs = neighbours(names, window)
     if not affordable(canonical, len(names), others) or not pairs:
@@ -180,7 +190,7 @@ def try_choices(
         As `Tried`; empty where it would take too long, or where losses did.
     """
     _, others = job.evidence.calibration.split(HELD_OUT)
-    if not affordable(canonical, len(packable(canonical, planned({}))), others):
+    if not affordable(canonical, len(packable(canonical, planned)), others):
         return {}
     models = (quantized_in(canonical, planned, codes(), bits) for bits in choices)
     found = whole_models(canonical, models, len(choices), others, job.track)

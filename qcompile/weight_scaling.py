@@ -83,7 +83,7 @@ class WeightScaling:
         def planned(bits: Mapping[str, int]) -> QuantPlan:
             return allocate_bits(model, placement, Statistics(), self.job.target, {}, bits)
 
-        return planned(dict.fromkeys(packable(model, planned({})), FOUR))
+        return planned(dict.fromkeys(packable(model, planned), FOUR))
 
     @cached_property
     def operators(self) -> dict[str, Operator]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from qcompile.backends.integer import interpret
 from qcompile.backends.integer import operations as ops
-from qcompile.backends.integer import storage
 from qcompile.backends.integer.program import Operation, Port, Program, Tensor
 from qcompile.backends.integer.storage import packs
 from qcompile.core import numerics
@@ -19,35 +19,60 @@ Random = np.random.Generator
 class Growing:
     """A program that grows operation by operation."""
 
-    def __init__(self, random: Random, shape: tuple[int, ...]) -> None:
+    def __init__(self, random: Random, shape: tuple[int, ...], dtype: str | None = None) -> None:
         self.random = random
         self.tensors: dict[str, Tensor] = {}
         self.operations: list[Operation] = []
-        self.last = self.tensor(shape)
+        self.last = self.tensor(shape, dtype or self.some_type())
 
-    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, shape: tuple[int, ...], dtype: str = "int8") -> Tensor:
         name = f"t{len(self.tensors)}"
-        self.tensors[name] = Tensor(name, tuple(map(int, shape)), "int8", 0.05, int(self.random.integers(-40, 41)))
+        self.tensors[name] = Tensor(name, tuple(map(int, shape)), dtype, 0.05, int(self.random.integers(-40, 41)))
         return self.tensors[name]
 
-    def add(self, kind: type[Operation], shape: tuple[int, ...], inputs: tuple[Tensor, ...], **fields: Any) -> None:
-        target = self.tensor(shape)
+    def add(
+        self,
+        kind: type[Operation],
+        shape: tuple[int, ...],
+        inputs: tuple[Tensor, ...],
+        dtype: str = "int8",
+        **fields: Any,
+    ) -> None:
+        target = self.tensor(shape, dtype)
         names = tuple(tensor.name for tensor in inputs)
         self.operations.append(kind(f"op{len(self.operations)}", names, target.name, **fields))
         self.last = target
 
-    def requantize(self, channels: int, spread: int) -> ops.Requantize:
-        """Return one with ratios that use the codes when accumulators are about `spread`; some are above a quarter."""
-        ratio = 60.0 / spread * np.exp2(self.random.uniform(-2.0, 2.0, channels))
-        multiplier, shift = numerics.fixed_point(ratio)
-        low, high = sorted(self.random.integers(-128, 128, 2)) if self.random.random() < 0.3 else (-128, 127)
-        return ops.Requantize(multiplier, shift, int(self.random.integers(-40, 41)), int(low), int(high))
+    def some_type(self) -> str:
+        """Return a type of codes."""
+        return "int16" if self.random.random() < 0.3 else "int8"
 
-    def weights(self, *shape: int) -> dict[str, Any]:
+    def requantize(self, channels: int, spread: float, dtype: str = "int8") -> ops.Requantize:
+        """Return one with ratios that use the codes when accumulators are about `spread`; some are above a quarter."""
+        most = 60.0 if dtype == "int8" else 15000.0
+        ratio = most / spread * np.exp2(self.random.uniform(-2.0, 2.0, channels))
+        multiplier, shift = numerics.fixed_point(ratio)
+        lowest, highest = numerics.code_range(dtype)
+        bounds = self.random.integers(lowest, highest + 1, 2) if self.random.random() < 0.3 else (lowest, highest)
+        return ops.Requantize(multiplier, shift, int(self.random.integers(-40, 41)), int(min(bounds)), int(max(bounds)))
+
+    def weights(self, *shape: int, bits: int | None = None, dtype: str = "int8") -> dict[str, Any]:
+        """Return the constants of a linear operation that reads `last` and writes codes of a type."""
         bias = self.random.integers(-3000, 3000, shape[0]).astype(np.int32)
-        codes = self.random.integers(-127, 128, shape).astype(np.int8)
-        spread = int(5000 * np.sqrt(np.prod(shape[1:])))
-        return {"weights": codes, "bias": bias, "requantize": self.requantize(shape[0], spread)}
+        bits = bits or (4 if self.random.random() < 0.4 else 8)
+        wide = self.last.dtype == "int16"
+        most = min(127, 60000 // int(np.prod(shape[1:]))) if wide else 127
+        low, high = (-8, 7) if bits == 4 else (-most, most)
+        codes = self.random.integers(low, high + 1, shape).astype(np.int8)
+        spread = 40.0 * high * np.sqrt(np.prod(shape[1:])) * (250.0 if wide else 1.0)
+        return {"weights": codes, "bias": bias, "bits": bits, "requantize": self.requantize(shape[0], spread, dtype)}
+
+    def narrow(self) -> Tensor:
+        """Return `last` as codes of 8 bits."""
+        if self.last.dtype != "int8":
+            fields = {"zero_point": self.last.zero_point, "requantize": self.requantize(1, 15000.0)}
+            self.add(ops.Rescale, self.last.shape, (self.last,), **fields)
+        return self.last
 
     def window(self, rows: int, columns: int, padded: bool = True) -> tuple[ops.Window, int, int]:
         """Return a window that fits a map, and the rows and columns of its result."""
@@ -79,41 +104,62 @@ def conv(grown: Growing) -> None:
     groups = channels if way < 0.35 else 2 if way < 0.5 and channels % 2 == 0 else 1
     multiple = int(grown.random.integers(1, 3))
     outputs = channels * multiple if groups == channels else groups * int(grown.random.integers(1, 8))
-    fields = grown.weights(outputs, *window.size, channels // groups)
-    grown.add(ops.Conv, (1, height, width, outputs), (grown.last,), **fields, window=window, groups=groups)
+    dtype = grown.some_type()
+    fields = grown.weights(outputs, *window.size, channels // groups, dtype=dtype)
+    grown.add(ops.Conv, (1, height, width, outputs), (grown.last,), dtype, **fields, window=window, groups=groups)
 
 
 def pointwise(grown: Growing) -> None:
     _, rows, columns, channels = grown.last.shape
     outputs = int(grown.random.integers(1, 10))
-    fields = grown.weights(outputs, 1, 1, channels)
-    grown.add(ops.Conv, (1, rows, columns, outputs), (grown.last,), **fields, window=ops.Window((1, 1)))
+    dtype = grown.some_type()
+    fields = grown.weights(outputs, 1, 1, channels, dtype=dtype)
+    grown.add(ops.Conv, (1, rows, columns, outputs), (grown.last,), dtype, **fields, window=ops.Window((1, 1)))
 
 
 def dense(grown: Growing) -> None:
     outputs = int(grown.random.integers(1, 10))
-    fields = grown.weights(outputs, grown.last.shape[-1])
-    grown.add(ops.Dense, (*grown.last.shape[:-1], outputs), (grown.last,), **fields)
+    dtype = grown.some_type()
+    fields = grown.weights(outputs, grown.last.shape[-1], dtype=dtype)
+    grown.add(ops.Dense, (*grown.last.shape[:-1], outputs), (grown.last,), dtype, **fields)
 
 
 def flattened(grown: Growing) -> None:
-    grown.add(ops.View, (1, grown.last.size), (grown.last,))
+    grown.add(ops.View, (1, grown.last.size), (grown.last,), grown.last.dtype)
     dense(grown)
-    grown.add(ops.View, (1, 1, 1, grown.last.size), (grown.last,))
+    grown.add(ops.View, (1, 1, 1, grown.last.size), (grown.last,), grown.last.dtype)
 
 
 def skip(grown: Growing) -> None:
-    before = grown.last
-    grown.add(ops.Lookup, before.shape, (before,), table=grown.random.integers(-128, 128, 256).astype(np.int8))
-    multipliers = tuple(int(n) for n in grown.random.integers(-(2**20), 2**20, 2))
-    bias, low = int(grown.random.integers(-(2**27), 2**27)), int(grown.random.integers(-128, 0))
-    grown.add(
-        ops.Add, before.shape, (before, grown.last), multipliers=multipliers, bias=bias, shift=21, low=low, high=127
+    before = grown.narrow()
+    looked_up(grown)
+    # Sums of 16-bit codes have as many bits less in their multipliers.
+    largest = {"int8": 20, "int16": 12}
+    multipliers = tuple(
+        int(grown.random.integers(-(2 ** largest[one.dtype]), 2 ** largest[one.dtype])) for one in (before, grown.last)
     )
+    bias, dtype = int(grown.random.integers(-(2**27), 2**27)), grown.some_type()
+    low, high = numerics.code_range(dtype)
+    fields = {"shift": 21 if dtype == "int8" else 14, "low": int(grown.random.integers(low, 0)), "high": high}
+    operands = (before, grown.last)
+    grown.add(ops.Add, before.shape, operands, dtype, multipliers=multipliers, bias=bias, **fields)
+
+
+def looked_up(grown: Growing) -> None:
+    before, dtype = grown.narrow(), grown.some_type()
+    low, high = numerics.code_range(dtype)
+    grown.add(ops.Lookup, before.shape, (before,), dtype, table=grown.random.integers(low, high + 1, 256).astype(dtype))
+
+
+def rescaled(grown: Growing) -> None:
+    dtype = grown.some_type()
+    spread = 60.0 if grown.last.dtype == "int8" else 15000.0
+    fields = {"zero_point": grown.last.zero_point, "requantize": grown.requantize(1, spread, dtype)}
+    grown.add(ops.Rescale, grown.last.shape, (grown.last,), dtype, **fields)
 
 
 def gate(grown: Growing) -> None:
-    before = grown.last
+    before = grown.narrow()
     _, rows, columns, channels = before.shape
     window = ops.Window((rows, columns))
     fields = {"window": window, "bias": 7, "requantize": grown.requantize(1, 60 * rows * columns)}
@@ -128,54 +174,62 @@ def pool(grown: Growing) -> None:
     _, rows, columns, channels = grown.last.shape
     window, height, width = grown.window(rows, columns, padded=False)
     if grown.random.random() < 0.5:
-        fields = {"low": -100, "high": 100}
-        grown.add(ops.MaxPool, (1, height, width, channels), (grown.last,), window=window, **fields)
+        fields = {"low": -100, "high": 100} if grown.last.dtype == "int8" else {"low": -20000, "high": 30000}
+        grown.add(ops.MaxPool, (1, height, width, channels), (grown.last,), grown.last.dtype, window=window, **fields)
     else:
-        requantize = grown.requantize(1, 60 * window.size[0] * window.size[1])
-        grown.add(
-            ops.AveragePool, (1, height, width, channels), (grown.last,), window=window, bias=-3, requantize=requantize
-        )
+        dtype, each = grown.some_type(), 60 if grown.last.dtype == "int8" else 15000
+        fields = {"bias": -3, "requantize": grown.requantize(1, each * window.size[0] * window.size[1], dtype)}
+        grown.add(ops.AveragePool, (1, height, width, channels), (grown.last,), dtype, window=window, **fields)
 
 
 def joined(grown: Growing) -> None:
-    before = grown.last
-    grown.add(ops.Lookup, before.shape, (before,), table=grown.random.integers(-128, 128, 256).astype(np.int8))
+    before = grown.narrow()
+    looked_up(grown)
+    if grown.last.dtype != "int8":
+        grown.add(ops.Lookup, before.shape, (before,), "int16", table=np.arange(-128, 128, dtype=np.int16) * 200)
+        before = next(grown.tensors[part.output] for part in reversed(grown.operations[:-1]))
     axis = int(grown.random.integers(1, 4))
     shape = tuple(n * 2 if place == axis else n for place, n in enumerate(before.shape))
-    grown.add(ops.Concat, shape, (before, grown.last), axis=axis)
+    grown.add(ops.Concat, shape, (before, grown.last), grown.last.dtype, axis=axis)
 
 
 def padded(grown: Growing) -> None:
     before, after = ((0, *(int(n) for n in grown.random.integers(0, 3, 3))) for _ in range(2))
     shape = tuple(int(sum(parts)) for parts in zip(grown.last.shape, before, after, strict=True))
-    grown.add(ops.Pad, shape, (grown.last,), before=before, after=after, code=-9)
+    grown.add(ops.Pad, shape, (grown.last,), grown.last.dtype, before=before, after=after, code=-9)
 
 
 def sliced(grown: Growing) -> None:
     starts = tuple(int(grown.random.integers(0, n)) for n in grown.last.shape)
     shape = tuple(int(-(-(n - start) // 2)) for n, start in zip(grown.last.shape, starts, strict=True))
-    grown.add(ops.Slice, shape, (grown.last,), starts=starts, steps=(2, 2, 2, 2))
+    grown.add(ops.Slice, shape, (grown.last,), grown.last.dtype, starts=starts, steps=(2, 2, 2, 2))
 
 
 def resized(grown: Growing) -> None:
     _, rows, columns, channels = grown.last.shape
     picked = [tuple((np.arange(2 * n) // 2).tolist()) for n in (rows, columns)]
-    grown.add(ops.Resize, (1, 2 * rows, 2 * columns, channels), (grown.last,), rows=picked[0], columns=picked[1])
+    shape = (1, 2 * rows, 2 * columns, channels)
+    grown.add(ops.Resize, shape, (grown.last,), grown.last.dtype, rows=picked[0], columns=picked[1])
 
 
 def transposed(grown: Growing) -> None:
     axes = (0, *(1 + int(n) for n in grown.random.permutation(3)))
-    grown.add(ops.Transpose, tuple(grown.last.shape[axis] for axis in axes), (grown.last,), axes=axes)
+    shape = tuple(grown.last.shape[axis] for axis in axes)
+    grown.add(ops.Transpose, shape, (grown.last,), grown.last.dtype, axes=axes)
 
 
 def softmax(grown: Growing) -> None:
-    table = np.rint(2.0**16 * np.exp(-0.05 * np.arange(256))).astype(np.uint32)
-    grown.add(ops.Softmax, grown.last.shape, (grown.last,), table=table, factor=256 << 4, shift=4, zero_point=-128,
-              low=-128, high=127)  # fmt: skip
+    grown.narrow()
+    table = np.rint(2.0**15 * np.exp(-0.05 * np.arange(256))).astype(np.uint32)
+    dtype = grown.some_type()
+    low, high = numerics.code_range(dtype)
+    shift, factor = (4, 256 << 4) if dtype == "int8" else (0, 65536)
+    grown.add(ops.Softmax, grown.last.shape, (grown.last,), dtype, table=table, factor=factor, shift=shift,
+              zero_point=low, low=low, high=high)  # fmt: skip
 
 
 GROWTHS = (conv, conv, conv, pointwise, pointwise, dense, flattened, skip, gate, pool, joined, padded, sliced, resized,
-           transposed, softmax)  # fmt: skip
+           rescaled, transposed, softmax)  # fmt: skip
 #: A map that is larger says nothing more.
 LARGEST = 3000
 
@@ -245,8 +299,7 @@ def in_halves(operation: Any) -> Any:
 
 
 def random_codes(program: Program, seed: int) -> dict[str, Any]:
-    random = np.random.default_rng(seed)
-    return {port.name: storage.random_codes(program.tensors[port.tensor], random) for port in program.inputs}
+    return interpret.random_codes(program, np.random.default_rng(seed))
 
 
 def wide(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer import storage
 from qcompile.backends.integer.program import Operation, Port, Program, Strips, Tensor
 from qcompile.core import numerics
 
@@ -52,6 +53,11 @@ def run(operation: Operation, inputs: list[Array], output: Tensor) -> Array:
     """Return the codes that one operation makes, of the output's shape and type."""
     result = KERNELS[type(operation)](operation, inputs, output)
     return np.ascontiguousarray(result.reshape(output.shape)).astype(output.array_dtype)
+
+
+def random_codes(program: Program, random: np.random.Generator) -> dict[str, Array]:
+    """Return random codes for every input."""
+    return {port.name: storage.random_codes(program.tensors[port.tensor], random) for port in program.inputs}
 
 
 def quantize_input(program: Program, port: Port, real: npt.NDArray[Any]) -> Array:
@@ -151,6 +157,11 @@ def _lookup(operation: ops.Lookup, inputs: list[Array], output: Tensor) -> Array
     return codes
 
 
+def _rescale(operation: ops.Rescale, inputs: list[Array], output: Tensor) -> Array:
+    del output
+    return _requantized(inputs[0].astype(np.int64) - operation.zero_point, operation.requantize)
+
+
 def _softmax(operation: ops.Softmax, inputs: list[Array], output: Tensor) -> Array:
     del output
     x = inputs[0].astype(np.int64)
@@ -203,6 +214,7 @@ KERNELS: Mapping[type[Operation], Callable[[Any, list[Array], Tensor], Array]] =
     ops.MaxPool: _max_pool,
     ops.Mul: _mul,
     ops.Pad: _pad,
+    ops.Rescale: _rescale,
     ops.Resize: _resize,
     ops.Slice: _slice,
     ops.Softmax: _softmax,

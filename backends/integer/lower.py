@@ -192,7 +192,7 @@ class _Lowering:
         inputs, opset = self.activations(node), self.model.opset_imports.get("", 21)
         result: Known | list[Codes] | None = None
         if rule is not lower_affine:
-            result = lower_function(node, inputs, opset)
+            result = lower_function(self.writer, node, inputs, opset)
         if result is None:
             if rule is None:
                 refuse(node, "is a function of several activations that has no integer form", NO_FORM)

@@ -27,15 +27,33 @@ FUNCTIONS = frozenset({
 LARGEST_ADD_SHIFT = 30
 
 
-def lower_function(node: ir.Node, inputs: list[Codes], opset: int) -> Codes | None:
-    """Return a function of one value as what its codes stand for then; None if it is of several values."""
+def lower_function(writer: Writer, node: ir.Node, inputs: list[Codes], opset: int) -> Codes | Pending | None:
+    """Return a function of one value as what its codes stand for then; None if it is of several values.
+
+    Of 16-bit codes a Relu or Clip becomes bounds of a change of scale; others have too many codes for a table.
+    """
     x = inputs[0]
     if any(other.tensor != x.tensor or other.order != x.order for other in inputs) or node.op_type not in FUNCTIONS:
         return None
     if x.grid.dtype != "int8":
-        refuse(node, f"is a function of {x.grid.dtype} codes", "quantize its input to 8 bits")
+        if x.grid.dtype == "int4":
+            refuse(node, "is a function of int4 codes", "quantize its input to 8 bits")
+        bounds = bounds_of(node)
+        if bounds is None:
+            refuse(node, "is a function of 16-bit codes", "quantize its input to 8 bits")
+        return _bounded(writer, node, x).clipped(*bounds)
     levels = [x.grid.levels() if value.levels is None else value.levels for value in inputs]
     return replace(x, levels=_evaluated(node, levels, opset))
+
+
+def _bounded(writer: Writer, node: ir.Node, x: Codes) -> Pending:
+    """Return 16-bit codes that wait for a scale, and for bounds."""
+    x = writer.settled(x)
+
+    def finish(grid: Grid, low: int, high: int, name: str) -> str:
+        return writer.rescaled(x, grid, name, node, (low, high)).tensor
+
+    return Pending(node, x.shape, x.order, finish)
 
 
 def _evaluated(node: ir.Node, levels: list[FloatArray], opset: int) -> FloatArray:
@@ -91,13 +109,12 @@ def lower_add(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
     a, b = _pair(writer, node, inputs)
     if a.shape != b.shape:
         refuse(node, f"joins shapes {a.shape} and {b.shape}", "only equal shapes have an integer form")
-    _require_bytes(node, a, b, narrow=True)
     sign = -1.0 if node.op_type == "Sub" else 1.0
 
     def finish(grid: Grid, low: int, high: int, name: str) -> str:
         output = writer.add_tensor(name, a.stored, grid)
         ratios = a.grid.scale / grid.scale, sign * b.grid.scale / grid.scale
-        multipliers, bias, shift = _sum(node, ratios, (a.grid.zero_point, b.grid.zero_point), grid.zero_point)
+        multipliers, bias, shift = _sum(node, ratios, (a.grid, b.grid), grid.zero_point)
         operands = (a.tensor, b.tensor)
         return writer.write(Add(node.name or name, operands, output, multipliers, bias, shift, low, high))
 
@@ -105,13 +122,13 @@ def lower_add(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
 
 
 def _sum(
-    node: ir.Node, ratios: tuple[float, float], zero_points: tuple[int, int], zero_point: int
+    node: ir.Node, ratios: tuple[float, float], grids: tuple[Grid, Grid], zero_point: int
 ) -> tuple[tuple[int, int], int, int]:
     """Return multipliers, bias and the largest shift with which no sum leaves int32."""
     for shift in range(LARGEST_ADD_SHIFT, 0, -1):
         first, second = (round(math.ldexp(ratio, shift)) for ratio in ratios)
-        bias = (zero_point << shift) + (1 << (shift - 1)) - zero_points[0] * first - zero_points[1] * second
-        if 128 * (abs(first) + abs(second)) + abs(bias) < 2**31:
+        bias = (zero_point << shift) + (1 << (shift - 1)) - grids[0].zero_point * first - grids[1].zero_point * second
+        if abs(grids[0].low * first) + abs(grids[1].low * second) + abs(bias) < 2**31:
             return (first, second), bias, shift
     return refuse(node, "its scales are out of proportion", "calibrate its result with real data")
 
@@ -168,8 +185,7 @@ def _require_bytes(node: ir.Node, *values: Codes, narrow: bool = False) -> None:
 
 def lower_softmax(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
     """Lower a Softmax along one axis."""
-    x = writer.plain(inputs[0], node)
-    _require_bytes(node, x)
+    x = writer.narrowed(inputs[0], node)
     rank = len(x.shape)
     axis = node.attributes.get_int("axis", -1) % rank
     if x.order[-1] != axis:

@@ -11,7 +11,17 @@ import onnx_ir as ir
 from qcompile.backends.integer.bounds import require_no_wrap
 from qcompile.backends.integer.lower_windows import require_map, window_of
 from qcompile.backends.integer.operations import Conv, Dense, Requantize
-from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, as_map, channels_last, refuse, shape_of
+from qcompile.backends.integer.values import (
+    Codes,
+    Grid,
+    Pending,
+    Writer,
+    as_map,
+    channels_last,
+    fixed_point,
+    refuse,
+    shape_of,
+)
 from qcompile.core import numerics
 from qcompile.passes import structure
 
@@ -92,11 +102,7 @@ def requantize(ratio: npt.NDArray[np.float64], grid: Grid, low: int, high: int, 
     node : onnx_ir.Node
         For which a ratio that no fixed-point number holds is refused.
     """
-    try:
-        multiplier, shift = numerics.fixed_point(ratio)
-    except ValueError as error:
-        refuse(node, f"its scales are out of proportion ({error})", "calibrate its result with real data")
-    return Requantize(multiplier, shift, grid.zero_point, low, high)
+    return Requantize(*fixed_point(ratio, node), grid.zero_point, low, high)
 
 
 def _bias(node: ir.Node, channels: int, steps: npt.NDArray[np.float64], factor: float = 1.0) -> npt.NDArray[np.int64]:

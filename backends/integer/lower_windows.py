@@ -139,6 +139,9 @@ def _average(
     x = writer.arranged(x, order)
     source = writer.viewed(x.tensor, as_map(x.stored))
     count = window.size[0] * window.size[1]
+    most = count * (abs(x.grid.low) + abs(x.grid.zero_point))
+    if most >= 2**31:
+        refuse(node, f"its sums can reach {most}, beyond int32", "quantize its input to 8 bits")
 
     def finish(grid: Grid, low: int, high: int, name: str) -> str:
         stored = tuple(shape[axis] for axis in order)

@@ -186,14 +186,31 @@ class MaxPool(Operation):
 
 @dataclass(frozen=True, eq=False)
 class Lookup(Operation):
-    """output = table[input + 128], any function of one code: an activation, a change of scale.
+    """output = table[input + 128], any function of one code of 8 bits: an activation, a change of scale.
 
     Parameters
     ----------
-    table : ndarray of int8, shape (256,)
+    table : ndarray of int8 or int16, shape (256,)
+        Of the output's type.
     """
 
-    table: Int8Array
+    table: Int8Array | npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True, eq=False)
+class Rescale(Operation):
+    """acc = input - zero_point, then requantized: a change of scale where codes of 16 bits have no table.
+
+    Parameters
+    ----------
+    zero_point : int
+        Of the input.
+    requantize : Requantize
+        With one multiplier.
+    """
+
+    zero_point: int
+    requantize: Requantize
 
 
 @dataclass(frozen=True, eq=False)

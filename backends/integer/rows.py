@@ -15,6 +15,7 @@ from qcompile.backends.integer.operations import (
     Lookup,
     MaxPool,
     Mul,
+    Rescale,
     Resize,
     Window,
 )
@@ -26,7 +27,7 @@ Span = tuple[int, int]
 #: Computed from the top to the bottom by kernels that can be asked for some rows.
 BY_ROWS = (Conv, AveragePool, MaxPool, Resize, Dense)
 #: Computed element by element, in the order in which they are stored.
-BY_ELEMENTS = (Add, Mul, Lookup)
+BY_ELEMENTS = (Add, Mul, Lookup, Rescale)
 
 
 def span(operation: Operation, index: int, rows: Span, tensors: Tensors) -> Span:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.backends.integer.operations import Lookup, Transpose, View
+from qcompile.backends.integer.operations import Lookup, Requantize, Rescale, Transpose, View
 from qcompile.backends.integer.program import Operation, Tensor
 from qcompile.core import numerics
 from qcompile.core.errors import TargetError
@@ -204,12 +204,13 @@ class Writer:
         if codes.levels is None and codes.grid.same(grid):
             return replace(codes, grid=grid)
         codes = self.settled(codes)
-        if codes.grid.dtype != "int8" or grid.dtype != "int8":
-            other = next(each.dtype for each in (codes.grid, grid) if each.dtype != "int8")
-            refuse(node, f"changes the scale of {other} codes", "give what it joins one scale, or 8 bits")
+        if "int4" in (codes.grid.dtype, grid.dtype):
+            refuse(node, "changes the scale of int4 codes", "give what it joins one scale, or 8 bits")
+        if codes.grid.dtype != "int8":
+            return self.rescaled(codes, grid, name, node)
         levels = codes.grid.levels() if codes.levels is None else codes.levels
-        table = grid.codes(levels).astype(np.int8)
-        if np.array_equal(table, np.arange(-128, 128)):
+        table = grid.codes(levels).astype(grid.dtype)
+        if grid.dtype == "int8" and np.array_equal(table, np.arange(-128, 128)):
             # Equal codes under other parameters: a view carries these.
             output = self.add_tensor(name, codes.stored, grid)
             self.write(View(node.name or output, (codes.tensor,), output))
@@ -218,11 +219,39 @@ class Writer:
             self.write(Lookup(node.name or output, (codes.tensor,), output, table))
         return replace(codes, tensor=output, grid=grid, levels=None)
 
+    def rescaled(
+        self, codes: Codes, grid: Grid, name: str, node: ir.Node, bounds: tuple[int, int] | None = None
+    ) -> Codes:
+        """Return 16-bit codes as codes of another grid, perhaps between bounds: of 65,536 codes there is no table."""
+        multiplier, shift = fixed_point([np.float64(codes.grid.scale) / grid.scale], node)
+        low, high = (grid.low, grid.high) if bounds is None else bounds
+        output = self.add_tensor(name, codes.stored, grid)
+        step = Requantize(multiplier, shift, grid.zero_point, low, high)
+        self.write(Rescale(node.name or output, (codes.tensor,), output, codes.grid.zero_point, step))
+        return replace(codes, tensor=output, grid=grid, levels=None)
+
+    def narrowed(self, codes: Codes, node: ir.Node) -> Codes:
+        """Return a value as plain codes of 8 bits: those of 16 over the same range."""
+        codes = self.plain(codes, node)
+        if codes.grid.dtype == "int8":
+            return codes
+        scale = float(np.float32(codes.grid.scale * 257.0))
+        grid = Grid(scale, round((codes.grid.zero_point - codes.grid.low) / 257.0) - 128)
+        return self.on_grid(codes, grid, f"{codes.tensor}_{node.name}", node)
+
     def plain(self, codes: Codes, node: ir.Node) -> Codes:
         """Return a value as codes that stand for (code - zero point) · scale, on a grid of its own if they do not."""
         if codes.levels is None:
             return codes
         return self.on_grid(codes, spanning(codes.levels), f"{codes.tensor}_{node.name}", node)
+
+
+def fixed_point(ratio: npt.ArrayLike, node: ir.Node) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return multipliers and shifts; a ratio that no fixed-point number holds is refused for a node."""
+    try:
+        return numerics.fixed_point(ratio)
+    except ValueError as error:
+        refuse(node, f"its scales are out of proportion ({error})", "calibrate its result with real data")
 
 
 def spanning(levels: npt.NDArray[Any]) -> Grid:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.backends.integer.interpret import interpret, quantize_input
+from qcompile.backends.integer.interpret import interpret, quantize_input, random_codes
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.program import Program
-from qcompile.backends.integer.storage import random_codes, to_bytes
+from qcompile.backends.integer.storage import to_bytes
 from qcompile.backends.mcu import write_c
 from qcompile.backends.mcu.backend import REFERENCE, McuBackend
 from qcompile.backends.mcu.emulate import MACHINES, emulate
@@ -89,8 +89,7 @@ def _quantized(program: Program, feeds: Feeds) -> Codes:
 
 def _random(program: Program, count: int) -> list[Codes]:
     random = np.random.default_rng(0)
-    tensors = {port.name: program.tensors[port.tensor] for port in program.inputs}
-    return [{name: random_codes(tensor, random) for name, tensor in tensors.items()} for _ in range(count)]
+    return [random_codes(program, random) for _ in range(count)]
 
 
 def _checked(
@@ -125,8 +124,9 @@ def driver(program: Program, name: str, count: int) -> str:
     """Return a main that reads inputs from ``in.bin``, runs the network, and writes its outputs to ``out.bin``."""
     given = write_c.parameters(program)
     ports = [*program.inputs, *program.outputs]
-    sizes = [program.tensors[port.tensor].nbytes for port in ports]
-    buffers = [f"static int8_t {each}[{size}];" for (_, each), size in zip(given, sizes, strict=True)]
+    tensors = [program.tensors[port.tensor] for port in ports]
+    sizes = [tensor.nbytes for tensor in tensors]
+    buffers = [f"static {one.array_dtype}_t {each}[{one.size}];" for (_, each), one in zip(given, tensors, strict=True)]
     inside = list(zip(given, sizes, strict=True))
     reads = [f"        (void)host_read(from, {each}, {size}u);" for (_, each), size in inside[: len(program.inputs)]]
     writes = [f"        (void)host_write(to, {each}, {size}u);" for (_, each), size in inside[len(program.inputs) :]]

@@ -30,6 +30,8 @@ class Row:
     macs : int
     weight_bytes : int
         With biases and multipliers.
+    weight_bits : int
+        That a weight takes in flash: 4 where two share a byte; 0 without weights.
     function : str
         Its C function.
     kernels : tuple of str
@@ -42,6 +44,7 @@ class Row:
     bits: int
     macs: int
     weight_bytes: int
+    weight_bits: int
     function: str
     kernels: tuple[str, ...]
 
@@ -50,7 +53,9 @@ class Row:
         """Return what a layer with so many multiply-accumulates takes."""
         operation, size = layer.operation, weight_bytes([layer])
         kind = type(operation).__name__
-        return cls(operation.name, kind, output.shape, output.bits, count, size, layer.function, layer.names)
+        return cls(
+            operation.name, kind, output.shape, output.bits, count, size, layer.weight_bits, layer.function, layer.names
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,13 @@ class Footprint:
 
 
 def _table(layers: Iterable[Row]) -> list[str]:
-    lines = ["| | layer | operation | output | multiply-accumulates | bytes |", "|---|---|---|---|---|---|"]
+    lines = ["| | layer | operation | output | multiply-accumulates | bits of weights | bytes |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for index, row in enumerate(layers):
         shape = "x".join(map(str, row.shape)) + ("" if row.bits == 8 else f", {row.bits} bits a code")
         name = row.name.replace("|", "/")
-        lines.append(f"| {index} | {name} | {row.operation} | {shape} | {row.macs:,} | {row.weight_bytes:,} |")
+        bits = row.weight_bits or ""
+        lines.append(f"| {index} | {name} | {row.operation} | {shape} | {row.macs:,} | {bits} | {row.weight_bytes:,} |")
     return lines
 
 

@@ -61,6 +61,9 @@ class HostNetwork:
         """Return the outputs' codes for the inputs' codes, as `integer.interpret` does."""
         tensors, program = self.program.tensors, self.program
         given = [to_bytes(inputs[port.name], tensors[port.tensor].dtype) for port in program.inputs]
-        made = {port.name: np.zeros(tensors[port.tensor].shape, np.int8) for port in program.outputs}
+        made = {
+            port.name: np.zeros(tensors[port.tensor].shape, tensors[port.tensor].array_dtype)
+            for port in program.outputs
+        }
         self.function(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*given, *made.values())))
         return dict(made)

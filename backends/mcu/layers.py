@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation, Program, Strips, Tensor
 from qcompile.backends.tvm.kernels import PLACEHOLDER, Kernel, kernels
-from qcompile.core.errors import TargetError
+from qcompile.backends.tvm.weight_forms import WeightForm
 
 Array = npt.NDArray[Any]
 
@@ -62,6 +62,13 @@ class Layer:
         return f"{kind}_{self.index}"
 
     @property
+    def weight_bits(self) -> int:
+        """Bits that a weight takes in flash; 0 without weights."""
+        if not self.kernels or "weights" not in self.constants:
+            return 0
+        return 4 if self.kernels[0].form is WeightForm.NIBBLES else 8
+
+    @property
     def constants(self) -> Mapping[str, Array]:
         """Its constants by kind; its kernels share them."""
         return self.kernels[0].constants if self.kernels else {}
@@ -92,11 +99,6 @@ class Layers:
         program : Program
         offsets : mapping of str to int
             Where each tensor lies in the arena: it decides what may be computed at once.
-
-        Raises
-        ------
-        TargetError
-            If a tensor is not of 8 bits.
         """
         found = cls()
         for operation in program.operations:
@@ -109,10 +111,6 @@ class Layers:
 
     def take(self, operation: Operation, tensors: Mapping[str, Tensor], flat: bool) -> None:
         """Add an operation's layer."""
-        for name in (*operation.inputs, *operation.outputs):
-            if tensors[name].bits > 8:
-                fact = f"has {tensors[name].dtype} activations, for which there is no kernel yet"
-                raise TargetError(f"operator '{operation.name}'", fact, "leave its activations at 8 bits")
         generated = () if isinstance(operation, ops.Concat) else tuple(kernels(operation, tensors, flat))
         names = tuple(self._named(kernel, operation) for kernel in generated)
         self.layers.append(Layer(len(self.layers), operation, generated, names))

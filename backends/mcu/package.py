@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.backends.integer.interpret import interpret
-from qcompile.backends.integer.storage import random_codes, to_bytes
+from qcompile.backends.integer.interpret import interpret, random_codes
+from qcompile.backends.integer.storage import to_bytes
 from qcompile.backends.mcu import write_c
 from qcompile.backends.mcu.footprint import Footprint
 from qcompile.backends.mcu.write_c import Source
 
-KERNELS = "qc_kernels.h"
 #: Of the self-test's input.
 SEED = 0
 
@@ -29,7 +28,7 @@ class Example:
 
     Parameters
     ----------
-    inputs, outputs : mapping of str to ndarray of int8
+    inputs, outputs : mapping of str to ndarray of int8 or int16
         By port, in the ports' order; of four bits two codes in each.
     """
 
@@ -39,10 +38,10 @@ class Example:
     @classmethod
     def of(cls, source: Source) -> Example:
         """Return the interpreter's outputs for random codes."""
-        random = np.random.default_rng(SEED)
         tensors = {port.name: source.tensors[port.tensor] for port in source.program.inputs}
-        inputs = {name: random_codes(tensor, random) for name, tensor in tensors.items()}
-        given = {name: to_bytes(codes, tensors[name].dtype).view(np.int8) for name, codes in inputs.items()}
+        inputs = random_codes(source.program, np.random.default_rng(SEED))
+        given = {name: to_bytes(codes, tensors[name].dtype).view(tensors[name].array_dtype)
+                 for name, codes in inputs.items()}  # fmt: skip
         return cls(given, interpret(source.program, inputs))
 
 
@@ -62,7 +61,7 @@ def write_package(source: Source, footprint: Footprint, example: Example, folder
         "model.c": write_c.body(source),
         "model.h": write_c.header(source),
         "model_weights.h": write_c.weights(source),
-        KERNELS: (resources / KERNELS).read_text(encoding="utf-8"),
+        **{name: (resources / name).read_text(encoding="utf-8") for name in write_c.headers(source)},
         "selftest.c": selftest(source, example),
         "CMakeLists.txt": Template((resources / "CMakeLists.txt").read_text(encoding="utf-8")).substitute(named),
         "README.md": Template((resources / "README.md").read_text(encoding="utf-8")).substitute(
@@ -79,7 +78,8 @@ def _example_call(source: Source) -> str:
     ports = [*source.program.inputs, *source.program.outputs]
     given = write_c.parameters(source.program)
     lines = [
-        f"int8_t {name}[{source.tensors[port.tensor].nbytes}];" for port, (_, name) in zip(ports, given, strict=True)
+        f"{tensor.array_dtype}_t {name}[{tensor.size}];"
+        for tensor, (_, name) in zip((source.tensors[port.tensor] for port in ports), given, strict=True)
     ]
     return "\n".join([*lines, f"{source.name}_run({', '.join(name for _, name in given)});"])
 
@@ -97,7 +97,8 @@ def selftest(source: Source, example: Example) -> str:
     expected = [f"expected_{name}" for name in outputs]
     parts += [write_c.constant(name, codes) for name, codes in zip(expected, example.outputs.values(), strict=True)]
     sizes = [codes.size for codes in example.outputs.values()]
-    parts += [f"static int8_t {name}[{size}];" for name, size in zip(outputs, sizes, strict=True)]
+    types = [codes.dtype for codes in example.outputs.values()]
+    parts += [f"static {kind}_t {name}[{size}];" for kind, name, size in zip(types, outputs, sizes, strict=True)]
     parts += ["", *_main(source.name, [*inputs, *outputs], list(zip(outputs, expected, sizes, strict=True)))]
     return "\n".join(parts)
 

@@ -14,9 +14,14 @@ from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Port, Program, Strips, Tensor
 from qcompile.backends.mcu.layers import Layer, Layers
 from qcompile.backends.tvm.kernels import Kernel
+from qcompile.backends.tvm.weight_forms import WeightForm
 
 #: Alignment of constants and of the arena in bytes.
 ALIGNMENT = 8
+#: The headers of innermost loops, and what generated code calls of each but the first, which it always needs.
+HEADERS = {
+    "qc_kernels.h": r"", "qc_weights4.h": r"\bqc_(tile|depthwise)4_", "qc_codes16.h": r"\bqc_(wide_|copy16|fill16)",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,10 @@ def identifier(text: str) -> str:
 def parameters(program: Program) -> list[tuple[str, str]]:
     """Return type and name of what ``NAME_run`` takes: each input, then each output."""
     found = []
-    for ports, kind, stem in ((program.inputs, "const int8_t *", "in"), (program.outputs, "int8_t *", "out")):
-        found += [(kind, stem if len(ports) == 1 else f"{stem}{index}") for index in range(len(ports))]
+    for ports, const, stem in ((program.inputs, "const ", "in"), (program.outputs, "", "out")):
+        for index, port in enumerate(ports):
+            kind = f"{const}{program.tensors[port.tensor].array_dtype}_t *"
+            found.append((kind, stem if len(ports) == 1 else f"{stem}{index}"))
     return found
 
 
@@ -69,7 +76,7 @@ def header(source: Source) -> str:
     """Return ``model.h``."""
     program, macro = source.program, source.macro
     lines = [
-        f"/* {source.name}: a network in 8-bit integers. Codes q stand for (q - ZERO_POINT) * SCALE. */",
+        f"/* {source.name}: a network in integers. Codes q stand for (q - ZERO_POINT) * SCALE. */",
         f"#ifndef {macro}_H", f"#define {macro}_H", "#include <stdint.h>", "",
         "/* The one block of memory that it works in; beside it only the stack. */",
         f"#define {macro}_ARENA_BYTES {source.arena_bytes}", "",
@@ -110,7 +117,9 @@ def weights(source: Source) -> str:
     blocks = [f"#ifndef {guard}\n#define {guard}\n#include <stdint.h>\n"]
     for layer in source.layers.layers:
         for kind, array in layer.constants.items():
-            blocks.append(f"/* {_comment(layer.operation.name)} */\n{constant(layer.constant(kind), array)}")
+            fours = kind == "weights" and layer.kernels[0].form is WeightForm.FOURS
+            text = constant(layer.constant(kind), array, fours)
+            blocks.append(f"/* {_comment(layer.operation.name)} */\n{text}")
     for operation in source.program.operations:
         if isinstance(operation, Strips):
             first = next(layer for layer in source.layers.layers if layer.operation is operation.operations[0])
@@ -118,12 +127,15 @@ def weights(source: Source) -> str:
     return "\n".join([*blocks, "#endif", ""])
 
 
-def constant(name: str, array: npt.NDArray[Any]) -> str:
-    """Return an array as C."""
+def constant(name: str, array: npt.NDArray[Any], fours: bool = False) -> str:
+    """Return an array as C, perhaps in fours that a macro puts into order."""
     numbers = [_literal(int(number), array.dtype) for number in array.reshape(-1)]
-    rows = [", ".join(numbers[start : start + 16]) for start in range(0, len(numbers), 16)]
+    if fours:
+        numbers = [f"QC_FOUR({', '.join(numbers[start : start + 4])})" for start in range(0, len(numbers), 4)]
+    line = 4 if fours else 16
+    rows = [", ".join(numbers[start : start + line]) for start in range(0, len(numbers), line)]
     body = ",\n    ".join(rows)
-    return f"static const {array.dtype}_t {name}[{len(numbers)}] = {{\n    {body}\n}};\n"
+    return f"static const {array.dtype}_t {name}[{array.size}] = {{\n    {body}\n}};\n"
 
 
 def _literal(number: int, dtype: np.dtype[Any]) -> str:
@@ -136,11 +148,18 @@ def _comment(text: str) -> str:
     return text.replace("*/", "* /").replace("/*", "/ *")
 
 
+def headers(source: Source) -> list[str]:
+    """Return the names of the headers with innermost loops that the network needs."""
+    text = "".join(source.layers.sources.values())
+    return [name for name, called in HEADERS.items() if re.search(called, text)]
+
+
 def body(source: Source) -> str:
     """Return ``model.c``."""
+    included = "".join(f'#include "{name}"\n' for name in ("model.h", *headers(source), "model_weights.h"))
     parts = [
         f"/* {source.name}: C99, no allocation, no floating point. See README.md. */",
-        '#include "model.h"\n#include "model_weights.h"\n#include "qc_kernels.h"\n',
+        included,
         "static union {\n    uint64_t aligned;\n    int8_t codes[" + f"{source.macro}_ARENA_BYTES];\n}} arena;\n",
         *source.layers.sources.values(),
         *(_layer(source, layer) for layer in source.layers.layers),
@@ -186,10 +205,11 @@ def _call(source: Source, layer: Layer, index: int) -> str:
     input_row, other_row, counted = (
         f"first * {tensor.row_bytes}" if layer.counted else "" for tensor in (first, other, target)
     )
+    row = f"y * {target.row_bytes}" if kernel.by_row else counted
     values = {
-        "input": _pointer("input", _row_of_input(kernel, first) or input_row, kernel.input_offset),
-        "other": _pointer("other", other_row if other.size == first.size else "", 0),
-        "output": _pointer("output", f"y * {target.row_bytes}" if kernel.by_row else counted, kernel.output_offset),
+        "input": _pointer("input", _row_of_input(kernel, first) or input_row, kernel.input_offset, first),
+        "other": _pointer("other", other_row if other.size == first.size else "", 0, other),
+        "output": _pointer("output", row, kernel.output_offset, target),
         "y": "y" if kernel.by_row else "0",
         "count": f"(last - first) * {target.row_codes}",
         **{kind: layer.constant(kind) for kind in ("weights", "channels", "table")},
@@ -203,18 +223,22 @@ def _row_of_input(kernel: Kernel, tensor: Tensor) -> str:
     return f"y * {tensor.row_bytes}" if kernel.input_row else ""
 
 
-def _pointer(name: str, row: str, offset: int) -> str:
-    moved = " + ".join(part for part in (row, str(offset) if offset else "") if part)
-    return f"{name} + ({moved})" if moved else name
+def _pointer(name: str, row: str, offset: int, tensor: Tensor) -> str:
+    """Return a pointer to codes, `offset` of them behind a row that begins so many bytes behind the tensor."""
+    moved = " + ".join(part for part in (row, str(offset * tensor.bits // 8) if offset else "") if part)
+    place = f"{name} + ({moved})" if moved else name
+    if tensor.array_dtype == "int8":
+        return place
+    return f"({'' if name == 'output' else 'const '}{tensor.array_dtype}_t *)({place})"
 
 
 def _concat(source: Source, operation: ops.Concat) -> str:
     """Return copies of each input, a run of codes behind one another at a time."""
     target = source.tensors[operation.output]
     runs = int(np.prod(target.shape[: operation.axis], dtype=np.int64))
-    step, at, lines = target.size // runs, 0, []
+    step, at, lines = target.nbytes // runs, 0, []
     for index, name in enumerate(operation.inputs):
-        length = source.tensors[name].size // runs
+        length = source.tensors[name].nbytes // runs
         lines.append(
             f"    for (int32_t i = 0; i < {runs}; ++i) {{\n"
             f"        qc_copy(&output[i * {step} + {at}], &{_input(index)}[i * {length}], {length});\n    }}\n"
@@ -228,7 +252,8 @@ def _run(source: Source) -> str:
     given = parameters(program)
     lines = []
     for port, (_, name) in zip(program.inputs, given, strict=False):
-        lines.append(f"    qc_copy({_at(source, port.tensor)}, {name}, {source.tensors[port.tensor].nbytes});")
+        given_codes = _pointer_to_bytes("const ", name, source.tensors[port.tensor])
+        lines.append(f"    qc_copy({_at(source, port.tensor)}, {given_codes}, {source.tensors[port.tensor].nbytes});")
     by_operation = {id(layer.operation): layer for layer in source.layers.layers}
     for operation in program.operations:
         if isinstance(operation, Strips):
@@ -236,9 +261,14 @@ def _run(source: Source) -> str:
         elif id(operation) in by_operation:
             lines.append(_layer_call(source, by_operation[id(operation)]))
     for port, (_, name) in zip(program.outputs, given[len(program.inputs) :], strict=True):
-        lines.append(f"    qc_copy({name}, {_at(source, port.tensor)}, {source.tensors[port.tensor].nbytes});")
+        made = _pointer_to_bytes("", name, source.tensors[port.tensor])
+        lines.append(f"    qc_copy({made}, {_at(source, port.tensor)}, {source.tensors[port.tensor].nbytes});")
     arguments = ", ".join(f"{kind}{name}" for kind, name in given)
     return f"int {source.name}_run({arguments})\n{{\n" + "\n".join(lines) + "\n    return 0;\n}\n"
+
+
+def _pointer_to_bytes(const: str, name: str, tensor: Tensor) -> str:
+    return name if tensor.array_dtype == "int8" else f"({const}int8_t *){name}"
 
 
 def _at(source: Source, tensor: str) -> str:

@@ -90,6 +90,11 @@ class OrtBackend:
         del model, target, tied, losses
         return ()
 
+    def room(self, settings: Mapping[str, Any]) -> int | None:
+        """Return nothing: files have no flash to fit."""
+        del settings
+        return None
+
     def executed(self, model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the runtime executes for a QDQ model."""
         return executed(model, samples)

@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer.bounds import LARGEST, largest_sums
 from qcompile.backends.integer.program import Tensor
 from qcompile.backends.tvm.emit import Function, load_tvm
+from qcompile.backends.tvm.weight_forms import WeightForm
+from qcompile.core.numerics import code_range
 
 #: From this shift on only the product's high word counts.
 HIGH_WORD = 33
@@ -38,12 +41,18 @@ class Convolution:
     outside : int
         The code that padding reads as.
     high_word : bool
-        Whether every shift is 33 or more.
+        Whether every shift is 33 or more, accumulators that are moved included.
     zero_point, low, high : int
         Of the output.
     groups : int
     packed : bool
         Whether the input has four bits: what is multiplied is gathered first then, also of a single pixel.
+    moved : int
+        Places by which accumulators are moved to the left first.
+    form : WeightForm
+        How weights are stored, where the kernel's tiles take them in a form of their own.
+    reads, writes : str
+        Types of the input's and the output's codes.
     """
 
     rows: int
@@ -62,6 +71,10 @@ class Convolution:
     high: int
     groups: int = 1
     packed: bool = False
+    moved: int = 0
+    form: WeightForm = WeightForm.BYTES
+    reads: str = "int8"
+    writes: str = "int8"
 
     @property
     def pointwise(self) -> bool:
@@ -102,7 +115,9 @@ def convolution(operation: ops.Conv, source: Tensor, target: Tensor) -> Convolut
     _, rows, columns, channels = source.shape
     return Convolution(
         rows, columns, channels, target.shape[2], target.shape[3], window.size, window.strides, window.dilations,
-        window.pads, window.outside, *_rounding(operation.requantize), groups=operation.groups, packed=source.bits == 4,
+        window.pads, window.outside, *_rounding(operation.requantize, moved := places_free(operation, source)),
+        groups=operation.groups, packed=source.bits == 4, moved=moved,
+        reads=source.array_dtype, writes=target.array_dtype,
     )  # fmt: skip
 
 
@@ -111,12 +126,25 @@ def dense(operation: ops.Dense, source: Tensor, target: Tensor) -> Convolution:
     columns = source.size // source.shape[-1] // source.rows
     return Convolution(
         source.rows, columns, source.shape[-1], columns, target.shape[-1], (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 0,
-        *_rounding(operation.requantize),
+        *_rounding(operation.requantize, moved := places_free(operation, source)), moved=moved,
+        reads=source.array_dtype, writes=target.array_dtype,
     )  # fmt: skip
 
 
-def _rounding(requantize: ops.Requantize) -> tuple[bool, int, int, int]:
-    high_word = bool(np.all(requantize.shift >= HIGH_WORD))
+def places_free(operation: ops.Conv | ops.Dense, source: Tensor) -> int:
+    """Return by how many places accumulators can be moved to the left so that only the product's high word counts.
+
+    (acc · 2^n · multiplier) >> (shift + n) is what it is without n. Ratios above a quarter, as coarse weights have,
+    have shifts below 33; 0 where those are enough, or where 32 bits might not hold what is moved.
+    """
+    needed = max(0, HIGH_WORD - int(operation.requantize.shift.min()))
+    low, high = code_range(source.dtype)
+    rows = operation.weights.reshape(len(operation.weights), -1)
+    return needed if int(largest_sums(rows, operation.bias, low, high).max()) << needed <= LARGEST else 0
+
+
+def _rounding(requantize: ops.Requantize, moved: int = 0) -> tuple[bool, int, int, int]:
+    high_word = bool(np.all(requantize.shift + moved >= HIGH_WORD))
     return high_word, requantize.zero_point, requantize.low, requantize.high
 
 
@@ -128,19 +156,21 @@ def high_word(requantize: ops.Requantize) -> tuple[bool, Any, Any]:
     return high, tirx.const(int(requantize.multiplier[0]), "int32"), tirx.const(shift, "int32")
 
 
-def channel_table(bias: npt.NDArray[np.int32], requantize: ops.Requantize) -> npt.NDArray[np.int32]:
+def channel_table(bias: npt.NDArray[np.int32], requantize: ops.Requantize, moved: int = 0) -> npt.NDArray[np.int32]:
     """Return bias, multiplier and shift (less 33 where only the high word counts) of each channel, as kernels read it.
 
     Parameters
     ----------
     bias : ndarray of int32, shape (channels,)
     requantize : Requantize
+    moved : int
+        Places by which accumulators are moved to the left first.
 
     Returns
     -------
     ndarray of int32, shape (channels, 3)
     """
-    places = requantize.shift - (HIGH_WORD if _rounding(requantize)[0] else 0)
+    places = requantize.shift + moved - (HIGH_WORD if _rounding(requantize, moved)[0] else 0)
     columns = np.broadcast_arrays(bias, requantize.multiplier, places)
     return np.ascontiguousarray(np.stack(columns, axis=-1), np.int32)
 
@@ -157,9 +187,9 @@ def define_convolution(shape: Convolution) -> Function:
     k = te.reduce_axis((0, length), name="k")
     y = te.var("y", "int32")
     if shape.pointwise:
-        patch = source = te.placeholder((shape.width, length), "int8", name="input")
+        patch = source = te.placeholder((shape.width, length), shape.reads, name="input")
     else:
-        source = te.placeholder((shape.rows, shape.columns, shape.channels), "int8", name="input")
+        source = te.placeholder((shape.rows, shape.columns, shape.channels), shape.reads, name="input")
         patch = te.compute((shape.width, length), _patch(shape, source, y, shape.channels), name="patch")
     acc = te.compute(
         (shape.width, shape.outputs),
@@ -177,7 +207,7 @@ def define_depthwise(shape: Convolution, group: int) -> Function:
     """
     te = load_tvm().te
     y = te.var("y", "int32")
-    source = te.placeholder((shape.rows, shape.columns, shape.channels), "int8", name="input")
+    source = te.placeholder((shape.rows, shape.columns, shape.channels), shape.reads, name="input")
     weights = te.placeholder((shape.channels // group, shape.taps, group), "int8", name="weights")
     channels = te.placeholder((shape.outputs, 3), "int32", name="channels")
     inside = _patch(shape, source, y, shape.channels)
@@ -202,7 +232,7 @@ def define_grouped(shape: Convolution) -> Function:
     te = load_tvm().te
     y = te.var("y", "int32")
     fewer, each = shape.channels // shape.groups, shape.outputs // shape.groups
-    source = te.placeholder((shape.rows, shape.columns, shape.channels), "int8", name="input")
+    source = te.placeholder((shape.rows, shape.columns, shape.channels), shape.reads, name="input")
     weights = te.placeholder((shape.outputs, shape.taps, fewer), "int8", name="weights")
     channels = te.placeholder((shape.outputs, 3), "int32", name="channels")
     inside = _patch(shape, source, y, shape.channels)
@@ -237,17 +267,20 @@ def within(place: tuple[Any, Any], extent: Sequence[int], margins: tuple[Any, An
     for at, count, (before, after) in zip(place, extent, margins, strict=True):
         conditions += [at >= 0] if before > 0 else []
         conditions += [at < count] if after > 0 else []
-    return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(outside, "int8")) if conditions else value
+    return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(outside, value.dtype)) if conditions else value
 
 
 def _code(shape: Convolution, acc: Any, channels: Any, o: Any) -> Any:
-    numbers = (acc + channels[o, 0], channels[o, 1], channels[o, 2])
-    return requantized(shape.high_word, numbers, shape.zero_point, shape.low, shape.high)
+    total = acc + channels[o, 0]
+    numbers = (total * (1 << shape.moved) if shape.moved else total, channels[o, 1], channels[o, 2])
+    return requantized(shape.high_word, numbers, shape.zero_point, shape.low, shape.high, shape.writes)
 
 
-def requantized(high_word: bool, numbers: tuple[Any, Any, Any], zero_point: int, low: int, high: int) -> Any:
+def requantized(
+    high_word: bool, numbers: tuple[Any, Any, Any], zero_point: int, low: int, high: int, dtype: str = "int8"
+) -> Any:
     """Return the code of an accumulator by its multiplier and shift, as `core/numerics.py` has it."""
     tirx = load_tvm().tirx
     name, offset = ("qc_requantize_high", 2 * zero_point + 1) if high_word else ("qc_requantize", zero_point)
     constants = [tirx.const(number, "int32") for number in (offset, low, high)]
-    return tirx.call_pure_extern("int32", name, *numbers, *constants).astype("int8")
+    return tirx.call_pure_extern("int32", name, *numbers, *constants).astype(dtype)

@@ -15,6 +15,8 @@ from qcompile.core.errors import TargetError
 
 #: A function as TVM has it: `tvm.tirx.PrimFunc`, which is untyped.
 Function = Any
+#: What copies codes and what fills in padding, by the codes' type.
+COPIES = {"int8": ("qc_copy", "qc_fill"), "int16": ("qc_copy16", "qc_fill16")}
 
 
 def load_tvm() -> ModuleType:
@@ -143,8 +145,9 @@ def _copy(loop: Any) -> Any:
     tvm = load_tvm()
     tirx = tvm.tirx
     store = loop.body
-    if not isinstance(store, tirx.BufferStore) or str(store.buffer.dtype) != "int8":
+    if not isinstance(store, tirx.BufferStore) or str(store.buffer.dtype) not in COPIES:
         return loop
+    moved, filled = COPIES[str(store.buffer.dtype)]
     value, condition, code = store.value, None, None
     if getattr(getattr(value, "op", None), "name", "") in ("prim.if_then_else", "tirx.if_then_else"):
         condition, value, code = value.args
@@ -152,7 +155,7 @@ def _copy(loop: Any) -> Any:
         return _unpacking(store, loop, value, condition, code)
     if (
         not isinstance(value, tvm.ir.TensorLoad)
-        or str(value.source.dtype) != "int8"
+        or str(value.source.dtype) != str(store.buffer.dtype)
         or value.source.same_as(store.buffer)
     ):
         return loop
@@ -163,18 +166,18 @@ def _copy(loop: Any) -> Any:
         return loop
     count, target = loop.extent, _address(store.buffer, store.indices, variable)
     copy = tirx.Evaluate(
-        tirx.call_extern("int32", "qc_copy", target, _address(value.source, value.indices, variable), count)
+        tirx.call_extern("int32", moved, target, _address(value.source, value.indices, variable), count)
     )
-    return _or_fill(copy, target, condition, code, count)
+    return _or_fill(copy, filled, target, condition, code, count)
 
 
-def _or_fill(copy: Any, target: Any, condition: Any, code: Any, count: Any) -> Any:
+def _or_fill(copy: Any, filled: str, target: Any, condition: Any, code: Any, count: Any) -> Any:
     """Return a copy, or where a condition decides between it and padding, that choice."""
     tirx = load_tvm().tirx
     if condition is None or code is None:
         return copy
     return tirx.IfThenElse(
-        condition, copy, tirx.Evaluate(tirx.call_extern("int32", "qc_fill", target, code.astype("int32"), count))
+        condition, copy, tirx.Evaluate(tirx.call_extern("int32", filled, target, code.astype("int32"), count))
     )
 
 
@@ -189,7 +192,8 @@ def _unpacking(store: Any, loop: Any, half: Any, condition: Any, code: Any) -> A
     target = _address(store.buffer, store.indices, variable)
     first = tvm.sym.Analyzer().simplify(_at(indices[0], variable, 0))
     unpacked = tirx.Evaluate(tirx.call_extern("int32", "qc_unpack", target, half.args[1], first, loop.extent))
-    return _or_fill(unpacked, target, condition, code, loop.extent)
+    _, filled = COPIES["int8"]
+    return _or_fill(unpacked, filled, target, condition, code, loop.extent)
 
 
 def _called(value: Any, name: str) -> bool:
@@ -233,7 +237,7 @@ def _freestanding(source: str) -> str:
     kept = re.sub(r"^TVM_DLL [^{]*?;\n", "", kept, flags=re.MULTILINE)
     kept = kept.replace("TVM_DLL ", "static ")
     for name in ("input", "other", "weights", "channels", "table"):
-        kept = re.sub(rf"(int8_t|int32_t|uint32_t)\* {name}\b", rf"const \1 *{name}", kept)
+        kept = re.sub(rf"(int8_t|int16_t|int32_t|uint32_t)\* {name}\b", rf"const \1 *{name}", kept)
     return (
         re.sub(r"^static void \w+\((.*?)\) \{\n(.*?)^\}", _without_unused, kept.strip(), flags=re.MULTILINE | re.DOTALL)
         + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from qcompile.backends.tvm import definitions
 from qcompile.backends.tvm.definitions import Convolution
 from qcompile.backends.tvm.emit import Function, emit_c, load_tvm
 from qcompile.backends.tvm.schedules import cortex_m
+from qcompile.backends.tvm.weight_forms import WeightForm, stored, stored_by_taps
 
 #: What stands for a kernel's name in its C.
 PLACEHOLDER = "qc_kernel"
@@ -37,13 +38,15 @@ class Kernel:
     constants : mapping of str to ndarray
         Of ``weights``, ``channels`` and ``table``.
     input_offset, output_offset : int
-        Bytes from the start of what it is given: a row, or the whole.
+        Codes from the start of what it is given: a row, or the whole.
     by_row : bool
         Whether it computes one row of the output: ``output`` is that row.
     input_row : bool
         Whether ``input`` is the row of the input that has the output's number.
     input_rows : tuple of int
         By row of the output the input's row, where ``input`` is that one.
+    form : WeightForm
+        How its weights are stored.
     """
 
     source: str
@@ -54,6 +57,7 @@ class Kernel:
     by_row: bool = False
     input_row: bool = False
     input_rows: tuple[int, ...] = ()
+    form: WeightForm = WeightForm.BYTES
 
 
 def kernels(operation: Operation, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
@@ -71,15 +75,29 @@ def kernels(operation: Operation, tensors: Mapping[str, Tensor], flat: bool) -> 
     return GENERATORS[type(operation)](operation, tensors, flat)
 
 
-def _convolution(operation: Any, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
+def constant_bytes(operation: Operation, tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of an operation's constants, without generating its kernels."""
+    if isinstance(operation, ops.Conv | ops.Dense):
+        return _packed(_shape(operation, tensors), operation.weights).nbytes + 3 * operation.bias.nbytes
+    if isinstance(operation, ops.Lookup | ops.Softmax):
+        return operation.table.nbytes
+    return 4 * len(operation.columns) if isinstance(operation, ops.Resize) else 0
+
+
+def _shape(operation: ops.Conv | ops.Dense, tensors: Mapping[str, Tensor]) -> Convolution:
     source, target = tensors[operation.inputs[0]], tensors[operation.output]
     if isinstance(operation, ops.Dense):
         shape = definitions.dense(operation, source, target)
     else:
         shape = definitions.convolution(operation, source, target)
+    return replace(shape, form=cortex_m.form_of(shape, operation.bits))
+
+
+def _convolution(operation: Any, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
+    shape = _shape(operation, tensors)
     whole = shape.pointwise and flat and isinstance(operation, ops.Conv)
     shape = shape.flat() if whole else shape
-    table = definitions.channel_table(operation.bias, operation.requantize)
+    table = definitions.channel_table(operation.bias, operation.requantize, shape.moved)
     constants = {"weights": _packed(shape, operation.weights), "channels": table}
     found, arguments = [], ("input", "weights", "channels", "output")
     halves = packed(operation, tensors)
@@ -88,7 +106,7 @@ def _convolution(operation: Any, tensors: Mapping[str, Tensor], flat: bool) -> l
         found.append(
             Kernel(
                 _source(_scheduled(part), halves), (*arguments, *([] if part.pointwise else ["y"])), constants, offset,
-                first * shape.outputs * target.bits // 8, by_row=not whole, input_row=shape.pointwise and not whole,
+                first * shape.outputs, by_row=not whole, input_row=shape.pointwise and not whole, form=shape.form,
             )
         )  # fmt: skip
     return found
@@ -106,8 +124,8 @@ def _packed(shape: Convolution, weights: Array) -> Array:
     """Return weights in the order in which the kernel reads them."""
     rows = weights.reshape(len(weights), -1)
     if cortex_m.in_groups(shape):
-        return np.ascontiguousarray(rows.reshape(-1, cortex_m.GROUP, shape.taps).transpose(0, 2, 1))
-    return np.ascontiguousarray(rows)
+        return stored_by_taps(shape.form, rows.reshape(-1, cortex_m.GROUP, shape.taps).transpose(0, 2, 1))
+    return stored(shape.form, rows)
 
 
 def _source(function: Function, halves: frozenset[str] = frozenset()) -> str:
@@ -128,7 +146,15 @@ def _elementwise(
 
 def _add(operation: ops.Add, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
     del flat
-    return _elementwise(elementwise.define_add(operation), ("input", "other"), packed(operation, tensors))
+    first, second, target = (tensors[name].array_dtype for name in (*operation.inputs, operation.output))
+    function = elementwise.define_add(operation, (first, second, target))
+    return _elementwise(function, ("input", "other"), packed(operation, tensors))
+
+
+def _rescale(operation: ops.Rescale, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
+    del flat
+    dtypes = tensors[operation.inputs[0]].array_dtype, tensors[operation.output].array_dtype
+    return _elementwise(elementwise.define_rescale(operation, dtypes), ("input",))
 
 
 def _mul(operation: ops.Mul, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
@@ -140,12 +166,15 @@ def _mul(operation: ops.Mul, tensors: Mapping[str, Tensor], flat: bool) -> list[
 
 def _lookup(operation: ops.Lookup, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
     del tensors, flat
-    return _elementwise(elementwise.define_lookup(), ("input", "table"), table=operation.table)
+    return _elementwise(
+        elementwise.define_lookup(str(operation.table.dtype)), ("input", "table"), table=operation.table
+    )
 
 
 def _softmax(operation: ops.Softmax, tensors: Mapping[str, Tensor], flat: bool) -> list[Kernel]:
     del flat
-    schedule = load_tvm().s_tir.Schedule(elementwise.define_softmax(operation, tensors[operation.inputs[0]]))
+    source, target = tensors[operation.inputs[0]], tensors[operation.output]
+    schedule = load_tvm().s_tir.Schedule(elementwise.define_softmax(operation, source, target))
     rows = schedule.get_loops(schedule.get_sblock("output"))[0]
     for name in ("total", "peak"):
         schedule.compute_at(schedule.get_sblock(name), rows, preserve_unit_loops=True)
@@ -188,6 +217,7 @@ GENERATORS: Mapping[type[Operation], Callable[[Any, Mapping[str, Tensor], bool],
     ops.MaxPool: _pool,
     ops.Mul: _mul,
     ops.Pad: _moved(maps.define_pad),
+    ops.Rescale: _rescale,
     ops.Resize: _resize,
     ops.Slice: _moved(maps.define_slice),
     ops.Softmax: _softmax,

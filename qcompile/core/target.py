@@ -97,6 +97,11 @@ class Target:
     wide_weight_dtype : str
         Type that weights of float operators can be stored in where `weight_dtype` would spoil the outputs; none where
         it is empty, and they stay float.
+    narrow_weight_dtype : str
+        Type of four bits that kernels take weights of linear operators in, with a scale per channel. Where it is empty,
+        codes of `weight_dtype` are packed (`core/packing.py`).
+    wide_activation_dtype : str
+        Type of 16 bits that kernels take activations in as well; empty where there are none.
     declared : mapping of str to OpRule
         `ops` as the file has them, where a cost table's capabilities made others of them.
     absent : mapping of str to str
@@ -117,6 +122,8 @@ class Target:
     settings: Mapping[str, Any] = field(default_factory=dict)
     deployed_opset: int | None = None
     wide_weight_dtype: str = ""
+    narrow_weight_dtype: str = ""
+    wide_activation_dtype: str = ""
     declared: Mapping[str, OpRule] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
 
@@ -143,6 +150,19 @@ class Target:
             return target if costs is None or named is None else target.with_costs(_costs(costs / named))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TargetError(source.name, f"is not a target file ({error})", "see docs/targets/cpu.md") from error
+
+    def in_wide_activations(self) -> Self:
+        """Return the target with activations of 16 bits, beside which weights have eight.
+
+        Raises
+        ------
+        TargetError
+            If it has no kernels for them.
+        """
+        if not self.wide_activation_dtype:
+            fact = f"{self.name} has no kernels for them"
+            raise TargetError("--activations 16", fact, "leave it out: activations have 8 bits then")
+        return replace(self, activation_dtype=self.wide_activation_dtype, narrow_weight_dtype="")
 
     def with_costs(self, table: CostTable) -> Self:
         """Return the target as a cost table has it: its capabilities tell the rules, its times price placements.

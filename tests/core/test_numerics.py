@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import onnx
@@ -304,3 +305,24 @@ def test_the_high_word_is_enough_for_small_ratios(accumulator: int, ratio: float
     high = (accumulator * m) >> 32
     found = numerics.requantize(np.array([accumulator]), multiplier, shift, 0, -(2**31), 2**31 - 1)
     assert int(found[0]) == (high + (1 << (s - 33))) >> (s - 32)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["int4", "int8"]))
+def test_a_clipped_scale_leaves_no_more_error_than_the_whole_range(seed: int, dtype: str) -> None:
+    rows = np.random.default_rng(seed).standard_t(3, (4, 50)).astype(np.float32)
+    most = numerics.code_range(dtype, symmetric=True)[1]
+
+    def error(scale: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        steps = scale.astype(np.float64)[:, None]
+        return np.square(np.clip(np.rint(rows / steps), -most, most) * steps - rows).sum(axis=1)
+
+    whole = numerics.symmetric_scale(np.abs(rows).max(axis=1), dtype)
+    clipped = numerics.clipped_scale(rows, dtype)
+    assert np.all(clipped <= whole) and np.all(error(clipped) <= error(whole) * (1.0 + 1e-9))
+
+
+def test_four_bits_are_a_type_like_any_other() -> None:
+    assert numerics.code_range("int4") == (-8, 7) and numerics.code_range("int4", symmetric=True) == (-7, 7)
+    assert (numerics.bits_of("int4"), numerics.bits_of("uint8"), numerics.bits_of("int16")) == (4, 8, 16)
+    codes = numerics.quantize(np.float32([-9.0, 0.4, 3.0]), np.float32([1.0]), np.array([0]), "int4")
+    assert codes.dtype == "int4" and codes.astype(int).tolist() == [-8, 0, 3]

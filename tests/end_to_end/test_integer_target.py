@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class Interpreted:
 
     def size(self, model: ir.Model) -> int:
         return models.file_bytes(model)
+
+    def room(self, settings: Mapping[str, Any]) -> int | None:
+        return None
 
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         return [[] for _ in samples]

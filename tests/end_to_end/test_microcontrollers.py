@@ -63,11 +63,58 @@ def test_less_memory_means_strips(package):
     assert footprint["arena_bytes"] <= 30 * 1024 and "steps_0" in (output / "model_weights.h").read_text()
 
 
+def weight_bits(output):
+    """Return the bits of each layer with weights."""
+    layers = json.loads((output / "footprint.json").read_text())["layers"]
+    return [layer["weight_bits"] for layer in layers if layer["weight_bits"]]
+
+
+def passes(output, tmp_path):
+    """Compile and run the self-test."""
+    built = tmp_path / "selftest"
+    command = ["gcc", "-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "model.c", "selftest.c", "-o", str(built)]
+    subprocess.run(command, cwd=output, check=True)
+    return subprocess.run([built], check=False).returncode == 0
+
+
+def test_flash_that_is_short_gives_some_weights_four_bits(package, tmp_path):
+    report, measurements, output = package("cortex-m4", "--max-flash", "64KB")
+    bits = weight_bits(output)
+    assert len(bits) == 10 and set(bits) == {4, 8}
+    assert report["fidelity"]["outputs"]["probabilities"]["sqnr"] > 20.0 and report["allocation"]["sqnr"] > 20.0
+    if (left := measurements["device"].get("flash_left")) is not None:
+        assert left >= 0
+    assert passes(output, tmp_path)
+
+
+def test_all_weights_in_four_bits_are_half_the_flash(package, tmp_path):
+    report, _, output = package("cortex-m4", "--weights", "4")
+    # The first layer has 27 weights a channel: its tail would take longer than its bytes are worth.
+    assert weight_bits(output) == [8] + [4] * 9 and report["size"]["artifact_bytes"] < 44_500
+    assert passes(output, tmp_path)
+
+
+def test_activations_of_sixteen_bits_go_through_the_whole_network(package, tmp_path):
+    report, _, output = package("cortex-m4", "--activations", "16")
+    header = (output / "model.h").read_text()
+    assert re.search(r"int \w+_run\(const int16_t \*in, int16_t \*out\);", header)
+    assert report["fidelity"]["outputs"]["probabilities"]["sqnr"] > 30.0
+    assert json.loads((output / "footprint.json").read_text())["arena_bytes"] == 67_584
+    assert passes(output, tmp_path)
+
+
+def test_a_runtime_without_kernels_takes_no_activations_of_sixteen_bits(qcompile, resnet8, tmp_path):
+    done = qcompile(resnet8[0], "--target", "cpu", "--activations", "16", "-o", tmp_path / "o")
+    assert done.code == 7 and "--activations 16" in done.err and "no kernels" in done.err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "facts"),
     [
         (("--max-sram", "8KB"), 5, ("--max-sram: ", "do not fit", "conv2d")),
-        (("--max-flash", "50KB"), 5, ("--max-flash", "bytes of flash", "conv2d_7")),
+        (("--max-flash", "45KB"), 5, ("--max-flash", "bytes of flash", "conv2d_7")),
+        (("--max-flash", "64KB", "--weights", "8"), 5, ("--max-flash", "bytes of flash", "conv2d_7")),
+        (("--weights", "4", "--activations", "16"), 2, ("--weights 4", "--activations 16")),
         (("--board", "toaster"), 2, ("no such board", "stm32f446")),
         (("--board", "stm32f746"), 2, ("has a cortex-m7", "--target cortex-m7")),
         (("--max-sram", "0.5x"), 2, ("is not a budget", "64KB")),

@@ -11,6 +11,9 @@
 #elif defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP && defined(__GNUC__)
 #define QC_DSP 1
 #include <arm_acle.h>
+#if defined(__OPTIMIZE__) && !defined(__clang__)
+#define QC_ASM 1 /* the tiles' loops in assembly: Clang, and GCC without optimization, lack the registers for them */
+#endif
 #endif
 
 /* A layer stays a function, so that a profile shows it, and its pointers stay parameters: where GCC 12 (-O2) knows that
@@ -134,6 +137,7 @@ QC_INLINE int32_t qc_odd(uint32_t word)
 
 /* The loops of these two are in assembly: a compiler that keeps the loops around them in registers spills the tile's.
    They are macros, since steps must be literals: below 4096, as an address has room for. */
+#if defined(QC_ASM)
 #define QC_STEP_2X2                                                                                                    \
     "ldr %[x1], [%[a], %[sa]]\n\tldr %[x0], [%[a]], #4\n\t"                                                            \
     "sxtb16 %[e0], %[x0]\n\tsxtb16 %[x0], %[x0], ror #8\n\t"                                                           \
@@ -193,6 +197,8 @@ QC_INLINE int32_t qc_odd(uint32_t word)
         }                                                                                                              \
     } while (0)
 
+#endif
+
 QC_INLINE void qc_tile_1x2(const int8_t *a, int32_t step_a, const int8_t *w, int32_t step_w, int32_t *acc, int32_t k)
 {
     int32_t c0 = acc[0], c1 = acc[1];
@@ -213,6 +219,20 @@ QC_INLINE void qc_tile_1x2(const int8_t *a, int32_t step_a, const int8_t *w, int
     acc[0] = c0;
     acc[1] = c1;
 }
+
+#if !defined(QC_ASM)
+QC_INLINE void qc_tile_1x4(const int8_t *a, int32_t step_a, const int8_t *w, int32_t step_w, int32_t *acc, int32_t k)
+{
+    qc_tile_1x2(a, step_a, w, step_w, &acc[0], k);
+    qc_tile_1x2(a, step_a, w + 2 * step_w, step_w, &acc[2], k);
+}
+
+QC_INLINE void qc_tile_2x2(const int8_t *a, int32_t step_a, const int8_t *w, int32_t step_w, int32_t *acc, int32_t k)
+{
+    qc_tile_1x2(a, step_a, w, step_w, &acc[0], k);
+    qc_tile_1x2(a + step_a, step_a, w, step_w, &acc[2], k);
+}
+#endif
 
 QC_INLINE void qc_tile_1x1(const int8_t *a, int32_t step_a, const int8_t *w, int32_t step_w, int32_t *acc, int32_t k)
 {
@@ -353,6 +373,15 @@ QC_INLINE void qc_tile_2x2(const int8_t *a, int32_t step_a, const int8_t *w, int
 QC_INLINE void qc_depthwise_4(const int8_t *a, int32_t step_a, const int8_t *w, int32_t step_w, int32_t *acc,
                               int32_t taps)
 {
+#if defined(QC_MVE)
+    int32x4_t sums = vldrwq_s32(acc);
+    for (int32_t t = 0; t < taps; ++t) {
+        sums = vaddq_s32(sums, vmulq_s32(vldrbq_s32(a), vldrbq_s32(w)));
+        a += step_a;
+        w += step_w;
+    }
+    vstrwq_s32(acc, sums);
+#else
     for (int32_t t = 0; t < taps; ++t) {
         for (int32_t c = 0; c < 4; ++c) {
             acc[c] += (int32_t)a[c] * w[c];
@@ -360,6 +389,7 @@ QC_INLINE void qc_depthwise_4(const int8_t *a, int32_t step_a, const int8_t *w, 
         a += step_a;
         w += step_w;
     }
+#endif
 }
 #endif
 #endif

@@ -10,6 +10,7 @@ from typing import Any
 from qcompile.backends.tvm.definitions import Convolution, define_convolution, define_depthwise, define_grouped
 from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.schedules.tiles import register_tile
+from qcompile.backends.tvm.weight_forms import WeightForm, row_bytes
 
 #: Rows of a tile lie no farther apart than an address has room for.
 REACH = 4096
@@ -17,20 +18,51 @@ REACH = 4096
 GROUP = 4
 #: Channels whose patch a depthwise convolution gathers at once: copies of fewer are slow, more want stack.
 GATHERED = 32
+#: Most taps of a depthwise convolution in four bits: products times 4096 are summed in 32 bits.
+MOST_TAPS = 504
+#: From so many on a row pays in four bits whose length is no multiple of eight: what is left over goes code by code.
+LONG = 64
+#: What tiles are called by the form of their weights.
+TILES = {WeightForm.BYTES: "qc_tile", WeightForm.NIBBLES: "qc_tile4", WeightForm.FOURS: "qc_wide"}
+DEPTHWISE = {
+    WeightForm.BYTES: "qc_depthwise_4", WeightForm.NIBBLES: "qc_depthwise4_4", WeightForm.FOURS: "qc_wide_depthwise_4",
+}  # fmt: skip
 
 
 def tile(shape: Convolution) -> tuple[int, int]:
     """Return how many pixels and output channels are accumulated at once; both divide the output."""
     length = shape.taps * shape.channels
-    if shape.width % 2 == 0 and shape.outputs % 2 == 0 and length < REACH:
+    row = row_bytes(shape.form, length)
+    # What lies farthest from the pointers: the second pixel's last load, and the last row of weights.
+    beside = {WeightForm.BYTES: length, WeightForm.NIBBLES: length + row, WeightForm.FOURS: 2 * length + 4}[shape.form]
+    if shape.width % 2 == 0 and shape.outputs % 2 == 0 and beside < REACH:
         return 2, 2
-    fitting = (count for count in (4, 2) if shape.outputs % count == 0 and (count - 1) * length < REACH)
+    fitting = (count for count in (4, 2) if shape.outputs % count == 0 and (count - 1) * row < REACH)
     return 1, next(fitting, 2 if shape.outputs % 2 == 0 else 1)
 
 
 def in_groups(shape: Convolution) -> bool:
     """Tell whether a depthwise convolution's channels are taken four at a time."""
     return shape.depthwise and shape.channels % GROUP == 0 and shape.taps > 1
+
+
+def form_of(shape: Convolution, bits: int) -> WeightForm:
+    """Return how a convolution's weights are to be stored: as its tiles take them, where it has tiles.
+
+    Parameters
+    ----------
+    shape : Convolution
+    bits : int
+        Of the weights.
+    """
+    tiles = shape.outputs % 2 == 0 and shape.taps * shape.channels > 1 if shape.groups == 1 else in_groups(shape)
+    if not tiles:
+        return WeightForm.BYTES
+    if shape.reads == "int16":
+        return WeightForm.FOURS
+    length = shape.taps * shape.channels
+    packs = bits == 4 and (shape.taps <= MOST_TAPS if shape.groups > 1 else length % 8 == 0 or length >= LONG)
+    return WeightForm.NIBBLES if packs else WeightForm.BYTES
 
 
 def parts(shape: Convolution) -> list[tuple[int, Convolution]]:
@@ -64,7 +96,9 @@ def schedule_convolution(shape: Convolution) -> Function:
     if outputs > 1 and length > 1:  # an axis of one is no axis to tensorize along
         extents = {"q": outputs, "k": length} | ({"p": pixels} if pixels > 1 else {})
         contraction = "pk,qk->pq" if pixels > 1 else "k,qk->q"
-        schedule.tensorize(first, register_tile(f"qc_tile_{pixels}x{outputs}", contraction, extents))
+        call = f"{TILES[shape.form]}_{pixels}x{outputs}"
+        stored = None if shape.form is WeightForm.BYTES else (length, row_bytes(shape.form, length))
+        schedule.tensorize(first, register_tile(call, contraction, extents, shape.reads, stored))
     return schedule.mod["main"]
 
 
@@ -97,7 +131,10 @@ def schedule_depthwise(shape: Convolution) -> Function:
     schedule.split(schedule.get_loops(patch)[-2], list(shape.size))
     first = schedule.get_loops(acc)[-2]
     _start_at_zero(schedule, acc, first, 1)
-    schedule.tensorize(first, register_tile("qc_depthwise_4", "tq,tq->q", {"t": shape.taps, "q": GROUP}))
+    taps = (shape.taps + 1) // 2 if shape.form is WeightForm.NIBBLES else shape.taps
+    stored = None if shape.form is WeightForm.BYTES else (shape.taps * GROUP, taps * GROUP)
+    call, extents = DEPTHWISE[shape.form], {"t": shape.taps, "q": GROUP}
+    schedule.tensorize(first, register_tile(call, "tq,tq->q", extents, shape.reads, stored))
     return schedule.mod["main"]
 
 

@@ -10,7 +10,7 @@ _SCRIPT = """
 @T.prim_func(s_tir=True)
 def {function}(a: T.handle, w: T.handle, c: T.handle):
     {steps}
-    A = T.match_buffer(a, {a_shape}, "int8", offset_factor=1{a_strides})
+    A = T.match_buffer(a, {a_shape}, "{codes}", offset_factor=1{a_strides})
     W = T.match_buffer(w, {w_shape}, "int8", offset_factor=1{w_strides})
     C = T.match_buffer(c, {c_shape}, "int32", offset_factor=1{c_strides})
     with T.sblock("root"):
@@ -23,10 +23,17 @@ _DESCRIPTION = """for {loops} in T.grid({extents}):
                 {inner} = T.axis.remap("{kinds}", [{loops}])
                 C[{c}] = C[{c}] + T.Cast("int32", A[{a}]) * T.Cast("int32", W[{w}])"""
 _CALL = 'T.evaluate(T.call_extern("int32", "{call}", {a}, {w}, T.address_of(C[{c}]), {length}))'
+#: Where weights are stored in another form than the expression has them in: their start, and the byte of the first row.
+_STORED = "W.data, T.truncdiv(W.elem_offset, {logical}) * {stored}, {stored}"
 
 
-def register_tile(call: str, contraction: str, extents: Mapping[str, int]) -> str:
+def register_tile(
+    call: str, contraction: str, extents: Mapping[str, int], codes: str = "int8", stored: tuple[int, int] | None = None
+) -> str:
     """Register ``call(a, step of a, w, step of w, acc, length)`` as a tensor intrinsic, and return its name.
+
+    Where weights are stored in a form of their own it is ``call(a, step of a, w, first byte, bytes of a row, acc,
+    length)``.
 
     Parameters
     ----------
@@ -36,6 +43,10 @@ def register_tile(call: str, contraction: str, extents: Mapping[str, int]) -> st
         In Einstein's notation, such as ``pk,qk->pq``: axes of a, of w, and of acc; one is summed over.
     extents : mapping of str to int
         Of each axis; all above 1.
+    codes : str
+        Type of a.
+    stored : tuple of int, optional
+        Weights of a row, and the bytes that these are stored in.
     """
     tvm = load_tvm()
     operands, result = contraction.split("->")
@@ -49,18 +60,21 @@ def register_tile(call: str, contraction: str, extents: Mapping[str, int]) -> st
         inner=", ".join(f"v{axis}" for axis in order), kinds="S" * len(result) + "R",
         **{name: ", ".join(f"v{axis}" for axis in each) for name, each in axes.items()},
     )  # fmt: skip
-    plain = dict.fromkeys(("a_strides", "w_strides", "c_strides"), "")
-    body, strides = _implementation(call, axes, extents[summed])
+    plain = {"codes": codes} | dict.fromkeys(("a_strides", "w_strides", "c_strides"), "")
+    body, strides = _implementation(call, axes, extents[summed], stored)
+    strides["codes"] = codes
     first = _SCRIPT.format(function="description", steps="pass", body=description, **shapes, **whole, **plain)
     second = _SCRIPT.format(function="body", steps="s_a, s_w, s_c = T.int32(), T.int32(), T.int32()", body=body,
                             **shapes, **whole, **strides)  # fmt: skip
-    name = f"{call}_{'_'.join(str(extents[axis]) for axis in order)}"
+    name = f"{call}_{'_'.join(str(extents[axis]) for axis in order)}"  # `codes` and `stored` follow from these
     functions = (tvm.script.from_source(text.replace("    pass\n", "")) for text in (first, second))
     tvm.s_tir.TensorIntrin.register(name, *functions, override=True)
     return name
 
 
-def _implementation(call: str, axes: Mapping[str, str], length: int) -> tuple[str, dict[str, str]]:
+def _implementation(
+    call: str, axes: Mapping[str, str], length: int, stored: tuple[int, int] | None
+) -> tuple[str, dict[str, str]]:
     """Return the call, and the strides that it takes from the buffers."""
     strides = {f"{name}_strides": f", strides=[s_{name}, 1]" if len(each) == 2 else "" for name, each in axes.items()}
     given = {
@@ -68,4 +82,6 @@ def _implementation(call: str, axes: Mapping[str, str], length: int) -> tuple[st
         + (f"s_{name}" if len(axes[name]) == 2 else "0")
         for name in ("a", "w")
     }
+    if stored is not None:
+        given["w"] = _STORED.format(logical=stored[0], stored=stored[1])
     return _CALL.format(call=call, **given, c=", ".join("0" * len(axes["c"])), length=length), strides

@@ -21,16 +21,16 @@ from qcompile.backends.mcu.footprint import Footprint, instructions_by_layer, me
 from qcompile.backends.mcu.host import HostNetwork
 from qcompile.backends.mcu.layers import Layers, macs
 from qcompile.backends.mcu.package import Example
-from qcompile.core.errors import BudgetError, TargetError, VerificationError
+from qcompile.core.errors import BudgetError, VerificationError
 
 STRICT = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Werror", "-O2"]
 
 
 def tall(channels=8, convolutions=3):
     """Return a chain of 3x3 convolutions over a map of many rows, which runs in strips where memory is short."""
-    grown = Growing(np.random.default_rng(0), (1, 24, 8, 2))
+    grown = Growing(np.random.default_rng(0), (1, 24, 8, 2), "int8")
     for index in range(convolutions):
-        fields = grown.weights(channels, 3, 3, grown.last.shape[3] if index % 2 == 0 else 1)
+        fields = grown.weights(channels, 3, 3, grown.last.shape[3] if index % 2 == 0 else 1, bits=8)
         fields["requantize"] = replace(fields["requantize"], zero_point=3, low=-128, high=127)
         window = ops.Window((3, 3), pads=(1, 1, 1, 1), outside=7)
         groups = 1 if index % 2 == 0 else channels
@@ -118,13 +118,6 @@ def test_names_become_identifiers(text, name):
 def test_the_least_int32_is_a_valid_literal():
     text = write_c.constant("c", np.array([-(2**31), 5], np.int32))
     assert "(-2147483647 - 1), 5" in text
-
-
-def test_sixteen_bit_activations_are_refused_by_name():
-    program = tall()
-    wide = {name: replace(tensor, dtype="int16") for name, tensor in program.tensors.items()}
-    with pytest.raises(TargetError, match="'op0': has int16 activations"):
-        Layers().take(program.operations[0], wide, flat=False)
 
 
 def test_c_that_no_compiler_takes_is_an_error(pack, tmp_path):
