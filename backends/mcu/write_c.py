@@ -186,10 +186,11 @@ def _call(source: Source, layer: Layer, index: int) -> str:
     input_row, other_row, counted = (
         f"first * {tensor.row_bytes}" if layer.counted else "" for tensor in (first, other, target)
     )
+    row = f"y * {target.row_bytes}" if kernel.by_row else counted
     values = {
-        "input": _pointer("input", _row_of_input(kernel, first) or input_row, kernel.input_offset),
-        "other": _pointer("other", other_row if other.size == first.size else "", 0),
-        "output": _pointer("output", f"y * {target.row_bytes}" if kernel.by_row else counted, kernel.output_offset),
+        "input": _pointer("input", _row_of_input(kernel, first) or input_row, kernel.input_offset, first),
+        "other": _pointer("other", other_row if other.size == first.size else "", 0, other),
+        "output": _pointer("output", row, kernel.output_offset, target),
         "y": "y" if kernel.by_row else "0",
         "count": f"(last - first) * {target.row_codes}",
         **{kind: layer.constant(kind) for kind in ("weights", "channels", "table")},
@@ -203,8 +204,9 @@ def _row_of_input(kernel: Kernel, tensor: Tensor) -> str:
     return f"y * {tensor.row_bytes}" if kernel.input_row else ""
 
 
-def _pointer(name: str, row: str, offset: int) -> str:
-    moved = " + ".join(part for part in (row, str(offset) if offset else "") if part)
+def _pointer(name: str, row: str, offset: int, tensor: Tensor) -> str:
+    """Return a pointer to codes, `offset` of them behind a row that begins so many bytes behind the tensor."""
+    moved = " + ".join(part for part in (row, str(offset * tensor.bits // 8) if offset else "") if part)
     return f"{name} + ({moved})" if moved else name
 
 

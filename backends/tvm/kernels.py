@@ -37,7 +37,7 @@ class Kernel:
     constants : mapping of str to ndarray
         Of ``weights``, ``channels`` and ``table``.
     input_offset, output_offset : int
-        Bytes from the start of what it is given: a row, or the whole.
+        Codes from the start of what it is given: a row, or the whole.
     by_row : bool
         Whether it computes one row of the output: ``output`` is that row.
     input_row : bool
@@ -88,7 +88,7 @@ def _convolution(operation: Any, tensors: Mapping[str, Tensor], flat: bool) -> l
         found.append(
             Kernel(
                 _source(_scheduled(part), halves), (*arguments, *([] if part.pointwise else ["y"])), constants, offset,
-                first * shape.outputs * target.bits // 8, by_row=not whole, input_row=shape.pointwise and not whole,
+                first * shape.outputs, by_row=not whole, input_row=shape.pointwise and not whole,
             )
         )  # fmt: skip
     return found
