@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.collect import Statistics
-from qcompile.calib.observers import Observer, value_range
+from qcompile.calib.map_losses import Clip
+from qcompile.calib.observers import Observer
 from qcompile.core import halves, numerics, packing
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import Target
@@ -36,7 +37,7 @@ def allocate_bits(
     target: Target,
     observers: Mapping[str, Observer],
     bits: Mapping[str, int] = MappingProxyType({}),
-    narrow: Mapping[str, Observer] = MappingProxyType({}),
+    narrow: Mapping[str, Clip] = MappingProxyType({}),
 ) -> QuantPlan:
     """Turn a placement and measurements into the plan.
 
@@ -54,7 +55,7 @@ def allocate_bits(
     bits : mapping of str to int
         By name of a weight, how many it is to be stored in: 8, or 4, and where the target has no type of four bits a
         part of what its block has in common.
-    narrow : mapping of str to Observer
+    narrow : mapping of str to Clip
         By name of an activation whose codes are to have four bits, how its range is chosen then.
     """
     tensors: dict[str, TensorQuant] = {}
@@ -64,7 +65,7 @@ def allocate_bits(
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         dtype = HALVES[target.activation_dtype] if name in narrow else target.activation_dtype
-        low, high = value_range(statistics.histograms[name], narrow.get(name, observers[name]), dtype)
+        low, high = narrow.get(name, Clip(observers[name])).bounds(statistics.histograms[name], dtype)
         if name in scores:
             high = max(high, min(-low, high + HEADROOM))
         scale, zero_point = numerics.affine_scale([low], [high], dtype)

@@ -13,6 +13,7 @@ from qcompile import bit_losses, map_widths, verify
 from qcompile.allocation import Widths, choose_widths
 from qcompile.backends.base import Backend
 from qcompile.calib.collect import Statistics, collect
+from qcompile.calib.map_losses import Clip
 from qcompile.calib.moments import Moments, known_moments
 from qcompile.calib.observers import Observer
 from qcompile.calib.sections import cuttable
@@ -195,7 +196,8 @@ def decide(
     widths = choose_widths(canonical, calibration, planned, backend, options)
     decided = told(planned, widths, calibration, options)
     device = with_limits(target, options)
-    if not (map_widths.bounded(device) and calibration.calibrated and decided.tensors):
+    measured = calibration.calibrated and not calibration.guessed and decided.tensors
+    if not (map_widths.bounded(device) and measured):
         return decided
     narrowing = partial(_planned, canonical, calibration, target, options, widths.bits)
     tied = map_widths.ties(choose_operators(canonical, target, options, True, calibration.spared))
@@ -226,7 +228,7 @@ def _planned(
     target: Target,
     options: Options,
     bits: Mapping[str, int],
-    narrow: Mapping[str, Observer] = MappingProxyType({}),
+    narrow: Mapping[str, Clip] = MappingProxyType({}),
 ) -> QuantPlan:
     """Return the plan with weights in so many bits, and these activations in four."""
     placement = choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)

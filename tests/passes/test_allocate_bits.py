@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qcompile.calib.collect import Statistics
+from qcompile.calib.map_losses import Clip
 from qcompile.calib.observers import Histogram, Observer
 from qcompile.core import halves, numerics
 from qcompile.core.plan import Precision, Role
@@ -264,7 +265,7 @@ def test_an_activation_has_four_bits_where_it_is_asked_for(
     wide = dict.fromkeys(found.placement.activations, Observer.MINMAX)
     name = found.placement.activations[0]
     eight = allocate_bits(model, found.placement, statistics, target, wide).tensors
-    four = allocate_bits(model, found.placement, statistics, target, wide, narrow={name: Observer.MSE}).tensors
+    four = allocate_bits(model, found.placement, statistics, target, wide, narrow={name: Clip(Observer.MSE)}).tensors
     assert (eight[name].dtype, four[name].dtype, four[name].zero_point, four[name].bits) == ("int8", "int4", (-8,), 4)
     # The range is chosen anew: fifteen steps up to one value far away would leave all others two codes.
     assert four[name].scale[0] * 15 < 40.0 / 2 < eight[name].scale[0] * 255
