@@ -294,6 +294,9 @@ class _Search:
         if key not in self.bases:
             model, fit = Equivalences(Rotations(candidate.folded)).applied(self.model), self.judge.fit
             shifts = middles(self.job, model, self.integers, fit) if candidate.shifted else {}
+            if candidate.shifted and not shifts:  # it is the model as it was, and is not tuned again
+                self.bases[key] = self._base(replace(candidate, shifted=False))
+                return self.bases[key]
             smoothable = Smoothable(self.job, shifted(model, shifts), self.integers, self.priced, shifts)
             tuned = smoothable.tuned(fit) if self.job.options.smoothing == "auto" else []
             self.bases[key] = _Base(model, smoothable, tuned)

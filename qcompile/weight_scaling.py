@@ -68,13 +68,13 @@ class WeightScaling:
         fit, judge = halves(self.job.evidence.calibration, SAMPLES)
         alphas = self._alphas(fit)
         if not any(alphas):
-            return self._factors(alphas, fit, EVEN)
-        candidate = Smooth(self._factors(alphas, fit, EVEN))(self.model.clone()).model
+            return self._factors(alphas, fit)
+        candidate = Smooth(self._factors(alphas, fit))(self.model.clone()).model
         rounded = [round_to_codes(model, self._plan(model)) for model in (self.model, candidate)]
         held_out = Dataset(fit.place, lambda: iter(judge), fit.specs)
         before, after = losses(self.model, rounded, held_out, self.job.track)
         useful = surely_less(after, before) and after.value * 10.0 ** (LEAST / 10.0) < before.value
-        return self._factors(alphas if useful else [0.0] * len(alphas), self.job.evidence.calibration, USELESS)
+        return self._factors(alphas, self.job.evidence.calibration, useful)
 
     def _plan(self, model: ir.Model) -> QuantPlan:
         """Return the plan with all weights in four bits that can be."""
@@ -127,14 +127,15 @@ class WeightScaling:
             noise[at] += [reader.noise(log2) for log2 in tried[at]]
         return [ALPHAS[int(at)] for at in noise.argmin(axis=1)] if groups else []
 
-    def _factors(self, alphas: Sequence[float], data: Dataset, why: str) -> dict[str, ChannelFactors]:
+    def _factors(self, alphas: Sequence[float], data: Dataset, useful: bool = True) -> dict[str, ChannelFactors]:
+        """Return the factors of each group, measured on these samples, or why it has none."""
         groups, refused = self.found
         found = {name: ChannelFactors(How.NONE, reason=reason) for name, reason in refused.items()}
-        spread = self._spread(data) if any(alphas) else {}
+        spread = self._spread(data) if useful and any(alphas) else {}
         for group, alpha in zip(groups, alphas, strict=True):
             name = structure.name_of(group.root)
-            if alpha == 0.0:
-                found[name] = ChannelFactors(How.NONE, reason=why)
+            if alpha == 0.0 or not useful:
+                found[name] = ChannelFactors(How.NONE, reason=USELESS if alpha else EVEN)
                 continue
             log2 = self._log2(group, spread, alpha)
             by_channel = log2[np.abs(group.classes)] * np.sign(group.classes)
