@@ -231,7 +231,10 @@ def scaled(processor: Processor, sums: Any, scaling: Any, rounding: Rounding) ->
     low = all_lanes((1 << 32) - 1, "int64", half)
     if rounding.high_word:
         whole = ((products[0] >> word) & low) | (products[1] & high)
-        codes = (ir.reinterpret(f"int32x{lanes}", whole) + scaling("half", None)) >> scaling("places", None)
+        places, one = scaling("places", None), all_lanes(1, "int32", lanes)
+        # The rounding's half, and the zero point where it is added with it.
+        odd = all_lanes(2 * rounding.zero_point + 1 if rounding.folded else 1, "int32", lanes)
+        codes = (ir.reinterpret(f"int32x{lanes}", whole) + ((odd << places) >> one)) >> places
     else:
         one = all_lanes(1, "int64", half)
         parts = []
@@ -276,9 +279,9 @@ def clipped(values: Any, low: int, high: int, lanes: int) -> Any:
     return ir.cast(ir.max(ir.min(values, bounds[1]), bounds[0]), f"uint8x{lanes}")
 
 
-#: Up to this many places behind the high word a zero point can be added in front of them: 2^30 + 255 · 2^22 is no more
+#: Up to this many places behind the high word a zero point can be added in front of them: 2^30 + 511 · 2^21 is no more
 #: than 32 bits hold.
-FOLDED = 22
+FOLDED = 21
 
 
 def high_word(shifts: Sequence[int]) -> bool:

@@ -188,10 +188,10 @@ def pack(
 def scaling_table(
     processor: Processor, numbers: tuple[npt.NDArray[Any], ...], rounding: Rounding
 ) -> npt.NDArray[np.int32]:
-    """Return numbers per lane as kernels read them, shape (5, lanes of all vectors).
+    """Return numbers per lane as kernels read them, shape (3, lanes of all vectors).
 
-    Rows are: biases; multipliers of each vector's even lanes, then its odd ones; shifts, alike; places behind the high
-    word; what is added in front of those.
+    Rows are: biases; multipliers of each vector's even lanes, then its odd ones; shifts, alike, or, where only high
+    words count, places behind those of all lanes.
 
     Parameters
     ----------
@@ -200,17 +200,12 @@ def scaling_table(
         Biases, multipliers and shifts.
     rounding : Rounding
     """
+
+    def apart(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array.reshape(-1, processor.lanes // 2, 2).transpose(0, 2, 1).reshape(-1)
+
     bias, multiplier, shift = (array.astype(np.int64) for array in numbers)
-    places = np.maximum(shift - 32, 0)
-    half = (np.int64(1) << places) >> 1
-    if rounding.folded:
-        half += rounding.zero_point << places
-    apart = [array.reshape(-1, processor.lanes // 2, 2).transpose(0, 2, 1).reshape(-1) for array in (multiplier, shift)]
-    return np.stack([bias, *apart, places, half]).astype(np.int32)
-
-
-#: Of a scaling table.
-ROWS = ("bias", "multiplier", "shift", "places", "half")
+    return np.stack([bias, apart(multiplier), shift - 32 if rounding.high_word else apart(shift)]).astype(np.int32)
 
 
 class Scaling:
@@ -229,10 +224,9 @@ class Scaling:
         half = self.lanes // 2
 
         def read(kind: str, odd: int | None) -> Any:
-            row = ROWS.index(kind)
-            start = row * self.width + vector * self.lanes
-            return load(
-                self.channels, start if odd is None else start + odd * half, half if odd is not None else 2 * half
+            start = (1 if kind == "multiplier" else 2) * self.width + vector * self.lanes
+            return (
+                load(self.channels, start, self.lanes) if odd is None else load(self.channels, start + odd * half, half)
             )
 
         return read

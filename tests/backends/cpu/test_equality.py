@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from random_programs import random_codes, random_program, wide, with_table
 
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
+from qcompile.core import numerics
 
 PROGRAMS, ALL = range(40), range(40, 300)
 PROCESSORS = ("avx512-vnni", "avx-vnni", "avx2")
@@ -69,6 +71,27 @@ def test_a_table_behind_a_layer_equals_the_interpreter(load, processor, channels
     random = np.random.default_rng(channels)
     program = with_table(wide(random, channels, outputs, size, groups=groups), random)
     codes = random_codes(program, 2)
+    expected = interpret(program, codes)["y"]
+    assert len(np.unique(expected)) > 16, "an output that says something"
+    np.testing.assert_array_equal(load(program, processor).run_codes([codes["x"]])[0], expected)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("ratio", [0.7, 2.0**-10, 2.0**-24])
+@pytest.mark.parametrize("groups", [1, 40])
+def test_shifts_of_every_size_equal_the_interpreter(load, processor, ratio, groups):
+    # Sums that give codes of all sizes: of small weights, of large ones, of biases beside which no product counts.
+    random = np.random.default_rng(3)
+    program = wide(random, 40, 40, 3, groups=groups)
+    (conv,) = program.operations
+    multiplier, shift = numerics.fixed_point(ratio * random.uniform(0.7, 1.3, 40))
+    assert (shift.min() < 33, shift.max() > 53) == (ratio > 0.25, ratio < 2.0**-20)
+    spread = int(100 / ratio)
+    conv.bias[:] = random.integers(-spread, spread, 40)
+    np.clip(conv.weights, -1, 1, out=conv.weights) if ratio > 0.25 else None
+    requantize = replace(conv.requantize, multiplier=multiplier, shift=shift)
+    program = replace(program, operations=(replace(conv, requantize=requantize),))
+    codes = random_codes(program, 1)
     expected = interpret(program, codes)["y"]
     assert len(np.unique(expected)) > 16, "an output that says something"
     np.testing.assert_array_equal(load(program, processor).run_codes([codes["x"]])[0], expected)
