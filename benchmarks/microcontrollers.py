@@ -79,6 +79,15 @@ SQNR of the outputs over all evaluation samples, and how often the largest is fl
 | network | samples | SQNR, dB | .tflite, dB | argmax | .tflite | right | .tflite | float |
 |---|---|---|---|---|---|---|---|---|
 """
+WIDTHS = """
+## Bits of weights and activations
+
+On M4, from the same data: all weights in four bits (`--weights 4`), and activations in sixteen (`--activations 16`),
+beside eight of both.
+
+| network | weights | activations | constants, bytes | arena | instructions | SQNR, dB | argmax |
+|---|---|---|---|---|---|---|---|
+"""
 OTHERS = """
 ## Beside emx-onnx-cgen
 
@@ -124,11 +133,11 @@ class Network:
         return list(open_data(str(self.paths[2]), input_specs(models.load(self.paths[0]))))
 
 
-def compiled(name: str, paths: Sequence[Path], target: str, folder: Path) -> Network:
-    """Compile a network."""
+def compiled(name: str, paths: Sequence[Path], target: str, folder: Path, **bits: Any) -> Network:
+    """Compile a network, perhaps with other bits than eight."""
     model, calibration, evaluation = map(str, paths)
-    package = folder / f"{name}-{target}"
-    made = compile(model, Options(target, data=calibration, eval=evaluation, output=package))
+    package = folder / "-".join((name, target, *bits))
+    made = compile(model, Options(target, data=calibration, eval=evaluation, output=package, **bits))
     return Network(name, paths, package, made.report, made.measurements)
 
 
@@ -145,6 +154,24 @@ def row(network: Network, wide: Network) -> tuple[str, int, int]:
         f"{device['code_bytes']:,}", f"{footprint['weight_bytes']:,}", f"{device['stack_bytes']:,}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n", m4.instructions, device["sram_bytes"]
+
+
+def widths(network: Network, folder: Path) -> list[str]:
+    """Return the rows of a network with other bits, beside its own."""
+    rows = []
+    for weights, activations in (("8", "8"), ("4", "8"), ("8", "16")):
+        bits = {"weights": weights} if weights != "8" else {"activations": activations} if activations != "8" else {}
+        one = compiled(network.name, network.paths, "cortex-m4", folder, **bits) if bits else network
+        footprint = json.loads((one.package / "footprint.json").read_text(encoding="utf-8"))
+        [ours] = one.report["fidelity"]["outputs"].values()
+        taken = run_package(one.package, one.samples, SAMPLES).instructions
+        agree = "" if ours["top1"] is None else f"{ours['top1']:.1%}"
+        cells = [
+            network.name, weights, activations, f"{footprint['weight_bytes']:,}", f"{footprint['arena_bytes']:,}",
+            f"{taken:,}", f"{ours['sqnr']:.1f}", agree,
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return rows
 
 
 def authors_outputs(network: Network, workshop: Workshop, folder: Path) -> list[npt.NDArray[Any]]:
@@ -303,7 +330,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="folder of the peers' environments")
     options = parser.parse_args()
     workshop = Workshop(options.peers, Limits())
-    rows, faithful, others, strips = [], [], [], []
+    rows, faithful, others, strips, narrow = [], [], [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name in options.names:
@@ -312,10 +339,12 @@ def main() -> None:
             text, *ours = row(network, wide)
             rows.append(text)
             faithful.append(fidelity(network, authors_outputs(network, workshop, folder)))
+            narrow += widths(network, folder)
             others.append(other(network, workshop, folder, (ours[0], ours[1])))
             strips += curve(network)
             print(rows[-1], faithful[-1], others[-1], sep="", end="", flush=True)
     page = HEAD.format(samples=SAMPLES) + "".join(rows) + FIDELITY + "".join(faithful)
+    page += WIDTHS + "".join(narrow)
     page += OTHERS.format(version=EMX.version) + "".join(others) + PATCHES + "".join(strips)
     PAGE.write_text(page, encoding="utf-8")
 

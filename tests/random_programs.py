@@ -277,7 +277,7 @@ def random_narrow_program(seed: int) -> Program:
     grown = random_maps(seed)
     random = grown.random
     narrow = {name for name, tensor in grown.tensors.items()
-              if packs(tensor) and name != grown.last.name and random.random() < 0.6}  # fmt: skip
+              if packs(tensor) and tensor.dtype == "int8" and name != grown.last.name and random.random() < 0.6}  # fmt: skip
     program = grown.program()
     tensors = {name: replace(tensor, dtype="int4", zero_point=tensor.zero_point // 8) if name in narrow else tensor
                for name, tensor in program.tensors.items()}  # fmt: skip

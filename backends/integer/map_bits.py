@@ -219,6 +219,8 @@ class _Steps:
                    if self.fixed[row] + self.costs[:, :, row].max(axis=1).sum() > limit]  # fmt: skip
         if not binding:
             return ()
+        if not self.order:
+            return None
         tensors = [[Candidate(0.0, tuple(table[0, binding])), Candidate(losses[group], tuple(table[1, binding]))]
                    for group, table in zip(self.order, self.costs, strict=True)]  # fmt: skip
         pairs = [Pair(self.order.index(one), self.order.index(other), np.zeros((2, 2)), table[binding])
