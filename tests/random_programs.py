@@ -252,7 +252,9 @@ def plus(grown: Growing) -> None:
     before = grown.last
     fields = grown.weights(before.shape[-1], 1, 1, before.shape[-1])
     grown.add(ops.Conv, before.shape, (before,), **fields, window=ops.Window((1, 1)))
-    multipliers = tuple(int(n) for n in grown.random.integers(-(2**20), 2**20, 2))
+    # Codes of 16 bits leave less room in 32.
+    most = [2**20 if tensor.dtype == "int8" else 2**12 for tensor in (before, grown.last)]
+    multipliers = tuple(int(grown.random.integers(-largest, largest)) for largest in most)
     bias = int(grown.random.integers(-(2**24), 2**24))
     grown.add(
         ops.Add, before.shape, (before, grown.last), multipliers=multipliers, bias=bias, shift=21, low=-128, high=127
