@@ -152,6 +152,13 @@ def places(offset: Any, lanes: int) -> Any:
     return offset if lanes == 1 else builder().ramp(offset, 1, lanes)
 
 
+def fetch(buffer: Any, offset: Any) -> None:
+    """Ask for what will be read: to the second cache."""
+    ir = builder()
+    read, second, data = (ir.int32(number) for number in (0, 2, 1))
+    ir.evaluate(ir.call_llvm_intrin("void", "llvm.prefetch.p0", ir.address_of(buffer[offset]), read, second, data))
+
+
 def all_lanes(value: int, dtype: str, lanes: int) -> Any:
     """Return a vector of one number."""
     ir = builder()

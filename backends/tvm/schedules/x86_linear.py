@@ -19,6 +19,7 @@ from qcompile.backends.tvm.schedules.x86 import (
     Processor,
     Rounding,
     blocks,
+    fetch,
     joined,
     load,
     looked_up,
@@ -110,6 +111,8 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
     return min(tiles, key=lambda tile: (_cycles(shape, tile, vectors), tile.vectors, tile.columns))
 
 
+#: Outputs of a channel, and bytes of a block's weights, at which the next block's are fetched ahead.
+FEW, MANY = 256, 4096
 #: Groups of four codes below which a sum is short, and registers that are left to others then.
 SHORT, SPARED = 8, 8
 #: Cycles until a sum can be added to again, and what one vector of codes takes behind its sum.
@@ -290,6 +293,8 @@ class _Emitter:
             weights = [
                 ir.bind(load(self.buffers["weights"], start + (index * count + v) * step, step)) for v in range(count)
             ]
+            for v in range(count if self.fetches(count) else 0):
+                fetch(self.buffers["weights"], start + (shape.depth * count + index * count + v) * step)
             for p, (i, j) in enumerate(pixels):
                 at = offset + i * shape.row_step + j * shape.column_step
                 four = ir.reinterpret("int32", load(self.buffers["input"], at, FOUR))
@@ -300,6 +305,14 @@ class _Emitter:
 
         nested([*shape.taps, (shape.quads, FOUR)], source, products)
         return sums
+
+    def fetches(self, count: int) -> bool:
+        """Tell whether the next block's weights are fetched ahead: where there are many, and few outputs to wait.
+
+        One output alone takes them as fast as they come anyway.
+        """
+        shape = self.shape
+        return 1 < shape.rows * shape.columns <= FEW and shape.depth * count * self.processor.lanes * FOUR >= MANY
 
     def finish(
         self, sums: Any, block: tuple[Any, int, int], origin: tuple[Any, Any], pixels: list[tuple[int, int]]

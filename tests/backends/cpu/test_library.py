@@ -191,3 +191,10 @@ def test_avx_vnni_has_the_instruction_on_short_vectors():
     bodies = assembly(wide(np.random.default_rng(0), 64, 64, 3), PROCESSORS["avx-vnni"])
     loops = [loop for body in bodies.values() for loop in innermost(body) if "vpdpbusd" in loop]
     assert loops and all("ymm" in loop and "zmm" not in loop for loop in loops)
+
+
+@pytest.mark.parametrize(("side", "fetched"), [((7, 7), True), ((20, 20), False), ((1, 1), False)])
+def test_weights_are_asked_for_ahead_where_few_outputs_wait_for_many(side, fetched):
+    bodies = assembly(wide(np.random.default_rng(0), 256, 128, 1, side=side))
+    (body,) = [body for name, body in bodies.items() if name.startswith("linear")]
+    assert ("prefetch" in body) == fetched
