@@ -147,6 +147,23 @@ def test_losses_are_against_the_float_outputs() -> None:
     assert near.samples == len(images())
 
 
+def test_losses_in_front_of_a_quantized_softmax_are_counted() -> None:
+    """What the last Softmax reads is a DequantizeLinear's result there, under another name than in float."""
+    head = "f (float[1,4] x) => (float[1,4] y)"
+    scales = "<float s = {0.1}, uint8 z = {128}, float p = {0.00390625}, uint8 n = {0}>"
+    quantized = (
+        f"{head} {scales} {{ a = Relu(x) q = QuantizeLinear(a, s, z) d = DequantizeLinear(q, s, z) t = Softmax(d) "
+        "u = QuantizeLinear(t, p, n) y = DequantizeLinear(u, p, n) }"
+    )
+    float_model, model = build(f"{head} {{ a = Relu(x) y = Softmax(a) }}"), build(quantized)
+    samples = [{"x": np.float32([[0.33, -1.0, 2.0, 0.08]])}]
+    [error] = losses(float_model, [model], dataset(float_model, samples), track)
+    clipped = np.clip(np.rint(np.maximum(samples[0]["x"], 0.0) / 0.1), -128, 127) * 0.1
+    wanted = np.mean((np.maximum(samples[0]["x"], 0.0) - clipped) ** 2)
+    [noise] = error.noise.values()
+    assert noise == [pytest.approx(wanted, rel=1e-4)]
+
+
 def test_losses_have_work_of_their_own_to_be_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """A walk through the graph that is cut to one sample leaves more to tell whether it helped."""
     float_model, off = (convs([value, 0, 0], [0, 0, 0]) for value in (0.0, 0.1))
