@@ -278,8 +278,8 @@ def random_narrow_program(seed: int) -> Program:
     """Return a program of random steps in which maps of four bits and of eight stand beside one another."""
     grown = random_maps(seed)
     random = grown.random
-    narrow = {name for name, tensor in grown.tensors.items()
-              if packs(tensor) and tensor.dtype == "int8" and name != grown.last.name and random.random() < 0.6}  # fmt: skip
+    bytewise = [tensor for tensor in grown.tensors.values() if tensor.dtype == "int8" and tensor is not grown.last]
+    narrow = {tensor.name for tensor in bytewise if packs(tensor) and random.random() < 0.6}
     program = grown.program()
     tensors = {name: replace(tensor, dtype="int4", zero_point=tensor.zero_point // 8) if name in narrow else tensor
                for name, tensor in program.tensors.items()}  # fmt: skip
