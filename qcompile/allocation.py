@@ -17,19 +17,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qcompile import unasked_bits as unasked
 from qcompile.backends.base import Backend
 from qcompile.bops_budget import operations_of
 from qcompile.budget import Budget
 from qcompile.calibration import Calibration
 from qcompile.core import numerics, packing
 from qcompile.core.errors import BudgetError, UsageError
-from qcompile.core.plan import QuantPlan
 from qcompile.options import Options
 from qcompile.passes import bit_operations
 from qcompile.passes.greedy import greedy
-from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.integer_program import Allocation, Candidate, InfeasibleError, Pair, allocate
-from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.resources import Resource
 from qcompile.pricing import SIZE, WORTH
 from qcompile.weight_losses import (
@@ -52,10 +50,7 @@ UNPACKING = 900
 MARGIN = 0.5
 #: So often a budget is lowered by what the file was larger than reckoned.
 ATTEMPTS = 8
-#: Without a budget, what the file of a model of so many bytes or more is to take at most, in parts of float's: a
-#: quarter, and what goes with codes.
-QUARTER, LARGE = 0.26, 10e6
-#: What that may cost, in dB.
+#: What fewer bits that nobody asked for may cost, in dB.
 SPENT = 0.5
 
 
@@ -133,19 +128,21 @@ def choose_widths(
     names = packable(canonical, planned)
     budget = Budget.parse(options.max_size, "--max-size") if options.max_size is not None else None
     limit = math.inf if budget is None else budget.of(calibration.float_bytes)
-    if calibration.losses and above_a_quarter(canonical, calibration, planned, backend, options):
+    if calibration.losses and unasked.above_a_quarter(canonical, calibration, planned, backend, options):
         program = program_of(canonical, calibration, planned, backend, options)
-        widths = program.within(QUARTER * calibration.float_bytes)
+        widths = program.within(unasked.QUARTER * calibration.float_bytes)
         worst = program.noise * 10.0 ** (SPENT / 10.0)
-        return widths if widths.bytes <= QUARTER * calibration.float_bytes and widths.noise <= worst else Widths()
-    if (room := short_of_flash(canonical, planned, backend, options)) is not None:
+        return (
+            widths if widths.bytes <= unasked.QUARTER * calibration.float_bytes and widths.noise <= worst else Widths()
+        )
+    if (room := unasked.short_of_flash(canonical, planned, backend, options)) is not None:
         # What does not fit in the end is refused by the backend, which knows the bytes of code.
         return program_of(canonical, calibration, planned, backend, options).within(min(room, limit))
     if not options.mixed:
         bits = dict.fromkeys(names, FOUR) if options.weights == "4" else {}
         plan = planned(bits)
         taken = operations_of(canonical, plan, calibration, options)
-        size = _bytes(canonical, plan, backend) if bits or budget else 0
+        size = unasked.written_bytes(canonical, plan, backend) if bits or budget else 0
         _require(size, limit, options)
         return Widths(bits, bytes=size, bops=sum(int(one.fixed) for one in taken))
     program = program_of(canonical, calibration, planned, backend, options)
@@ -155,26 +152,6 @@ def choose_widths(
     if "sqnr" in options.min_fidelity and calibration.calibrated:
         return program.faithful(options.min_fidelity["sqnr"])
     return program.worthwhile(calibration.float_bytes)
-
-
-def above_a_quarter(
-    canonical: ir.Model, calibration: Calibration, planned: Planned, backend: Backend, options: Options
-) -> bool:
-    """Tell whether a large model's file is above a quarter of float's with eight bits, and nobody said what it may be.
-
-    Scales, biases and what spoils the outputs in eight bits take bytes too.
-    """
-    free = options.weights == "auto" and not (options.max_size or options.max_bops or options.min_fidelity)
-    large = calibration.float_bytes >= LARGE
-    return free and large and _bytes(canonical, planned({}), backend) > QUARTER * calibration.float_bytes
-
-
-def short_of_flash(canonical: ir.Model, planned: Planned, backend: Backend, options: Options) -> int | None:
-    """Return the bytes that a device's flash has for constants, where all weights in eight bits take more."""
-    room = backend.room(options.limits) if options.weights in ("auto", "mixed") else None
-    if room is None or is_quantized(canonical) or not takes_four(canonical, planned):
-        return None
-    return room if _bytes(canonical, planned({}), backend) > room else None
 
 
 def _require(size: int, limit: float, options: Options) -> None:
@@ -353,7 +330,7 @@ class Program:
         noise = self.noise + sum(_more(self.losses[name]) for name in bits if name in four) + together
         noise = self.tried.get(four, noise)
         # Without data nothing is known of the noise that there is.
-        size = _bytes(self.model, self.planned(bits), self.backend)
+        size = unasked.written_bytes(self.model, self.planned(bits), self.backend)
         bops = sum(int(one.of(bits)) for one in self.resources if one.what == bit_operations.WHAT)
         return Widths(bits, noise if self.noise else 0.0, size, gap, bops=bops)
 
@@ -365,7 +342,7 @@ class Program:
     @cached_property
     def fixed(self) -> int:
         """The bytes of the file that do not depend on the choice."""
-        return _bytes(self.model, self.planned({}), self.backend) - sum(self.numbers.values())
+        return unasked.written_bytes(self.model, self.planned({}), self.backend) - sum(self.numbers.values())
 
     def _candidates(self) -> list[list[Candidate]]:
         found = []
@@ -398,8 +375,3 @@ class Program:
 def _more(losses: Mapping[int, float]) -> float:
     """Return what a weight loses by being packed; what it may seem to gain is chance."""
     return max(0.0, losses[FOUR] - losses[EIGHT])
-
-
-def _bytes(model: ir.Model, plan: QuantPlan, backend: Backend) -> int:
-    """Return the bytes of the file that a plan leads to."""
-    return backend.size(InsertQdq(plan)(model.clone()).model)

@@ -8,7 +8,7 @@ from functools import cache, partial
 
 import onnx_ir as ir
 
-from qcompile.allocation import above_a_quarter, program_of, short_of_flash
+from qcompile.allocation import program_of
 from qcompile.bops_budget import operations_of
 from qcompile.budget import Budget
 from qcompile.calib.work import multiply_accumulates
@@ -17,6 +17,7 @@ from qcompile.core.errors import UsageError
 from qcompile.job import Job
 from qcompile.passes.read_plan import is_quantized
 from qcompile.pipeline import COUNTS, LOSSES, PAIRS, TRIED, WIDTHS
+from qcompile.unasked_bits import above_a_quarter, short_of_flash
 from qcompile.weight_losses import (
     Codes,
     Planned,

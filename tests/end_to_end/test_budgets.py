@@ -12,7 +12,7 @@ import onnx
 import pytest
 from end_to_end.outcomes import KILLED, report, settled
 
-from qcompile import allocation
+from qcompile import allocation, unasked_bits
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def small_is_large(monkeypatch):
     """Let this model count as a large one, whose file is to be a little smaller than eight bits make it."""
 
     def count(quarter: float, spent: float = 10.0) -> None:
-        monkeypatch.setattr(allocation, "LARGE", 0.0)
-        monkeypatch.setattr(allocation, "QUARTER", quarter)
+        monkeypatch.setattr(unasked_bits, "LARGE", 0.0)
+        monkeypatch.setattr(unasked_bits, "QUARTER", quarter)
         monkeypatch.setattr(allocation, "SPENT", spent)
 
     return count
