@@ -1,0 +1,42 @@
+"""Where weights get fewer bits though nobody asked for it: a large file, a small flash."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qcompile.backends.base import Backend
+from qcompile.calibration import Calibration
+from qcompile.core.plan import QuantPlan
+from qcompile.options import Options
+from qcompile.passes.insert_qdq import InsertQdq
+from qcompile.passes.read_plan import is_quantized
+from qcompile.weight_losses import Planned, takes_four
+
+#: Without a budget, what the file of a model of so many bytes or more is to take at most, in parts of float's: a
+#: quarter, and what goes with codes.
+QUARTER, LARGE = 0.26, 10e6
+
+
+def above_a_quarter(
+    canonical: ir.Model, calibration: Calibration, planned: Planned, backend: Backend, options: Options
+) -> bool:
+    """Tell whether a large model's file is above a quarter of float's with eight bits, and nobody said what it may be.
+
+    Scales, biases and what spoils the outputs in eight bits take bytes too.
+    """
+    free = options.weights == "auto" and not (options.max_size or options.max_bops or options.min_fidelity)
+    large = calibration.float_bytes >= LARGE
+    return free and large and written_bytes(canonical, planned({}), backend) > QUARTER * calibration.float_bytes
+
+
+def short_of_flash(canonical: ir.Model, planned: Planned, backend: Backend, options: Options) -> int | None:
+    """Return the bytes that a device's flash has for constants, where all weights in eight bits take more."""
+    room = backend.room(options.limits) if options.weights in ("auto", "mixed") else None
+    if room is None or is_quantized(canonical) or not takes_four(canonical, planned):
+        return None
+    return room if written_bytes(canonical, planned({}), backend) > room else None
+
+
+def written_bytes(model: ir.Model, plan: QuantPlan, backend: Backend) -> int:
+    """Return the bytes of the file that a plan leads to."""
+    return backend.size(InsertQdq(plan)(model.clone()).model)
