@@ -58,7 +58,7 @@ def artifact(label: str, paths: Sequence[Path], target: str, kept: Path) -> Path
 
 def inputs(model: Path, evaluation: Path) -> list[Feeds]:
     """Return the first samples of the evaluation data."""
-    wanted = [value.name for value in models.load(model).graph.inputs]
+    wanted = [str(value.name) for value in models.load(model).graph.inputs]
     with np.load(evaluation) as arrays:
         return [{key: arrays[key][index] for key in wanted} for index in range(min(INPUTS, len(arrays[wanted[0]])))]
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +94,7 @@ def blockwise(weights: Array, bits: int, block: int) -> tuple[npt.NDArray[np.uin
     """Round the last axis in blocks around a middle code; return codes, scales, and what they stand for."""
     blocks = weights.reshape(*weights.shape[:-1], -1, block)
     middle = 1 << (bits - 1)
-    best: tuple[Array, Array, Array] | None = None
+    best: tuple[npt.NDArray[Any], ...] | None = None
     for part in np.linspace(0.4, 1.2, 33) if bits == 2 else np.linspace(0.7, 1.1, 17):
         # The most negative code reaches one step farther: a block's largest number is put there.
         largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
@@ -114,7 +115,7 @@ def packed(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Pack codes of the last axis into bytes, the first in the lowest bits."""
     each = 8 // bits
     parts = codes.reshape(*codes.shape[:-1], -1, each).astype(np.uint16) << (bits * np.arange(each, dtype=np.uint16))
-    return np.bitwise_or.reduce(parts, axis=-1).astype(np.uint8)
+    return np.asarray(np.bitwise_or.reduce(parts, axis=-1), np.uint8)
 
 
 def tables(folder: Path, table: Array) -> dict[str, tuple[Path, float]]:
@@ -123,13 +124,16 @@ def tables(folder: Path, table: Array) -> dict[str, tuple[Path, float]]:
     rows = [helper.make_tensor_value_info("y", FLOAT, [1, TOKENS, WIDTH])]
     gather = [helper.make_node("Gather", ["table", "ids"], ["y"])]
     found = {"float": (save(folder / "float.onnx", model_of(gather, {"table": table}, ids, rows)), np.inf)}
-    for name, bits in (("int8", "8"), ("packed, 4.25 bits", "4")):
+    forms: tuple[tuple[str, Literal["8", "4"]], ...] = (("int8", "8"), ("packed, 4.25 bits", "4"))
+    for name, bits in forms:
         output = folder / f"compiled{bits}"
         compile(folder / "float.onnx", Options("cpu", weights=bits, output=output))
         found[name] = output / "model.onnx", np.nan
     for block in (16, 32, 64, 128):
         codes, scales, _ = blockwise(table, 4, block)
-        content = packed(codes.reshape(table.shape) ^ 8, 4).tobytes()  # of two's complement the highest bit differs
+        content = packed(
+            np.bitwise_xor(codes.reshape(table.shape), np.uint8(8)), 4
+        ).tobytes()  # of two's complement the highest bit differs
         data = helper.make_tensor("codes", TensorProto.INT4, table.shape, content, raw=True)
         node = helper.make_node("GatherBlockQuantized", ["codes", "ids", "scales"], ["y"], domain=MICROSOFT, bits=4,
                                 block_size=block, quantize_axis=1, gather_axis=0)  # fmt: skip

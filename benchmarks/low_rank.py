@@ -113,7 +113,7 @@ def branches(subject: Subject) -> dict[str, dict[int, Branch]]:
         assert weight is not None
         quant, codes = plan.tensors[name], subject.codes[FOUR].get(quantized_name(name))
         stored = np.float64(quant.dequantize(quant.quantize(weight) if codes is None else codes))
-        (error,) = operator.matrix(np.float64(weight) - stored)
+        (error,) = operator.matrix(np.asarray(weight, np.float64) - stored)
         found[name] = {}
         for rank in RANKS:
             product, size = branch(error, moments.matrices[0], rank)

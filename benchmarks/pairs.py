@@ -116,9 +116,11 @@ class Predictor:
         together = sum(loss for pair, loss in self.paired.pairs.items() if four.issuperset(pair))
         expected = self.subject.expected(bits)
         noises = (expected, expected + together, alone, alone + together)
-        found = (numerics.decibel(1.0, noise) if noise > 0.0 else float("inf") for noise in noises)
+        plain, paired, weights_plain, weights_paired = (
+            numerics.decibel(1.0, noise) if noise > 0.0 else float("inf") for noise in noises
+        )
         weights = self.subject.in_codes(bits, self.subject.codes[FOUR])
-        return Row(*found, (point.held_out, point.scores), weights)
+        return Row(plain, paired, weights_plain, weights_paired, (point.held_out, point.scores), weights)
 
     def changes(self) -> list[tuple[Row, Row] | None]:
         """Return what the program chooses without and with pairs, by size; None where that is the same."""
@@ -205,7 +207,7 @@ def main() -> None:
         start = time.perf_counter()
         found = measured(name, words.cache, words.measured)
         random = [read(entry) for entry in found["random"]]  # type: ignore[arg-type]
-        other = [of and (read(of[0]), read(of[1])) for of in found["changes"]]  # type: ignore[index]
+        other = [(read(of[0]), read(of[1])) if of else None for of in found["changes"]]  # type: ignore[index]
         rows = ranks(name, random, *WEIGHTS), ranks(name, random, *ARTIFACT) + apart(random)
         for table, row in zip(tables, (*rows, errors(name, random), changes(name, other)), strict=True):
             table.append(row)

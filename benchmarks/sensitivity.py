@@ -123,7 +123,10 @@ def proxies(subject: Subject) -> str:
         weight = structure.constant(subject.canonical.graph.initializers[name])
         assert weight is not None
         stored = np.float64(plan.tensors[name].dequantize(subject.codes[FOUR][quantized_name(name)]))
-        whole, error = (operator.matrix(array) for array in (np.float64(weight), np.float64(weight) - stored))
+        whole, error = (
+            operator.matrix(array)
+            for array in (np.asarray(weight, np.float64), np.asarray(weight, np.float64) - stored)
+        )
         own[name] = float((error**2).sum() / (whole**2).sum())
         made, lost = (float(np.einsum("gij,gik,gkj->", of, moments.matrices, of)) for of in (whole, error))
         gram[name] = lost / made
