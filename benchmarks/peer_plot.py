@@ -35,7 +35,7 @@ def scatter(result: Result, folder: Path) -> None:
 
     # A white ground of its own, so that a dark page shows what a light one does; names in hashes and no date, so that
     # the bytes depend on the figures alone.
-    style = {"svg.hashsalt": result.model, "font.size": 9.0, "font.family": "DejaVu Sans"}
+    style: Any = {"svg.hashsalt": result.model, "font.size": 9.0, "font.family": "DejaVu Sans"}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(8.8, 5.0), layout="constrained", facecolor="white")
         rows = [row for row in result.rows if row.latency is not None]
