@@ -19,8 +19,9 @@ Random = np.random.Generator
 class Growing:
     """A program that grows operation by operation."""
 
-    def __init__(self, random: Random, shape: tuple[int, ...], dtype: str | None = None) -> None:
+    def __init__(self, random: Random, shape: tuple[int, ...], dtype: str | None = None, wide: bool = True) -> None:
         self.random = random
+        self.wide = wide
         self.tensors: dict[str, Tensor] = {}
         self.operations: list[Operation] = []
         self.last = self.tensor(shape, dtype or self.some_type())
@@ -45,7 +46,7 @@ class Growing:
 
     def some_type(self) -> str:
         """Return a type of codes."""
-        return "int16" if self.random.random() < 0.3 else "int8"
+        return "int16" if self.wide and self.random.random() < 0.3 else "int8"
 
     def requantize(self, channels: int, spread: float, dtype: str = "int8") -> ops.Requantize:
         """Return one with ratios that use the codes when accumulators are about `spread`; some are above a quarter."""
@@ -234,12 +235,13 @@ GROWTHS = (conv, conv, conv, pointwise, pointwise, dense, flattened, skip, gate,
 LARGEST = 3000
 
 
-def random_program(seed: int) -> Program:
-    """Return a program of one to five random steps."""
+def random_program(seed: int, wide: bool = True) -> Program:
+    """Return a program of one to five random steps; of codes of 16 bits beside those of 8, or of 8 alone."""
     random = np.random.default_rng(seed)
-    grown = Growing(random, (1, *(int(n) for n in random.integers(1, 9, 3))))
+    grown = Growing(random, (1, *(int(n) for n in random.integers(1, 9, 3))), wide=wide)
     for _ in range(int(random.integers(1, 6))):
         growth = GROWTHS[int(random.integers(len(GROWTHS)))]
+        growth = looked_up if growth is rescaled and not wide else growth  # what a table does for codes of 8 bits
         if grown.last.size <= LARGEST and (growth is not softmax or grown.last.shape[-1] <= 16):
             growth(grown)
     if not grown.operations:
@@ -314,7 +316,7 @@ def wide(
     side: tuple[int, int] = (9, 11),
 ) -> Program:
     """Return one convolution of more channels than a register has lanes, so that tiles and what they leave are met."""
-    grown = Growing(random, (1, *side, channels))
+    grown = Growing(random, (1, *side, channels), wide=False)
     pad = (size - 1) // 2
     window = ops.Window((size, size), (stride, stride), (pad, pad, pad, pad), outside=int(random.integers(-128, 128)))
     shape = tuple((n + 2 * pad - size) // stride + 1 for n in side)

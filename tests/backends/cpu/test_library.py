@@ -50,7 +50,7 @@ def test_the_inner_loop_is_vpdpbusd_without_spills(channels, outputs, size):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_of_tvm_is_needed_and_only_the_header_s_functions_are_seen(tmp_path, seed):
-    write(library.network_of(random_program(seed), VNNI), "net", tmp_path)
+    write(library.network_of(random_program(seed, wide=False), VNNI), "net", tmp_path)
     listed = subprocess.run(["nm", "-D", tmp_path / "libnet.so"], capture_output=True, text=True, check=True).stdout
     symbols = [line.split() for line in listed.splitlines()]
     assert {words[-1] for words in symbols if "T" in words[:-1]} == {"net_run", "net_run_floats"}
@@ -61,7 +61,7 @@ def test_the_same_program_gives_the_same_bytes(tmp_path):
     made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        written = write(library.network_of(random_program(3), VNNI), "net", tmp_path / name)
+        written = write(library.network_of(random_program(3, wide=False), VNNI), "net", tmp_path / name)
         made.append([(tmp_path / name / file).read_bytes() for file in written])
     assert made[0] == made[1]
 
@@ -119,7 +119,7 @@ def test_two_readers_with_other_padding_each_see_their_own(load):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_lives_at_one_time_lies_apart(seed):
-    layout = lay_out(random_program(seed))
+    layout = lay_out(random_program(seed, wide=False))
     program, where = layout.program, layout.places
     for part in program.operations:
         if isinstance(part, ops.View):
@@ -133,7 +133,7 @@ def test_what_lives_at_one_time_lies_apart(seed):
 
 
 def test_activations_of_sixteen_bits_are_refused_by_name():
-    program = random_program(1)
+    program = random_program(1, wide=False)
     tensors = {name: replace(tensor, dtype="int16") for name, tensor in program.tensors.items()}
     with pytest.raises(TargetError, match="int16 activations") as caught:
         library.network_of(replace(program, tensors=tensors), VNNI)
@@ -149,7 +149,7 @@ def test_a_machine_without_a_linker_is_told_so(monkeypatch):
 def test_a_processor_without_the_instructions_is_told_so(load, tmp_path, monkeypatch):
     from qcompile.backends.cpu import session
 
-    load(random_program(1))
+    load(random_program(1, wide=False))
     monkeypatch.setattr(session, "absent", lambda flags: ["avx512_vnni"])
     with pytest.raises(OSError, match="no avx512_vnni"):
         InferenceSession(tmp_path)
