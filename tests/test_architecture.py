@@ -92,7 +92,8 @@ def test_imports_flow_one_way(part: str, path: Path) -> None:
 def test_onnxruntime_is_imported_in_one_place_and_torch_in_none(part: str, path: Path) -> None:
     roots = {module.split(".")[0] for module in imports_of(part, path)}
     assert "torch" not in roots
-    assert "onnxruntime" not in roots or path == ROOT / "qcompile" / "core" / "runtime.py"
+    # A bundle's runner is on its own on a device, where there is no qcompile.
+    assert "onnxruntime" not in roots or path in (ROOT / "qcompile/core/runtime.py", ROOT / "qcompile/runner.py")
     assert not roots & {"passes", "backends", "calib"}, "the folders' bare names are no packages"
 
 
