@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from qcompile import allocation
+from qcompile import unasked_bits
 from qcompile.allocation import UNPACKING, Program, Widths
 from qcompile.core import packing
 from qcompile.weight_losses import EIGHT, FOUR, Tried, in_four
@@ -28,7 +28,7 @@ def size(bits: Mapping[str, int]) -> int:
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch):
     """Build the choice among these weights; a plan is just its bits."""
-    monkeypatch.setattr(allocation, "_bytes", lambda model, plan, backend: size(plan))
+    monkeypatch.setattr(unasked_bits, "written_bytes", lambda model, plan, backend: size(plan))
 
     def build(tried: Tried | None = None) -> Program:
         backend: Any = None
@@ -95,7 +95,7 @@ def test_a_file_that_is_larger_than_reckoned_takes_fewer_bits_but_not_all(monkey
     def written(bits: Mapping[str, int]) -> int:
         return int(sum(reckoned[name] + 60 if bits.get(name) == FOUR else count for name, count in counts.items()))
 
-    monkeypatch.setattr(allocation, "_bytes", lambda model, plan, backend: written(plan))
+    monkeypatch.setattr(unasked_bits, "written_bytes", lambda model, plan, backend: written(plan))
     model, backend = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), None
     losses = {name: {EIGHT: 0.0, FOUR: 1.0 + at % 7} for at, name in enumerate(counts)}
     planned: Any = dict

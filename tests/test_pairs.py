@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcompile import allocation, weight_losses
+from qcompile import unasked_bits, weight_losses
 from qcompile.allocation import Program
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.workers import Workers
@@ -134,7 +134,7 @@ WEIGHTS = {"a": (20_000, 0.0101), "b": (23_000, 0.0099), "c": (40_000, 0.0195)}
 
 @pytest.fixture
 def program(monkeypatch):
-    monkeypatch.setattr(allocation, "_bytes", lambda model, plan, backend: size(plan))
+    monkeypatch.setattr(unasked_bits, "written_bytes", lambda model, plan, backend: size(plan))
 
     def build(pairs: Any, tried: Any = ()) -> Program:
         backend: Any = None

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile import allocation
+from qcompile import unasked_bits
 from qcompile.allocation import UNPACKING, Program
 from qcompile.calib.work import multiply_accumulates
 from qcompile.core import packing
@@ -87,7 +87,7 @@ def test_both_budgets_hold_and_nothing_that_holds_them_loses_less(counts, bytes_
     resource = Resource("bit operations", 0.0, taken, most)
     backend: Any = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(allocation, "_bytes", lambda model, plan, backend: size(plan))
+        patch.setattr(unasked_bits, "written_bytes", lambda model, plan, backend: size(plan))
         empty = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
         numbers = {name: count for name, (count, _, _) in zip(names, counts, strict=True)}
         planned: Any = lambda bits: bits  # noqa: E731
