@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcompile import unasked_bits, weight_losses
+from qcompile import allocation, unasked_bits, weight_losses
 from qcompile.allocation import Program
 from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.workers import Workers
