@@ -142,6 +142,27 @@ class Backend(Protocol):
         ...
 
 
+class Unbounded:
+    """What a backend says whose targets have all the memory that an artifact may want."""
+
+    def room(self, settings: Mapping[str, Any]) -> int | None:
+        """Return nothing: files have no flash to fit."""
+        del settings
+        return None
+
+    def narrowable(self, model: ir.Model, target: Target, tied: Mapping[str, str]) -> tuple[str, ...]:
+        """Return nothing: all activations in eight bits fit."""
+        del model, target, tied
+        return ()
+
+    def narrowed(
+        self, model: ir.Model, target: Target, tied: Mapping[str, str], losses: Mapping[str, float]
+    ) -> tuple[str, ...]:
+        """Return nothing; see `narrowable`."""
+        del model, target, tied, losses
+        return ()
+
+
 def backends() -> dict[str, Backend]:
     """Return the installed backends by name, from the entry points of the group ``qcompile.backends``."""
     found: dict[str, Backend] = {}

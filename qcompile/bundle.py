@@ -158,6 +158,8 @@ def _pack(folder: Path, output: Path, model: str, index: int) -> dict[str, Any]:
     if report["model"]["sha256"] != model:
         raise UsageError(output, "was compiled from another model", "give the model that it was compiled from")
     target, backend = find_target(report["target"])
+    if backend.name not in KINDS:
+        raise UsageError(output, f"is of backend '{backend.name}', which no runner loads", "leave it out")
     place = folder / f"artifacts/{index}"
     place.mkdir(parents=True)
     for name in report["files"]:

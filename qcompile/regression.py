@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import inf, isfinite, isinf, isnan, nan
+from math import copysign, inf, isfinite, isinf, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ class Figure:
         """By what part of the earlier number it got worse; below 0 where it got better."""
         if self.before == self.now or isnan(self.before):
             return 0.0
-        if isnan(self.now) or isinf(self.before) or not self.before:
-            return -inf if self.before == 0.0 and not self.grows else inf
+        if isnan(self.now) or isinf(self.before):
+            return inf
         change = self.now - self.before if self.grows else self.before - self.now
-        return change / abs(self.before)
+        return change / abs(self.before) if self.before else copysign(inf, change)
 
     def as_json(self) -> dict[str, Any]:
         """Return it JSON-ready: null is what is no finite number."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject
+from qcompile.backends.base import Lowered, Subject, Unbounded
 from qcompile.backends.cpu import library
 from qcompile.backends.cpu.layout import ALIGNMENT
 from qcompile.backends.cpu.network import Network
@@ -37,7 +37,7 @@ REFERENCE = "reference.onnx"
 SESSION = "session.py"
 
 
-class CpuBackend:
+class CpuBackend(Unbounded):
     """The backend ``cpu``."""
 
     name: ClassVar[str] = "cpu"
@@ -96,23 +96,6 @@ class CpuBackend:
         """Return the bytes of constants that `lower` would write, but for rounding up to whole vectors."""
         weighted = [part for part in lower(model).operations if isinstance(part, Conv | Dense)]
         return sum(part.weights.nbytes + 6 * part.bias.nbytes for part in weighted)
-
-    def room(self, settings: Mapping[str, Any]) -> int | None:
-        """Return nothing: files have no flash to fit."""
-        del settings
-        return None
-
-    def narrowable(self, model: ir.Model, target: Target, tied: Mapping[str, str]) -> tuple[str, ...]:
-        """Return nothing: memory is not bounded."""
-        del model, target, tied
-        return ()
-
-    def narrowed(
-        self, model: ir.Model, target: Target, tied: Mapping[str, str], losses: Mapping[str, float]
-    ) -> tuple[str, ...]:
-        """Return nothing; see `narrowable`."""
-        del model, target, tied, losses
-        return ()
 
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return nothing: no table prices these kernels yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject
+from qcompile.backends.base import Lowered, Subject, Unbounded
 from qcompile.backends.ort.legalize import legalize
 from qcompile.backends.ort.probe import executed, measure
 from qcompile.core import model as models
@@ -32,7 +32,7 @@ INTEGER_KERNELS = frozenset({
 })  # fmt: skip
 
 
-class OrtBackend:
+class OrtBackend(Unbounded):
     """The backend ``ort``."""
 
     name: ClassVar[str] = "ort"
@@ -77,23 +77,6 @@ class OrtBackend:
     def size(self, model: ir.Model) -> int:
         """Return the bytes that `lower` would write for a QDQ model."""
         return models.file_bytes(legalize(model))
-
-    def narrowable(self, model: ir.Model, target: Target, tied: Mapping[str, str]) -> tuple[str, ...]:
-        """Return nothing: memory is not bounded."""
-        del model, target, tied
-        return ()
-
-    def narrowed(
-        self, model: ir.Model, target: Target, tied: Mapping[str, str], losses: Mapping[str, float]
-    ) -> tuple[str, ...]:
-        """Return nothing; see `narrowable`."""
-        del model, target, tied, losses
-        return ()
-
-    def room(self, settings: Mapping[str, Any]) -> int | None:
-        """Return nothing: files have no flash to fit."""
-        del settings
-        return None
 
     def executed(self, model: ir.Model, samples: Sequence[runtime.Feeds]) -> list[list[Kernel]]:
         """Return for each sample the kernels that the runtime executes for a QDQ model."""

@@ -150,6 +150,8 @@ def test_a_regression_is_a_part(qcompile, compiled, part):
         (nan, 40.0, False, 0.0),
         (0.0, 0.5, False, -inf),
         (0.0, 1.0, True, inf),
+        (0.0, -3.0, False, inf),
+        (0.0, nan, False, inf),
     ],
 )
 def test_by_what_part_a_figure_is_worse(before, now, grows, worse_by):

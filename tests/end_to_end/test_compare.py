@@ -123,6 +123,12 @@ def test_a_bundle_is_of_whole_artifacts(qcompile, small_artifact, words, tmp_pat
     assert qcompile("compare", small_artifact).code == 2
 
 
+def test_an_artifact_that_no_runner_loads_says_so_in_its_row(qcompile, small_artifact, words, monkeypatch):
+    monkeypatch.setattr(bundle, "KINDS", {})
+    done = qcompile("compare", small_artifact, *words)
+    assert done.code == 7 and "is of backend 'ort', which no runner loads" in done.out
+
+
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "a\\..\\out"])
 def test_a_bundle_that_leaves_its_folder_is_refused(qcompile, tmp_path, name):
     with zipfile.ZipFile(tmp_path / "evil.qbundle", "w") as archive:
