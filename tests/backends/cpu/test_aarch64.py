@@ -19,7 +19,7 @@ from qcompile.core.errors import TargetError, VerificationError
 pytest.importorskip("tvm")
 
 PROCESSORS = backend.PROCESSORS
-SDOT, NEON, ANDROID = (PROCESSORS[name] for name in ("sdot", "neon", "sdot-android"))
+SDOT, I8MM, NEON, ANDROID = (PROCESSORS[name] for name in ("sdot", "i8mm", "neon", "sdot-android"))
 pytestmark = pytest.mark.usefixtures("emulation")
 
 
@@ -51,6 +51,21 @@ def test_the_inner_loop_is_sdot_without_spills(channels, outputs, size):
         assert loop.count("sdot") == len(re.findall(r"sdot\tv\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]", loop)), "no dup"
         loads = len(re.findall(r"\tldu?r\tq", loop)) + 2 * len(re.findall(r"\tldp\tq", loop))
         assert loop.count("sdot") >= 2.5 * loads
+
+
+@pytest.mark.parametrize(("channels", "outputs", "size"), [(64, 64, 3), (64, 128, 1), (32, 16, 3), (256, 24, 1)])
+def test_products_of_matrices_take_fewer_instructions_without_spills(channels, outputs, size):
+    program = wide(np.random.default_rng(0), channels, outputs, size, side=(14, 14))
+    bodies = assembly(program, I8MM)
+    loops = [loop for name, body in bodies.items() if name.startswith("linear") for loop in innermost(body)]
+    products = [loop for loop in loops if "smmla" in loop]
+    assert products and max(loop.count("smmla") for loop in products) >= 16
+    for loop in products:
+        assert "sp" not in re.findall(r"\w+", loop), "sums stay in registers"
+        moves = len(re.findall(r"\t(?:ldu?r\tq|zip\d)", loop)) + 2 * len(re.findall(r"\tldp\tq", loop))
+        assert loop.count("smmla") >= 1.2 * moves
+        # More than sdot could do if a loop were nothing else.
+        assert 32 * loop.count("smmla") / len(re.findall(r"^\t", loop, re.MULTILINE)) > 16
 
 
 @pytest.mark.parametrize("seed", range(4))
