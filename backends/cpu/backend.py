@@ -116,8 +116,8 @@ class CpuBackend(Unbounded):
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         """Load the library and return a function that runs one sample."""
-        del threads, files
-        session = InferenceSession(folder)
+        del files
+        session = InferenceSession(folder, threads)
         names = [port.name for port in session.get_outputs()]
         return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
 
