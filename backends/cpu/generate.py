@@ -142,7 +142,7 @@ def _linear(
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
     )
     numbers = (_stored_bias(network, operation.bias[channels], weights), multiplier, shift)
-    packed, table = linear.pack(shape, tile, processor, weights, numbers)
+    packed, table = kernels.pack(shape, tile, processor, weights, numbers)
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, places[1]),

@@ -15,6 +15,8 @@ from qcompile.backends.tvm.schedules.vectors import Array, Processor, Rounding, 
 #: Codes in a register, and those that `tbl` looks up in four of them.
 REGISTER, TABLE = 16, 64
 NEON = "llvm.aarch64.neon"
+#: LLVM's names of what multiplies four codes at once, and matrices of two rows of eight.
+DOT, MATRIX = "sdot", "smmla"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def _on_android(processor: Aarch64) -> Aarch64:
     return replace(processor, name=f"{processor.name}-android", machine=machine, linked=("-z", "max-page-size=16384"))
 
 
-SDOT = _processor("sdot", ("+dotprod",), ("asimddp",), "cortex-a76", "sdot")
+SDOT = _processor("sdot", ("+dotprod",), ("asimddp",), "cortex-a76", DOT)
+I8MM = _processor("i8mm", ("+dotprod", "+i8mm"), ("asimddp", "i8mm"), "max", MATRIX)
 PLAIN = _processor("neon", (), (), "cortex-a53", "")
 ANDROID = _on_android(SDOT)
-PROCESSORS = {processor.name: processor for processor in (SDOT, PLAIN, ANDROID)}
+PROCESSORS = {processor.name: processor for processor in (SDOT, I8MM, PLAIN, ANDROID)}

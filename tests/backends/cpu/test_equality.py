@@ -13,7 +13,7 @@ from qcompile.backends.integer.interpret import dequantize_output, interpret, qu
 from qcompile.core import numerics
 
 PROGRAMS, ALL = range(40), range(40, 300)
-X86, AARCH64 = ("avx512-vnni", "avx-vnni", "avx2"), ("sdot", "neon")
+X86, AARCH64 = ("avx512-vnni", "avx-vnni", "avx2"), ("sdot", "i8mm", "neon")
 PROCESSORS = (*X86, *AARCH64)
 
 
