@@ -1,4 +1,4 @@
-"""Compile three models and take pictures of their report.html, at a desktop's width and a phone's; write docs/report.md.
+"""Compile three models and take pictures of report.html, at a desktop's width and a phone's; write docs/report.md.
 
     python benchmarks/report_pages.py [--cache DIR] [--keep DIR]
 
@@ -11,6 +11,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from catalog import ROOT, fetch
@@ -55,7 +56,7 @@ def main() -> None:
         for name, words in MODELS.items():
             output = (given.keep or Path(scratch)) / name
             if not (output / "report.html").exists():
-                compile_model(*fetch(name, given.cache), output, words)
+                compile_model(fetch(name, given.cache), output, words)
             size = (output / "report.html").stat().st_size
             parts.append(f"\n## {name}\n\nThe page has {size / 1000:.0f} KB.\n")
             for window, (width, height, dark) in WINDOWS.items():
@@ -64,9 +65,10 @@ def main() -> None:
     PAGE.write_text("".join(parts), encoding="utf-8")
 
 
-def compile_model(model: Path, calibration: Path, evaluation: Path, output: Path, words: tuple[str, ...]) -> None:
-    """Compile a model of the catalog with its own data."""
-    given = [str(model), "--data", str(calibration), "--eval", str(evaluation), *words]
+def compile_model(paths: Sequence[Path], output: Path, words: Sequence[str]) -> None:
+    """Compile a model of the catalog with its calibration and evaluation data."""
+    model, calibration, evaluation = map(str, paths)
+    given = [model, "--data", calibration, "--eval", evaluation, *words]
     command = ["-m", "qcompile", *given, "--target", "cpu", "-q", "-o", str(output)]
     subprocess.run([sys.executable, *command], check=True)
 
