@@ -17,8 +17,8 @@ from qcompile.core.plan import QuantPlan
 from qcompile.options import Options
 
 MANIFEST = "manifest.json"
-#: What depends on the machine and the moment, and is therefore not listed with a checksum.
-UNSETTLED = ("measurements.json", "report.html")
+#: What depends on the machine, the moment, or whether a plan was made or given, and is not listed with a checksum.
+UNSETTLED = ("measurements.json", "distributions.json", "report.html")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import pytest
 from end_to_end.outcomes import KILLED
 
 SCHEMAS = Path(__file__).parents[2] / "docs/schemas"
-UNSETTLED = {"measurements.json", "report.html"}
+UNSETTLED = {"measurements.json", "distributions.json", "report.html"}
 
 
 def settled(folder: Path) -> dict[str, str]:
