@@ -124,8 +124,8 @@ class CpuBackend(Unbounded):
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         """Load the library, or the executable where processors are emulated; return a function that runs one sample."""
-        del threads, files
-        session = opened(folder)
+        del files
+        session = opened(folder, threads)
         names = [port.name for port in session.get_outputs()]
         return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
 
@@ -153,10 +153,11 @@ def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     return shared, f"{name}.h", DESCRIPTION, SESSION, *alone
 
 
-def opened(folder: Path) -> InferenceSession:
+def opened(folder: Path, threads: int = 1) -> InferenceSession:
     """Return a session of what `write` wrote: here, or where this machine is another, emulated."""
     about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    return EmulatedSession(folder) if _is_emulated(PROCESSORS[about["processor"]]) else InferenceSession(folder)
+    emulated = _is_emulated(PROCESSORS[about["processor"]])
+    return EmulatedSession(folder) if emulated else InferenceSession(folder, threads)
 
 
 def _is_emulated(processor: Processor) -> bool:

@@ -13,7 +13,7 @@ from qcompile.backends.cpu.layout import Layout, extents, strides
 from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import aarch64_linear, codes, depthwise, windows
+from qcompile.backends.tvm.schedules import aarch64_linear, codes, depthwise, shares, windows
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules.aarch64 import Aarch64
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
@@ -37,7 +37,7 @@ def generate(layout: Layout, processor: Processor) -> Network:
     """
     made = Network(layout, processor)
     for port in layout.program.inputs:
-        made.surround(port.tensor, port.name)
+        made.surround(port.tensor, port.name, apart=False)
     for operation in layout.program.operations:
         if not isinstance(operation, ops.View):
             _require(made, operation)
@@ -135,6 +135,8 @@ def _linear(
     processor = network.processor
     kernels: Any = aarch64_linear if isinstance(processor, Aarch64) else linear
     tile = kernels.choose_tile(shape, processor)
+    loop, iterations = shares.of_linear(shape, tile, processor)
+    shape = replace(shape, shared=loop)
     requantize = operation.requantize
     multiplier, shift = (
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
@@ -145,7 +147,7 @@ def _linear(
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, places[1]),
     ]  # fmt: skip
-    name = network.add(kernels.linear_kernel, (shape, tile, processor), given, operation.name)
+    name = network.add(kernels.linear_kernel, (shape, tile, processor), given, operation.name, iterations)
     network.tiles[name] = tile
 
 
@@ -176,12 +178,13 @@ def _depthwise(network: Network, operation: ops.Conv) -> None:
         narrow = network.processor.narrower(lanes)
         channels = slice(first, first + count)
         packed, table = depthwise.pack(part, narrow, weights[channels], tuple(n[channels] for n in numbers))
-        part = replace(part, saturates=narrow.saturates(packed))
+        loop, iterations = shares.of_depthwise(part, narrow)
+        part = replace(part, saturates=narrow.saturates(packed), shared=loop)
         given = [
             network.at(operation.inputs[0], first), network.constant(packed), network.constant(table),
             *_table(network, operation), network.at(operation.output, first),
         ]  # fmt: skip
-        network.add(depthwise.depthwise_kernel, (part, narrow), given, operation.name)
+        network.add(depthwise.depthwise_kernel, (part, narrow), given, operation.name, iterations)
 
 
 def _average(network: Network, operation: ops.AveragePool) -> None:
@@ -189,7 +192,15 @@ def _average(network: Network, operation: ops.AveragePool) -> None:
     bias = np.full(network.processor.lanes, operation.bias - network.processor.offset * len(shape.offsets))
     table = _one_scaling(network, bias, operation.requantize)
     given = [network.at(operation.inputs[0]), table, network.at(operation.output)]
-    network.add(windows.average_kernel, (shape, network.processor), given, operation.name)
+    _pool(network, windows.average_kernel, shape, given, operation.name)
+
+
+def _pool(network: Network, kernel: Any, shape: windows.Windows, given: Sequence[Argument], operation: str) -> None:
+    processor = network.processor
+    loop, iterations = shares.of_pool(
+        shape, processor.together if kernel is windows.maximum_kernel else processor.lanes
+    )
+    network.add(kernel, (replace(shape, shared=loop), network.processor), given, operation, iterations)
 
 
 def _one_scaling(network: Network, bias: Array, requantize: ops.Requantize) -> Argument:
@@ -202,7 +213,7 @@ def _maximum(network: Network, operation: ops.MaxPool) -> None:
     offset = network.processor.offset
     shape = _windows(network, operation, Rounding(False, 0, operation.low + offset, operation.high + offset))
     given = [network.at(operation.inputs[0]), network.at(operation.output)]
-    network.add(windows.maximum_kernel, (shape, network.processor), given, operation.name)
+    _pool(network, windows.maximum_kernel, shape, given, operation.name)
 
 
 def _rows(network: Network, names: Sequence[str]) -> tuple[int, int, tuple[int, ...]]:
@@ -218,8 +229,10 @@ def _rows(network: Network, names: Sequence[str]) -> tuple[int, int, tuple[int, 
 def _add(network: Network, operation: ops.Add) -> None:
     names = (*operation.inputs, operation.output)
     bare = replace(operation, name="", inputs=(), output="")
-    arguments = (bare, *_rows(network, names), network.processor)
-    network.add(codes.add_kernel, arguments, [network.at(name) for name in names], operation.name)
+    rows, width, steps = _rows(network, names)
+    iterations = shares.of_codes(rows, width, network.processor.together)
+    arguments = (bare, rows, width, steps, network.processor, iterations > 0)
+    network.add(codes.add_kernel, arguments, [network.at(name) for name in names], operation.name, iterations)
 
 
 def _mul(network: Network, operation: ops.Mul) -> None:
@@ -233,9 +246,13 @@ def _mul(network: Network, operation: ops.Mul) -> None:
     elif all(place.row == shape[1] * shape[2] for place in places):
         shape = (1, 1, target.size)
     table = _one_scaling(network, np.zeros(network.processor.lanes), operation.requantize)
-    arguments = (zeros, rounding(network, operation.requantize), shape, tuple(steps), network.processor)
+    lanes, (rows, columns, channels) = network.processor.lanes, shape
+    folded = (rows * columns, channels) if 1 in (rows, columns) else (rows, columns * channels)
+    iterations = shares.of_codes(*folded, lanes)
+    numbers = rounding(network, operation.requantize)
+    arguments = (zeros, numbers, shape, tuple(steps), network.processor, iterations > 0)
     given = [network.at(first.name), network.at(second.name), table, network.at(target.name)]
-    network.add(codes.mul_kernel, arguments, given, operation.name)
+    network.add(codes.mul_kernel, arguments, given, operation.name, iterations)
 
 
 def _lookup(network: Network, operation: ops.Lookup) -> None:

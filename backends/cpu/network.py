@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,17 @@ class Call:
     arguments : tuple of Argument
     operation : str
         Name of what it computes.
+    shared : int
+        Iterations that threads share; without them one thread does it all.
+    apart : bool
+        Whether the call behind it may run at the same time.
     """
 
     kernel: str
     arguments: tuple[Argument, ...]
     operation: str
+    shared: int = 0
+    apart: bool = False
 
 
 @dataclass
@@ -73,8 +79,8 @@ class Network:
         """Return a tensor by name."""
         return self.layout.program.tensors[name]
 
-    def surround(self, name: str, operation: str) -> None:
-        """Fill the margin around a tensor that is about to be written."""
+    def surround(self, name: str, operation: str, apart: bool = True) -> None:
+        """Fill the margin around a tensor that is about to be written: `apart` from that, or before it."""
         if name not in self.layout.margins:
             return
         margin, place, (rows, columns, channels) = (
@@ -93,7 +99,8 @@ class Network:
         ):  # fmt: skip
             if count and width:
                 arguments = (count, width, place.row, margin.code + self.processor.offset, self.processor)
-                self.add(codes.fill_kernel, arguments, [("workspace", start)], operation)
+                made = self.call(codes.fill_kernel, arguments, [("workspace", start)], operation)
+                self.calls.append(replace(made, apart=apart))
 
     def port(self, port: Port, into: bool, codes_: bool) -> Call:
         """Return the call that takes an input in, or gives an output out: as the program's codes, or as floats."""
@@ -127,10 +134,15 @@ class Network:
         return "workspace", self.layout.at(name) + offset
 
     def add(
-        self, generate: Callable[..., Function], arguments: tuple[Any, ...], given: Sequence[Argument], operation: str
+        self,
+        generate: Callable[..., Function],
+        arguments: tuple[Any, ...],
+        given: Sequence[Argument],
+        operation: str,
+        shared: int = 0,
     ) -> str:
-        """Add a call and return the kernel's name; see `call`."""
-        self.calls.append(self.call(generate, arguments, given, operation))
+        """Add a call and return the kernel's name; see `call`. Threads share so many of its iterations."""
+        self.calls.append(replace(self.call(generate, arguments, given, operation), shared=shared))
         return self.calls[-1].kernel
 
     def call(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,20 +75,23 @@ class Port:
 
 
 class InferenceSession:
-    """A network ready to run: for one thread at a time; several sessions run side by side.
+    """A network ready to run: for one caller at a time; several sessions run side by side.
 
     Parameters
     ----------
     folder : str or Path
         Where the library and its description are.
+    threads : int
+        Among which each run is shared, the caller's being one of them. They are the session's own, as long as it lives.
 
     Raises
     ------
     OSError
-        If this machine is of another kind, or lacks instructions that the library is made of.
+        If this machine is of another kind, lacks instructions that the library is made of, or gives no such number of
+        threads.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, threads: int = 1) -> None:
         folder = Path(folder)
         about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         if not is_here(about["architecture"]):
@@ -102,6 +107,12 @@ class InferenceSession:
         alignment = about["alignment"]
         self._memory = np.zeros(about["workspace_bytes"] + alignment, np.uint8)
         self._workspace = ctypes.c_void_p(self._memory.ctypes.data + -self._memory.ctypes.data % alignment)
+        if failed := library[f"{about['name']}_start"](self._workspace, threads):
+            raise OSError(failed, f"{folder}: {threads} threads cannot be had: {os.strerror(failed)}")
+        # The library and the memory are held on to until the threads are gone.
+        stop = library[f"{about['name']}_stop"]
+        stop.restype = None
+        weakref.finalize(self, _stop, stop, self._workspace, self._memory)
 
     def _described(self, about: dict[str, Any]) -> None:
         self.about = about
@@ -171,6 +182,11 @@ class InferenceSession:
             return port.take(array)
         codes = np.rint(array.astype(np.float32) / np.float32(port.scale)) + port.zero_point
         return Port.take(port, np.clip(codes, -128, 127).astype(np.int16) + port.offset)
+
+
+def _stop(stop: Any, workspace: ctypes.c_void_p, memory: Array) -> None:
+    stop(workspace)
+    del memory
 
 
 def is_here(architecture: str) -> bool:

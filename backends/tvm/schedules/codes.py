@@ -10,13 +10,17 @@ from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
 from qcompile.backends.tvm.schedules.vectors import (
     FOUR,
+    SPAN,
     Processor,
     Rounding,
+    Span,
     all_lanes,
     blocks,
     clipped,
     load,
+    span_of,
     store,
+    within,
 )
 from qcompile.backends.tvm.schedules.x86_linear import Scaling
 
@@ -25,16 +29,30 @@ SHORT = 4
 CODES = {"input": "uint8", "output": "uint8"}
 
 
-def _by_vectors(count: int, lanes: int, emit: Callable[[Any, int], None]) -> None:
+def _by_vectors(count: int, lanes: int, emit: Callable[[Any, int], None], span: Span | None = None) -> None:
     """Emit loops over so many codes: `emit` takes the first, and how many are to be stored."""
     full = count // lanes
-    blocks(full, 1, lambda i, _: emit(i * lanes, lanes))
+    blocks(full, 1, lambda i, _: emit(i * lanes, lanes), span)
     if count % lanes:
-        emit(full * lanes, count % lanes)
+        within(span, full, lambda: emit(full * lanes, count % lanes))
+
+
+def _by_rows(rows: int, row: Callable[[Any, Span | None], None], span: Span | None) -> None:
+    """Emit rows: `row` takes which, and what threads share of it where it is the only one."""
+    if rows == 1:
+        row(0, span)
+    else:
+        blocks(rows, 1, lambda y, _: row(y, None), span)
 
 
 def add_kernel(
-    name: str, operation: ops.Add, rows: int, width: int, steps: Sequence[int], processor: Processor
+    name: str,
+    operation: ops.Add,
+    rows: int,
+    width: int,
+    steps: Sequence[int],
+    processor: Processor,
+    shared: bool = False,
 ) -> Function:
     """Return a sum over rows of `width` codes. Arguments: input, other, output.
 
@@ -46,6 +64,8 @@ def add_kernel(
     steps : sequence of int
         Bytes from one row to the next: of the first input, the second, the output.
     processor : Processor
+    shared : bool
+        Whether threads share rows, or vectors of the only one.
     """
     lanes = processor.together
     kind = f"int32x{lanes}"
@@ -53,7 +73,7 @@ def add_kernel(
     def body(buffers: Any) -> None:
         ir = builder()
 
-        def row(y: Any, _: int) -> None:
+        def row(y: Any, span: Span | None) -> None:
             def codes(at: Any, count: int) -> None:
                 total = all_lanes(operation.bias, "int32", lanes)
                 for key, step, multiplier in zip(("input", "other"), steps[:2], operation.multipliers, strict=True):
@@ -68,11 +88,12 @@ def add_kernel(
                 made = clipped(shifted, low, high, lanes, processor.codes)
                 store(buffers["output"], y * steps[2] + at, made, lanes, count)
 
-            _by_vectors(width, lanes, codes)
+            _by_vectors(width, lanes, codes, span)
 
-        blocks(rows, 1, row)
+        _by_rows(rows, row, span_of(buffers, shared))
 
-    return function(name, dict.fromkeys(("input", "other", "output"), processor.codes), body)
+    kinds = dict.fromkeys(("input", "other", "output"), processor.codes)
+    return function(name, kinds, body, SPAN if shared else ())
 
 
 def mul_kernel(
@@ -82,6 +103,7 @@ def mul_kernel(
     extents: Sequence[int],
     steps: Sequence[int],
     processor: Processor,
+    shared: bool = False,
 ) -> Function:
     """Return a product. Arguments: input, other, channels (one vector's), output.
 
@@ -96,6 +118,8 @@ def mul_kernel(
     steps : sequence of int
         Bytes from one row to the next and from one column to the next: of the first input, the second, the output.
     processor : Processor
+    shared : bool
+        Whether threads share rows, or columns of the only one, or vectors of the only pixel.
     """
     lanes = processor.lanes
     kind = f"int32x{lanes}"
@@ -105,7 +129,7 @@ def mul_kernel(
         ir = builder()
         scaling = Scaling(processor, buffers["channels"], lanes)
 
-        def pixel(y: Any, x: Any) -> None:
+        def pixel(y: Any, x: Any, span: Span | None = None) -> None:
             def codes(at: Any, count: int) -> None:
                 values = []
                 for key, place, zero in zip(("input", "other"), (0, 2), zero_points, strict=True):
@@ -114,12 +138,15 @@ def mul_kernel(
                 made = processor.requantize(values[0] * values[1], scaling.of(0), rounding)
                 store(buffers["output"], y * steps[4] + x * steps[5] + at, made, lanes, count)
 
-            _by_vectors(channels, lanes, codes)
+            _by_vectors(channels, lanes, codes, span)
 
-        blocks(rows, 1, lambda y, _: blocks(columns, 1, lambda x, _: pixel(y, x)))
+        def row(y: Any, span: Span | None) -> None:
+            pixel(y, 0, span) if columns == 1 else blocks(columns, 1, lambda x, _: pixel(y, x), span)
+
+        _by_rows(rows, row, span_of(buffers, shared))
 
     kinds = {"input": processor.codes, "other": processor.codes, "channels": "int32", "output": processor.codes}
-    return function(name, kinds, body)
+    return function(name, kinds, body, SPAN if shared else ())
 
 
 def lookup_kernel(name: str, rows: int, width: int, steps: Sequence[int], processor: Processor) -> Function:

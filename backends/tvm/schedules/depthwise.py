@@ -7,6 +7,7 @@ share their columns, so that a column is interleaved once for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,19 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, all_lanes, blocks, load, store
+from qcompile.backends.tvm.schedules.vectors import (
+    FOUR,
+    OUTPUTS,
+    ROWS,
+    SPAN,
+    Processor,
+    all_lanes,
+    blocks,
+    load,
+    span_of,
+    store,
+    within,
+)
 from qcompile.backends.tvm.schedules.windows import Windows
 from qcompile.backends.tvm.schedules.x86_linear import Scaling, arguments, scaling_table
 
@@ -92,17 +105,19 @@ def depthwise_kernel(name: str, shape: Windows, processor: Processor) -> Functio
     width = FOUR * processor.lanes
 
     def body(buffers: Any) -> None:
+        rows, outputs = (span_of(buffers, shape.shared == loop) for loop in (ROWS, OUTPUTS))
+
         def block(v: Any, left: int) -> None:
             emitter = _Emitter(shape, processor, buffers, v, left)
             held = processor.registers // EACH
-            blocks(shape.rows, 1, lambda y, _: blocks(shape.columns, held, lambda x, n: emitter.columns(y, x, n)))
+            blocks(shape.rows, 1, lambda y, _: blocks(shape.columns, held, partial(emitter.columns, y)), rows)
 
         full, left = divmod(shape.channels, width)
-        blocks(full, 1, lambda v, _: block(v, width))
+        blocks(full, 1, lambda v, _: block(v, width), outputs)
         if left:
-            block(full, left)
+            within(outputs, full, lambda: block(full, left))
 
-    return function(name, arguments(shape.looked_up, processor), body)
+    return function(name, arguments(shape.looked_up, processor), body, SPAN if shape.shared else ())
 
 
 class _Emitter:

@@ -185,10 +185,26 @@ def store(buffer: Any, offset: Any, value: Any, lanes: int, count: int) -> None:
         at += piece
 
 
-def blocks(count: int, step: int, emit: Callable[[Any, int], None]) -> None:
-    """Emit steps of a count, as a loop, and what is left: `emit` takes where a step begins and how many it has."""
+#: What a kernel that threads share takes last: its first iteration, and the one behind its last.
+SPAN = ("first", "last")
+#: The loop that is shared; channels go by vectors.
+ROWS, COLUMNS, OUTPUTS = "rows", "columns", "outputs"
+Span = tuple[Any, Any]
+
+
+def blocks(count: int, step: int, emit: Callable[[Any, int], None], span: Span | None = None) -> None:
+    """Emit steps of a count, as a loop, and what is left: `emit` takes where a step begins and how many it has.
+
+    Of a loop that threads share, only those of the span.
+    """
     ir = builder()
     whole, rest = divmod(count, step)
+    if span is not None:
+        with ir.serial(span[0], ir.min(span[1], whole)) as index:
+            emit(index * step, step)
+        if rest:
+            within(span, whole, lambda: emit(whole * step, rest))
+        return
     if whole == 1:
         emit(0, step)
     elif whole:
@@ -196,6 +212,21 @@ def blocks(count: int, step: int, emit: Callable[[Any, int], None]) -> None:
             emit(index * step, step)
     if rest:
         emit(whole * step, rest)
+
+
+def within(span: Span | None, index: int, emit: Callable[[], None]) -> None:
+    """Emit what is an iteration of its own, to be done where that is in the span."""
+    ir = builder()
+    if span is None:
+        emit()
+        return
+    with ir.If(span[0] <= index), ir.Then(), ir.If(index < span[1]), ir.Then():
+        emit()
+
+
+def span_of(buffers: Any, shared: bool) -> Span | None:
+    """Return a kernel's span if it has one."""
+    return (buffers[SPAN[0]], buffers[SPAN[1]]) if shared else None
 
 
 def nested(extents: Sequence[tuple[int, int]], offset: Any, emit: Callable[[Any, Any], None], index: Any = 0) -> None:

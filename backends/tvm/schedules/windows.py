@@ -7,7 +7,19 @@ from typing import Any
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.vectors import Processor, Rounding, all_lanes, blocks, load, store
+from qcompile.backends.tvm.schedules.vectors import (
+    OUTPUTS,
+    ROWS,
+    SPAN,
+    Processor,
+    Rounding,
+    all_lanes,
+    blocks,
+    load,
+    span_of,
+    store,
+    within,
+)
 from qcompile.backends.tvm.schedules.x86_linear import Scaling
 
 #: Columns whose sums are held at once.
@@ -34,6 +46,8 @@ class Windows:
         Whether codes go through a table at the end; of depthwise convolutions.
     saturates : bool
         See `Processor.saturates`; of depthwise convolutions.
+    shared : str
+        The loop that threads share: `vectors.ROWS`, `vectors.OUTPUTS`, or none.
     """
 
     rows: int
@@ -47,6 +61,7 @@ class Windows:
     rounding: Rounding
     looked_up: bool = False
     saturates: bool = False
+    shared: str = ""
 
     @property
     def offsets(self) -> list[int]:
@@ -59,19 +74,21 @@ def _kernel(name: str, shape: Windows, lanes: int, arguments: dict[str, str], pi
     """Return a function that goes over vectors of channels, rows and blocks of columns."""
 
     def body(buffers: Any) -> None:
+        rows, outputs = (span_of(buffers, shape.shared == loop) for loop in (ROWS, OUTPUTS))
+
         def vector(v: Any, left: int) -> None:
             def row(y: Any, rows: int) -> None:
                 del rows
                 blocks(shape.columns, COLUMNS, lambda x, columns: pixels(buffers, v, y, x, columns, left))
 
-            blocks(shape.rows, 1, row)
+            blocks(shape.rows, 1, row, rows)
 
         full, left = divmod(shape.channels, lanes)
-        blocks(full, 1, lambda v, _: vector(v, lanes))
+        blocks(full, 1, lambda v, _: vector(v, lanes), outputs)
         if left:
-            vector(full, left)
+            within(outputs, full, lambda: vector(full, left))
 
-    return function(name, arguments, body)
+    return function(name, arguments, body, SPAN if shape.shared else ())
 
 
 def average_kernel(name: str, shape: Windows, processor: Processor) -> Function:

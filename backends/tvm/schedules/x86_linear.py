@@ -7,6 +7,7 @@ sums over 3·C neighbours. Padding is in the map, as it is stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,23 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, Rounding, blocks, fetch, load, nested, store
+from qcompile.backends.tvm.schedules.vectors import (
+    COLUMNS,
+    FOUR,
+    OUTPUTS,
+    ROWS,
+    SPAN,
+    Processor,
+    Rounding,
+    Span,
+    blocks,
+    fetch,
+    load,
+    nested,
+    span_of,
+    store,
+    within,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class Linear:
         Whether codes go through a table at the end.
     saturates : bool
         See `Processor.saturates`.
+    shared : str
+        The loop that threads share: `vectors.ROWS`, `vectors.COLUMNS`, `vectors.OUTPUTS`, or none.
     """
 
     rows: int
@@ -52,6 +71,7 @@ class Linear:
     rounding: Rounding
     looked_up: bool = False
     saturates: bool = False
+    shared: str = ""
 
     @property
     def quads(self) -> int:
@@ -96,7 +116,7 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
         for rows in range(1, min(shape.rows, room) + 1)
         if (rows == 1 or columns == shape.columns) and rows * columns * count + count * each + 1 <= room
     ]
-    return min(tiles, key=lambda tile: (_cycles(shape, tile, vectors), tile.vectors, tile.columns))
+    return min(tiles, key=lambda tile: (cycles(shape, tile, vectors), tile.vectors, tile.columns))
 
 
 #: Outputs of a channel, and bytes of a block's weights, at which the next block's are fetched ahead.
@@ -107,7 +127,9 @@ SHORT, SPARED = 8, 8
 LATENCY, EPILOGUE = 5, 8
 
 
-def _cycles(shape: Linear, tile: Tile, vectors: int) -> float:
+def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
+    """Return what so many vectors of channels are expected to take."""
+
     def parts(count: int, step: int) -> list[tuple[int, int]]:
         whole, rest = divmod(count, step)
         return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
@@ -228,13 +250,14 @@ def linear_kernel(
         counts = widths(-(-shape.outputs // lanes), tile.vectors)
         # A block with lanes that no channel has stands for itself: what it stores is less.
         alike = counts.count(tile.vectors) - (len(set(counts)) == 1 and shape.outputs % lanes > 0)
-        blocks(alike * tile.vectors, tile.vectors, lambda first, count: emitter.block(first, count, count * lanes))
-        first = alike * tile.vectors
-        for count in counts[alike:]:
-            emitter.block(first, count, min(shape.outputs - first * lanes, count * lanes))
-            first += count
+        whole, span = alike * tile.vectors, emitter.span(OUTPUTS)
+        blocks(whole, tile.vectors, lambda first, count: emitter.block(first, count, count * lanes), span)
+        for index, count in list(enumerate(counts))[alike:]:
+            first = sum(counts[:index])
+            left = min(shape.outputs - first * lanes, count * lanes)
+            within(span, index, partial(emitter.block, first, count, left))
 
-    return function(name, arguments(shape.looked_up, processor), body)
+    return function(name, arguments(shape.looked_up, processor), body, SPAN if shape.shared else ())
 
 
 def arguments(looked_up: bool, processor: Processor) -> dict[str, str]:
@@ -260,9 +283,13 @@ class Emitter:
                 sums = self.accumulate(first, count, (y, x), pixels)
                 self.finish(sums, (first, count, left), (y, x), pixels)
 
-            blocks(self.shape.columns, self.tile.columns, column)
+            blocks(self.shape.columns, self.tile.columns, column, self.span(COLUMNS))
 
-        blocks(self.shape.rows, self.tile.rows, row)
+        blocks(self.shape.rows, self.tile.rows, row, self.span(ROWS))
+
+    def span(self, loop: str) -> Span | None:
+        """Return the iterations of a loop that are to be done, if threads share it."""
+        return span_of(self.buffers, self.shape.shared == loop)
 
     def started(self, first: Any, count: int, pixels: list[tuple[int, int]]) -> Any:
         """Return where the sums of one tile are, which begin as biases."""
