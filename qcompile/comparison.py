@@ -16,12 +16,13 @@ import numpy as np
 from qcompile import runner
 from qcompile.backends.base import find_target
 from qcompile.backends.cpu.emulate import instructions
+from qcompile.backends.cpu.session import is_here
 from qcompile.backends.mcu.emulate import MACHINES
 from qcompile.backends.mcu.emulated_run import run_package
 from qcompile.bundle import Failed
 from qcompile.core import numerics
 from qcompile.core.errors import QcompileError, TargetError, UsageError
-from qcompile.devices import Device, DeviceError
+from qcompile.devices import EMULATORS, Device, DeviceError, Local
 from qcompile.timing import processor
 
 
@@ -150,7 +151,8 @@ def compare(
     """
     rows = [Row(one["name"], one["target"], one["bytes"]) for one in content["artifacts"]]
     here = [index for index, one in enumerate(content["artifacts"]) if _is_emulated(one, device)]
-    there = [index for index in range(len(rows)) if index not in here]
+    misplaced = {index: why for index, one in enumerate(content["artifacts"]) if (why := _misplaced(one, device))}
+    there = [index for index in range(len(rows)) if index not in here and index not in misplaced]
     told, lost = dict[int, dict[str, Any]](), ""
     words = ("--threads", str(threads), "--only", ",".join(map(str, there)))
     try:
@@ -160,6 +162,8 @@ def compare(
         lost = f"{device.name} was lost: {error}"
     for index in there:
         rows[index] = _seen(rows[index], told.get(index, {}), lost)
+    for index, why in misplaced.items():
+        rows[index] = replace(rows[index], failure=why, failed=True)
     for index in here:
         rows[index] = _emulated(rows[index], folder, content["artifacts"][index], content["labels"])
     rows += [Row(str(one.output), "", failure=one.reason, failed=True) for one in failed]
@@ -189,6 +193,15 @@ def _judged(row: Row, told: Mapping[str, Any]) -> Row:
 def _is_emulated(packed: Mapping[str, Any], device: Device) -> bool:
     """Tell whether an artifact runs under emulation on this side."""
     return packed["kind"] == "package" or (device.emulated != "" and packed.get("architecture") == device.emulated)
+
+
+def _misplaced(packed: Mapping[str, Any], device: Device) -> str:
+    """Return why an artifact cannot run on this machine, if it is for another; devices tell themselves."""
+    architecture = packed.get("architecture", "")
+    if not isinstance(device, Local) or _is_emulated(packed, device) or not architecture or is_here(architecture):
+        return ""
+    emulators = "".join(f"--on {name}, or " for name, each in EMULATORS.items() if each == architecture)
+    return f"is for {architecture}, and this machine is another; give {emulators}a device of that kind"
 
 
 def _emulated(row: Row, folder: Path, packed: Mapping[str, Any], labels: list[int | None]) -> Row:

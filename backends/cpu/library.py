@@ -165,7 +165,15 @@ def link(objects: Sequence[Object], name: str, library: Path, processor: Process
         visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in EXPORTS)}; local: *; }};\n")
         words = [f"--version-script={visible}", f"-soname={library.name}", *processor.linked]
         words = words if _is_plain(linker(processor.architecture)[0]) else [f"-Wl,{word}" for word in words]
+        words += [str(_stub(name, Path(folder), processor)) for name in processor.needs]
         linked(objects, library, processor, ["-shared", "-s", *words])
+
+
+def _stub(name: str, folder: Path, processor: Processor) -> Path:
+    """Return an empty library that has the name of one that a device has, for the linker to write down."""
+    empty = native.from_text(f'target triple = "{processor.machine.triple}"\n')
+    linked([empty], folder / name, processor, ["-shared", f"-soname={name}"])
+    return folder / name
 
 
 def linked(objects: Sequence[Object], file: Path, processor: Processor, words: Sequence[str]) -> None:

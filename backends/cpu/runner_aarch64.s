@@ -9,6 +9,7 @@
 .type clock, %function
 .type leave, %function
 .type memcpy, %function
+.type memmove, %function
 .type memset, %function
 _start:
 adrp x1, kind
@@ -99,6 +100,17 @@ strb w10, [x9], #1
 sub x2, x2, #1
 b 2b
 3: ret
+
+.globl memmove
+memmove:
+cmp x0, x1
+b.ls memcpy
+1: cbz x2, 2f
+sub x2, x2, #1
+ldrb w10, [x1, x2]
+strb w10, [x0, x2]
+b 1b
+2: ret
 
 .globl memset
 memset:

@@ -111,9 +111,18 @@ def _processor(name: str, features: Sequence[str], flags: Sequence[str], emulate
 
 
 def _on_android(processor: Aarch64) -> Aarch64:
-    """Return a processor as Android has it: a register is the system's, and pages may be of 16 KB."""
+    """Return a processor as Android has it: a register is the system's, and pages may be of 16 KB.
+
+    Its loader looks symbols up in what a library names, and not in what happens to be there.
+    """
     machine = replace(processor.machine, triple="aarch64-unknown-linux-android")
-    return replace(processor, name=f"{processor.name}-android", machine=machine, linked=("-z", "max-page-size=16384"))
+    return replace(
+        processor,
+        name=f"{processor.name}-android",
+        machine=machine,
+        needs=("libc.so",),
+        linked=("-z", "max-page-size=16384"),
+    )
 
 
 SDOT = _processor("sdot", ("+dotprod",), ("asimddp",), "cortex-a76", DOT)

@@ -59,6 +59,8 @@ class Processor(ABC):
         Whether a layer looks its codes up in a table before it stores them.
     linked : tuple of str
         What the linker is told beside what it always is.
+    needs : tuple of str
+        Libraries that the system's loader finds symbols in only where they are named.
     emulated : str
         QEMU's name of a processor that has these instructions and, where there is one, no more.
     """
@@ -71,6 +73,7 @@ class Processor(ABC):
     instruction: str
     permutes: bool = False
     linked: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     emulated: str = ""
 
     #: What the system calls the architecture, what stored codes are above the program's, and their type.

@@ -121,7 +121,9 @@ def test_a_library_needs_memcpy_and_memset_alone(tmp_path, processor):
     needed = {name.split("@")[0] for name, section in names.items() if section == "UND" and name not in weak}
     assert needed <= {"memcpy", "memset", "memmove"}
     dynamic = read(tmp_path / "libnet.so", "-d")
-    assert "NEEDED" not in dynamic and "Library soname: [libnet.so]" in dynamic and "TEXTREL" not in dynamic
+    assert re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic) == list(processor.needs)
+    assert (SDOT.needs, ANDROID.needs) == ((), ("libc.so",)), "whose loader looks nowhere else"
+    assert "Library soname: [libnet.so]" in dynamic and "TEXTREL" not in dynamic
     assert "AArch64" in read(tmp_path / "libnet.so", "-h")
 
 
