@@ -30,7 +30,7 @@ LINKERS = ("ld", "ld.lld", "cc", "gcc", "clang")
 #: What links for another one, and what brings it.
 CROSS_LINKERS, CROSS_PACKAGE = {"aarch64": ("ld.lld", "aarch64-linux-gnu-ld")}, {"aarch64": "lld"}
 #: The same bytes whenever it is linked, and nothing visible but the functions of the header.
-FLAGS = ("--build-id=none", "--strip-all", "--gc-sections", "-z,noexecstack")
+FLAGS = ("--build-id=none", "--gc-sections", "-z,noexecstack")
 
 
 #: What runs a network, and whether its inputs and outputs are floats.
@@ -165,7 +165,7 @@ def link(objects: Sequence[Object], name: str, library: Path, processor: Process
         visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in EXPORTS)}; local: *; }};\n")
         words = [f"--version-script={visible}", f"-soname={library.name}", *processor.linked]
         words = words if _is_plain(linker(processor.architecture)[0]) else [f"-Wl,{word}" for word in words]
-        linked(objects, library, processor, ["-shared", *words])
+        linked(objects, library, processor, ["-shared", "-s", *words])
 
 
 def linked(objects: Sequence[Object], file: Path, processor: Processor, words: Sequence[str]) -> None:
