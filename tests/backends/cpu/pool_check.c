@@ -1,33 +1,39 @@
-/* The pool alone, for sanitizers: each thread reads what the others wrote in front of a wait, run after run. */
+/* The pool alone, for sanitizers: each share is done once, and sees what all of the step in front of its own wrote. */
 #include "pool.c"
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { ROUNDS = 4, RUNS = 60 };
 struct instance {
     struct pool pool;
-    int written[MOST][ROUNDS], run, wrong;
+    int written[MOST][ROUNDS], total[ROUNDS], run, wrong;
 };
 
-void qc_part(void *workspace, int32_t thread, int32_t threads)
+/* In turns: all write, all read, one writes. */
+const int32_t qc_steps = 3 * ROUNDS;
+const uint8_t qc_shared[] = {1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 0};
+
+void qc_step(void *workspace, int32_t step, int32_t share, int32_t shares)
 {
     struct instance *one = workspace;
-    qc_wait(&one->pool);
-    for (int round = 0; round < ROUNDS; round++) {
-        one->written[thread][round] = one->run * threads + round;
-        qc_wait(&one->pool);
-        for (int other = 0; other < threads; other++)
-            if (one->written[other][round] != one->run * threads + round)
+    int round = step / 3;
+    if (step % 3 == 0)
+        one->written[share][round]++;
+    else if (step % 3 == 1)
+        for (int other = 0; other < shares; other++) {
+            if (one->written[other][round] != one->run + 1 || one->total[round] != one->run)
                 __atomic_store_n(&one->wrong, 1, __ATOMIC_RELAXED);
-        qc_wait(&one->pool);
-    }
+        }
+    else if (shares == 1)
+        one->total[round]++;
 }
 
 static void *use(void *given)
 {
     int threads = *(int *)given;
     struct instance *one = aligned_alloc(LINE, sizeof *one + LINE - sizeof *one % LINE);
-    one->wrong = 0;
+    memset(one, 0, sizeof *one);
     if (qc_start(&one->pool, threads))
         exit(2);
     for (one->run = 0; one->run < RUNS; one->run++) {
