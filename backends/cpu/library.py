@@ -59,8 +59,10 @@ def compiled(network: Network, name: str) -> tuple[Object, ...]:
     machine = network.processor.machine
     # Their calls of the ports' kernels are kernels too, so they come first.
     runs = {f"{name}_{stem}": _run(network, name, stem) for stem in RUNS}
-    run = native.compile_object(runs | {f"{name}_part": _part(network, name)}, machine)
-    return native.compile_object(network.kernels, machine), run, pool.compiled(name, machine)
+    steps = phases(network.calls)
+    run = native.compile_object(runs | {f"{name}_step": _step(network, steps, name)}, machine)
+    shared = [step[-1].shared > 0 for step in steps]
+    return native.compile_object(network.kernels, machine), run, pool.compiled(name, shared, machine)
 
 
 def _run(network: Network, name: str, stem: str) -> Function:
@@ -74,8 +76,8 @@ def _run(network: Network, name: str, stem: str) -> Function:
     def body(buffers: Any) -> None:
         known = {port.name: buffers[argument] for port, argument in zip(ports, arguments, strict=True)}
         known["workspace"] = buffers["workspace"]
-        # Other threads wake up while inputs are taken in.
-        _of_pool(name, "wake", known)
+        if any(call.shared for call in network.calls):
+            _of_pool(name, "wake", known)  # while inputs are taken in
         _call_all(taken, known)
         _of_pool(name, "compute", known)
         _call_all(made, known)
@@ -84,8 +86,8 @@ def _run(network: Network, name: str, stem: str) -> Function:
     return native.function(f"{name}_{stem}", {"workspace": "uint8"} | dict.fromkeys(arguments, kind), body)
 
 
-def _part(network: Network, name: str) -> Function:
-    """Return what each thread does: the kernels, or its part of them. Arguments: the workspace, thread, threads."""
+def _step(network: Network, steps: Sequence[Sequence[Call]], name: str) -> Function:
+    """Return one share of one step. Arguments: the workspace, which step, which share, and of how many."""
     tvm = load_tvm()
     data = np.frombuffer(bytes(network.constants) or bytes(1), np.uint8)
 
@@ -96,25 +98,28 @@ def _part(network: Network, name: str) -> Function:
             pointer = tvm.ir.PointerType(tvm.ir.PrimType("uint8"))
             start = ir.bind(ir.call_extern(pointer, native.CONSTANTS))
             known = {"constants": ir.decl_buffer((native.EXTENT,), "uint8", data=start), **buffers}
-            _call_phases(phases(network.calls), known, name)
+            _one_of(steps, known)
 
-    return native.function(f"{name}_part", {"workspace": "uint8"}, body, ("thread", "threads"))
+    return native.function(f"{name}_step", {"workspace": "uint8"}, body, ("step", "share", "shares"))
 
 
-def _call_phases(groups: Sequence[Sequence[Call]], buffers: Mapping[str, Any], name: str) -> None:
-    """Emit the calls of all groups, for the thread that is asked for; what a thread does first for itself goes here."""
+def _one_of(steps: Sequence[Sequence[Call]], buffers: Mapping[str, Any], first: int = 0) -> None:
+    """Emit the step that is asked for, found by halves."""
     ir = native.builder()
-    threaded = any(group[-1].shared for group in groups)
-    for group in groups:
-        if threaded:
-            _of_pool(name, "wait", buffers)
-        alone, shared = ([call for call in group if bool(call.shared) == kind] for kind in (False, True))
+    if len(steps) > 1:
+        half = len(steps) // 2
+        with ir.If(buffers["step"] < first + half):
+            with ir.Then():
+                _one_of(steps[:half], buffers, first)
+            with ir.Else():
+                _one_of(steps[half:], buffers, first + half)
+        return
+    for step in steps:
+        alone, shared = ([call for call in step if bool(call.shared) == kind] for kind in (False, True))
         if alone:
-            with ir.If(buffers["thread"] == 0), ir.Then():
+            with ir.If(buffers["share"] == 0), ir.Then():
                 _call_all(alone, buffers)
         _call_all(shared, buffers)
-    if threaded:
-        _of_pool(name, "wait", buffers)
 
 
 def _of_pool(name: str, stem: str, buffers: Mapping[str, Any]) -> None:
@@ -128,8 +133,8 @@ def _call_all(calls: Sequence[Call], buffers: Mapping[str, Any]) -> None:
     for call in calls:
         given = [ir.address_of(buffers[kind][at]) for kind, at in call.arguments]
         if call.shared:
-            ends = (buffers["thread"], buffers["thread"] + 1)
-            given += [ir.truncdiv(call.shared * end, buffers["threads"]) for end in ends]
+            ends = (buffers["share"], buffers["share"] + 1)
+            given += [ir.truncdiv(call.shared * end, buffers["shares"]) for end in ends]
         ir.evaluate(ir.call_extern("void", call.kernel, *given))
 
 

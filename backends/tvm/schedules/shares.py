@@ -15,7 +15,7 @@ from qcompile.backends.tvm.schedules.windows import Windows
 from qcompile.backends.tvm.schedules.x86_linear import EPILOGUE, Linear, Tile, cycles, widths
 
 #: Cycles from which on a kernel is shared; docs/targets/cpu-tvm.md has why.
-WORTH = 6000
+WORTH = 4000
 #: Numbers of threads that parts should be even for.
 COMMON = (2, 4)
 #: Bytes in a cycle that come from where another processor had them.
