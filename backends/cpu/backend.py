@@ -134,7 +134,8 @@ def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     """
     program, shared = network.layout.program, f"lib{name}.so"
     library.link(library.compiled(network, name), name, folder / shared)
-    (folder / f"{name}.h").write_text(library.header(program, name, network.layout.workspace), encoding="utf-8")
+    text = library.header(program, name, network.layout.workspace, network.processor.tiles)
+    (folder / f"{name}.h").write_text(text, encoding="utf-8")
     (folder / DESCRIPTION).write_text(json.dumps(describe(network, name), indent=1) + "\n", encoding="utf-8")
     session = files("qcompile.backends.cpu") / SESSION
     (folder / SESSION).write_text(session.read_text(encoding="utf-8"), encoding="utf-8")

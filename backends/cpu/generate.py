@@ -13,6 +13,7 @@ from qcompile.backends.cpu.layout import Layout, extents, strides
 from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation
+from qcompile.backends.tvm.schedules import x86_amx as amx
 from qcompile.backends.tvm.schedules import x86_codes as codes
 from qcompile.backends.tvm.schedules import x86_depthwise as depthwise
 from qcompile.backends.tvm.schedules import x86_linear as linear
@@ -130,18 +131,21 @@ def _linear(
         shape, looked_up=operation.output in network.layout.tables,
         saturates=not network.processor.instruction and saturates(even),
     )  # fmt: skip
-    processor, tile = network.processor, linear.choose_tile(shape, network.processor)
+    processor = network.processor
+    block = amx.choose_block(shape, processor) if processor.tiles else None
     requantize = operation.requantize
     multiplier, shift = (
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
     )
     numbers = (_stored_bias(operation.bias[channels], weights), multiplier, shift)
-    packed, table = linear.pack(shape, tile, processor, weights, numbers)
+    tile: linear.Tile = block or linear.choose_tile(shape, processor)
+    packed, table = linear.pack(amx.whole(shape, block) if block else shape, tile, processor, weights, numbers)
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, places[1]),
     ]  # fmt: skip
-    name = network.add(linear.linear_kernel, (shape, tile, processor), given, operation.name)
+    kernel = amx.tiles_kernel if block else linear.linear_kernel
+    name = network.add(kernel, (shape, tile, processor), given, operation.name)
     network.tiles[name] = tile
 
 

@@ -23,10 +23,10 @@ void ${name}_run_floats(void *workspace, $floats);
 
 typedef struct ${name} ${name};
 
-/* Return an instance, or NULL where there is no memory. */
+${allow}/* Return an instance, or NULL where there is no memory$refused. */
 static inline ${name} *${name}_create(void)
 {
-    size_t bytes = (${macro}_WORKSPACE_BYTES + ${macro}_ALIGNMENT - 1) / ${macro}_ALIGNMENT * ${macro}_ALIGNMENT;
+${ask}    size_t bytes = (${macro}_WORKSPACE_BYTES + ${macro}_ALIGNMENT - 1) / ${macro}_ALIGNMENT * ${macro}_ALIGNMENT;
     return (${name} *)aligned_alloc(${macro}_ALIGNMENT, bytes);
 }
 

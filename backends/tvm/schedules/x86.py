@@ -41,6 +41,8 @@ class Processor:
         LLVM's name of the dot product, but for the bits; empty where there is none.
     permutes : bool
         Whether it picks bytes from two registers by another one's (VBMI): a table of 256 codes is four registers.
+    tiles : bool
+        Whether it multiplies whole tiles (AMX); see `x86_amx.py`.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Processor:
     registers: int
     instruction: str
     permutes: bool = False
+    tiles: bool = False
 
     def dot(self, sums: Any, codes: Any, weights: Any, saturates: bool) -> Any:
         """Return `sums` and in each lane four products of codes and weights.
@@ -87,9 +90,13 @@ AVX512_VNNI = Processor(
     ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"), 16, 32,
     "llvm.x86.avx512.vpdpbusd", permutes=True,
 )  # fmt: skip
+AMX = replace(
+    AVX512_VNNI, name="amx", machine=Machine("icelake-server", ("-prefer-256-bit", "+amx-tile", "+amx-int8")),
+    flags=(*AVX512_VNNI.flags, "amx_tile", "amx_int8"), tiles=True,
+)  # fmt: skip
 AVX_VNNI = Processor("avx-vnni", Machine("alderlake"), ("avx2", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
 AVX2 = Processor("avx2", Machine("haswell"), ("avx2",), 8, 16, "")
-PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI, AVX_VNNI, AVX2)}
+PROCESSORS = {processor.name: processor for processor in (AMX, AVX512_VNNI, AVX_VNNI, AVX2)}
 
 #: By lanes, what adds products of codes and weights in pairs to 16 bits, and pairs of 16 bits to 32.
 PAIRS = {
@@ -261,6 +268,9 @@ def joined(processor: Processor, four: Sequence[Any], low: int, high: int) -> An
     ir, lanes = builder(), processor.lanes
     words, codes = PACKS[lanes]
     halves = [ir.call_llvm_pure_intrin(f"int16x{2 * lanes}", words, *four[at : at + 2]) for at in (0, 2)]
+    if low > 0 and high < (1 << 8) - 1:  # as codes of 8 bits, both bounds are a pattern that LLVM 22 never ends on
+        bounds = [all_lanes(bound, "int16", 2 * lanes) for bound in (low, high)]
+        halves, low, high = [ir.max(ir.min(half, bounds[1]), bounds[0]) for half in halves], 0, (1 << 8) - 1
     whole = ir.call_llvm_pure_intrin(f"uint8x{4 * lanes}", codes, *halves)
     if high < (1 << 8) - 1:
         whole = ir.min(whole, all_lanes(high, "uint8", 4 * lanes))

@@ -108,7 +108,7 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
         for rows in range(1, min(shape.rows, room) + 1)
         if (rows == 1 or columns == shape.columns) and rows * columns * count + count * each + 1 <= room
     ]
-    return min(tiles, key=lambda tile: (_cycles(shape, tile, vectors), tile.vectors, tile.columns))
+    return min(tiles, key=lambda tile: (cycles(shape, tile, vectors), tile.vectors, tile.columns))
 
 
 #: Outputs of a channel, and bytes of a block's weights, at which the next block's are fetched ahead.
@@ -119,7 +119,9 @@ SHORT, SPARED = 8, 8
 LATENCY, EPILOGUE = 5, 8
 
 
-def _cycles(shape: Linear, tile: Tile, vectors: int) -> float:
+def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
+    """Return the cycles that a kernel is expected to take."""
+
     def parts(count: int, step: int) -> list[tuple[int, int]]:
         whole, rest = divmod(count, step)
         return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
@@ -167,7 +169,8 @@ def pack(
 
     Parameters
     ----------
-    weights : ndarray of int8, shape (outputs, taps, length)
+    weights : ndarray of int8, shape (outputs, taps, length or less)
+        What is not there is zero.
     numbers : tuple of ndarray, shape (outputs,)
         Biases, multipliers and shifts.
 
@@ -178,7 +181,7 @@ def pack(
     ndarray of int32
     """
     lanes, places = processor.lanes, order(shape, tile, processor)
-    room = [(0, places.size - shape.outputs), (0, 0), (0, shape.quads * FOUR - shape.length)]
+    room = [(0, places.size - shape.outputs), (0, 0), (0, shape.quads * FOUR - weights.shape[2])]
     wide = np.pad(weights, room)[places].reshape(-1, lanes, weights.shape[1], shape.quads, FOUR)
     parts, first = [], 0
     for count in widths(len(wide), tile.vectors):
@@ -239,7 +242,7 @@ def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) ->
     """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
 
     def body(buffers: Any) -> None:
-        emitter, lanes = _Emitter(shape, tile, processor, buffers), processor.lanes
+        emitter, lanes = Emitter(shape, tile, processor, buffers), processor.lanes
         counts = widths(-(-shape.outputs // lanes), tile.vectors)
         # A block with lanes that no channel has stands for itself: what it stores is less.
         alike = counts.count(tile.vectors) - (len(set(counts)) == 1 and shape.outputs % lanes > 0)
@@ -258,7 +261,7 @@ def arguments(looked_up: bool) -> dict[str, str]:
     return {"input": "uint8", "weights": "int8", "channels": "int32", **table, "output": "uint8"}
 
 
-class _Emitter:
+class Emitter:
     """Builds the loops of one kernel."""
 
     def __init__(self, shape: Linear, tile: Tile, processor: Processor, buffers: Any) -> None:
@@ -315,9 +318,14 @@ class _Emitter:
         return 1 < shape.rows * shape.columns <= FEW and shape.depth * count * self.processor.lanes * FOUR >= MANY
 
     def finish(
-        self, sums: Any, block: tuple[Any, int, int], origin: tuple[Any, Any], pixels: list[tuple[int, int]]
+        self,
+        sums: Any,
+        block: tuple[Any, int, int],
+        origin: tuple[Any, Any],
+        pixels: list[tuple[int, int]],
+        begin: Any = 0,
     ) -> None:
-        """Emit what is behind the sums: as many pixels at once as make four vectors."""
+        """Emit what is behind the sums, which `begin` in their buffer: as many pixels at once as make four vectors."""
         shape, lanes = self.shape, self.processor.lanes
         first, count, left = block
         together = FOUR // count
@@ -326,7 +334,7 @@ class _Emitter:
             four = [
                 scaled(
                     self.processor,
-                    load(sums, (p * count + v) * lanes, lanes),
+                    load(sums, begin + (p * count + v) * lanes, lanes),
                     self.scaling.of(first + v),
                     shape.rounding,
                 )
