@@ -16,7 +16,7 @@ import numpy as np
 from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.native import builder, function
 from qcompile.backends.tvm.schedules import x86_linear as linear
-from qcompile.backends.tvm.schedules.x86 import FOUR, LINE, Processor, blocks, nested
+from qcompile.backends.tvm.schedules.x86 import FOUR, LINE, Processor, blocks, fetch, nested
 
 #: Tiles that there are, rows of each (a row of codes has as many fours), and vectors that are made codes at once.
 TILES, ROWS, AT_ONCE = 8, 16, 8
@@ -60,8 +60,8 @@ def choose_block(shape: linear.Linear, processor: Processor) -> Block | None:
         if _fits(rows * -(-columns // ROWS), count)
     ]
     best = min(found, key=lambda block: (_cycles(shape, block, vectors), block.vectors, block.columns))
-    tile = linear.choose_tile(shape, processor)
-    return best if _cycles(shape, best, vectors) < linear.cycles(shape, tile, vectors) else None
+    registers = linear.choose_tile(shape, processor)
+    return best if _cycles(shape, best, vectors) < linear.cycles(shape, registers, vectors) else None
 
 
 def _even(count: int, most: int) -> int:
@@ -142,7 +142,7 @@ class _Emitter(linear.Emitter):
                 for x, columns, across in _spans(shape.columns, self.tiles.columns):
                     self.configure(count, self.tiles.heights(columns) * rows)
                     self.region((first, count, number), (y, rows, down), (x, columns, across))
-        _tile("tilerelease")
+        tile("tilerelease")
 
     def region(self, channels: tuple[int, int, int], rows: tuple[int, int, int], columns: tuple[int, int, int]) -> None:
         """Emit blocks of one size: where each span starts, its step, and how many steps it has."""
@@ -151,8 +151,12 @@ class _Emitter(linear.Emitter):
 
         def channel(v: Any, full: bool) -> None:
             left = count * lanes if full else self.shape.outputs - v * lanes
-            _steps(y, down, vertical, lambda i: _steps(x, across, horizontal, lambda j: self.outputs(
-                (v, count, left), (i, j), (down, across))))  # fmt: skip
+
+            def outputs(i: Any, j: Any) -> None:
+                turn = (i - y) // down * horizontal + (j - x) // across
+                self.outputs((v, count, left), (i, j), (down, across), (turn, vertical * horizontal))
+
+            _steps(y, down, vertical, lambda i: _steps(x, across, horizontal, lambda j: outputs(i, j)))
 
         # Channels that end within a vector stand for themselves: what is stored of them is less.
         full = number - (first + count * number == -(-self.shape.outputs // lanes) and self.shape.outputs % lanes > 0)
@@ -172,19 +176,21 @@ class _Emitter(linear.Emitter):
         wanted[48 : 48 + TILES] = [height for height, _ in shapes]
         for index, number in enumerate(wanted.view("<u8")):
             ir.buffer_store(self.sizes, load_tvm().tirx.const(int(number), "uint64"), [index])
-        _tile("ldtilecfg", ir.address_of(self.sizes[0]))
+        tile("ldtilecfg", ir.address_of(self.sizes[0]))
 
-    def outputs(self, channels: tuple[Any, int, int], origin: tuple[Any, Any], extent: tuple[int, int]) -> None:
-        """Emit one block."""
+    def outputs(
+        self, channels: tuple[Any, int, int], origin: tuple[Any, Any], extent: tuple[int, int], turn: tuple[Any, int]
+    ) -> None:
+        """Emit one block: its first channel, where it starts, what it has, and which it is of those with its channels."""
         ir, lanes = builder(), self.processor.lanes
         first, count, _ = channels
         heights = self.tiles.heights(extent[1])
         places = [(i, sum(heights[:at]), height) for i in range(extent[0]) for at, height in enumerate(heights)]
-        self.multiply(first, count, origin, places)
+        self.multiply(first, count, origin, places, turn)
         for number, (i, start, _) in enumerate(places):
             for v in range(count):
                 target = ir.address_of(self.sums[((i * extent[1] + start) * count + v) * lanes])
-                _tile("tilestored64", number * count + v, target, ir.int64(count * lanes * FOUR))
+                tile("tilestored64", number * count + v, target, ir.int64(count * lanes * FOUR))
 
         def pixels(i: Any, j: Any, many: int) -> None:
             where, begin = (origin[0] + i, origin[1] + j), (i * extent[1] + j) * count * lanes
@@ -192,33 +198,41 @@ class _Emitter(linear.Emitter):
 
         blocks(extent[0], 1, lambda i, _: blocks(extent[1], AT_ONCE // count, lambda j, many: pixels(i, j, many)))
 
-    def multiply(self, first: Any, count: int, origin: tuple[Any, Any], places: list[tuple[int, int, int]]) -> None:
-        """Emit the sums of one block, from biases on."""
+    def multiply(
+        self, first: Any, count: int, origin: tuple[Any, Any], places: list[tuple[int, int, int]], turn: tuple[Any, int]
+    ) -> None:
+        """Emit the sums of one block, from biases on; each fetches its share of the next channels' weights."""
         ir, shape, lanes = builder(), self.shape, self.processor.lanes
         tiles, quads = len(places), self.tiles.quads
         codes, weights = tiles * count, tiles * count + tiles
         for number in range(tiles):
             for v in range(count):
                 bias = ir.address_of(self.buffers["channels"][(first + v) * lanes])
-                _tile("tileloadd64", number * count + v, bias, ir.int64(0))
+                tile("tileloadd64", number * count + v, bias, ir.int64(0))
         start = first * (shape.depth * LINE)
 
+        lines = quads * count
+        share = -(-lines // turn[1]) if self.fetches(count) else 0
+        ahead = start + (shape.depth * count + turn[0] * share) * LINE
+
         def products(offset: Any, index: Any) -> None:
+            for line in range(share):
+                fetch(self.buffers["weights"], ahead + (index * lines + line) * LINE)
             for number, (i, column, _) in enumerate(places):
                 seen = self.buffers["input"][offset + i * shape.row_step + column * shape.column_step]
-                _tile("tileloadd64", codes + number, ir.address_of(seen), ir.int64(shape.column_step))
+                tile("tileloadd64", codes + number, ir.address_of(seen), ir.int64(shape.column_step))
             for v in range(count):
                 number = weights + v % (TILES - weights)
-                read = self.buffers["weights"][start + (index * quads * count + v) * LINE]
-                _tile("tileloadd64", number, ir.address_of(read), ir.int64(count * LINE))
-                for tile in range(tiles):
-                    _tile("tdpbusd", tile * count + v, codes + tile, number)
+                read = self.buffers["weights"][start + (index * lines + v) * LINE]
+                tile("tileloadd64", number, ir.address_of(read), ir.int64(count * LINE))
+                for at in range(tiles):
+                    tile("tdpbusd", at * count + v, codes + at, number)
 
         source = origin[0] * shape.row_step + origin[1] * shape.column_step
         nested([*shape.taps, (shape.quads // quads, quads * FOUR)], source, products)
 
 
-def _tile(instruction: str, *arguments: Any) -> None:
+def tile(instruction: str, *arguments: Any) -> None:
     """Emit an instruction on tiles, which are named by their numbers."""
     ir, tirx = builder(), load_tvm().tirx
     given = [tirx.const(each, "int8") if isinstance(each, int) else each for each in arguments]
