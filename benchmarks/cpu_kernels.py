@@ -109,21 +109,29 @@ def measure(shape: Shape, processor: str, seconds: float) -> Row:
     return Row(shape, taken[0], best, form)
 
 
+def node() -> float:
+    """Return the microseconds that the runtime takes for a node of one product."""
+    tiny = Shape("", 1, 1, 1)
+    (build,) = rivals(tiny).values()
+    return each(*in_turns([build(1), build(COPIES)], 1.0))[0]
+
+
 HEAD = """# Kernels beside ONNX Runtime's
 
-Written by `python benchmarks/cpu_kernels.py`; do not edit. [targets/cpu-tvm.md](targets/cpu-tvm.md) has what the kernels
-are, [cpu-libraries.md](cpu-libraries.md) whole networks.
+Written by `python benchmarks/cpu_kernels.py`; do not edit. [targets/cpu-tvm.md](targets/cpu-tvm.md) has what the
+kernels are, [cpu-libraries.md](cpu-libraries.md) whole networks.
 
 One operation with its bias and requantization, from codes to codes, batch 1, one thread: an integer program of it,
-compiled as any network is (`{processor}`), beside {runtime}'s `QLinearMatMul`, `QLinearConv` or `MatMulNBits` (accuracy
-level 4, blocks of 32, floats in and out) of the same. `QLinearConv` has the faster of two layouts: NCHW, and
-`com.microsoft`'s with channels last; `QLinearMatMul` has no bias. Microseconds are what {copies} operations with weights
-of their own take, less what one takes, over {fewer}: calls, inputs and outputs fall out on both sides, and what is left
-of the runtime is its kernel and what it does for each node. Margins of padding are filled each time. Both run in turns;
-medians, and the least of all runs behind them, of the thread's own time. Outputs of the runtime are bound beforehand.
+compiled as any network is (`{processor}`), beside {runtime}'s `QLinearMatMul`, `QLinearConv` or `MatMulNBits`
+(accuracy level 4, blocks of 32, floats in and out) of the same. `QLinearConv` has the faster of two layouts: NCHW, and
+`com.microsoft`'s with channels last; `QLinearMatMul` has no bias. Microseconds are what {copies} operations with
+weights of their own take, less what one takes, over {fewer}: calls, inputs and outputs fall out on both sides, and what
+is left of the runtime is its kernel and what it does for each node, {node:.2f} us for one that does nothing else.
+Margins of padding are filled each time. Both run in turns; medians, and the least of all runs behind them, of the
+thread's own time. Outputs of the runtime are bound beforehand.
 
-{machine} Its measured peak is {peaks}: independent sums in registers, in a loop of nothing else. A share is of the peak of
-the instruction that the kernel has.
+{machine} Its measured peak is {peaks}: independent sums in registers, in a loop of nothing else. A share is of the peak
+of the instruction that the kernel has.
 
 Geometric mean of the ratios (the runtime's time over ours): **{mean:.2f}x**; the worst: {worst:.2f}x ({where}).
 
@@ -140,7 +148,7 @@ def page(rows: Sequence[Row], processor: str, kernels: Sequence[str]) -> str:
     names = {"vnni": "`vpdpbusd`", "amx": "`tdpbusd`"}
     text = HEAD.format(
         processor=processor, runtime=name(), copies=COPIES, fewer=COPIES - 1, mean=mean, worst=worst.ratio,
-        machine=f"Measured on: {timing.processor()}, {timing.instructions()}.", where=worst.shape.label,
+        machine=f"Measured on: {timing.processor()}, {timing.instructions()}.", where=worst.shape.label, node=node(),
         peaks=" and ".join(f"{gops:.0f} GOPS by {names[key]}" for key, gops in peaks.items()),
     )  # fmt: skip
     lines = []

@@ -17,6 +17,7 @@ from qcompile.backends.tvm.schedules import x86_amx as amx
 from qcompile.backends.tvm.schedules import x86_codes as codes
 from qcompile.backends.tvm.schedules import x86_depthwise as depthwise
 from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules import x86_windows as windows
 from qcompile.backends.tvm.schedules.x86 import FOLDED, OFFSET, Processor, Rounding, high_word, saturates
 from qcompile.core.errors import TargetError
@@ -131,22 +132,31 @@ def _linear(
         shape, looked_up=operation.output in network.layout.tables,
         saturates=not network.processor.instruction and saturates(even),
     )  # fmt: skip
-    processor = network.processor
-    block = amx.choose_block(shape, processor) if processor.tiles else None
-    requantize = operation.requantize
+    processor, requantize = network.processor, operation.requantize
+    shape = replace(shape, nibbles=operation.bits == nibbles.BITS)
+    form, kernel, tile = _form(shape, processor)
     multiplier, shift = (
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
     )
     numbers = (_stored_bias(operation.bias[channels], weights), multiplier, shift)
-    tile: linear.Tile = block or linear.choose_tile(shape, processor)
-    packed, table = linear.pack(amx.whole(shape, block) if block else shape, tile, processor, weights, numbers)
+    packed, table = form(shape, tile, processor, weights, numbers)
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, places[1]),
     ]  # fmt: skip
-    kernel = amx.tiles_kernel if block else linear.linear_kernel
     name = network.add(kernel, (shape, tile, processor), given, operation.name)
     network.tiles[name] = tile
+
+
+def _form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.Tile]:
+    """Return what packs a layer's weights, what computes it, and its tile."""
+    block = amx.choose_block(shape, processor) if processor.tiles else None
+    if block:
+        return amx.pack, amx.tiles_kernel, block
+    tile = linear.choose_tile(shape, processor)
+    if shape.nibbles:
+        return nibbles.pack, nibbles.nibbles_kernel, tile
+    return linear.pack, linear.linear_kernel, tile
 
 
 def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Windows:

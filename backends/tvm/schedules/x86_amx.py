@@ -12,17 +12,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.native import builder, function
 from qcompile.backends.tvm.schedules import x86_linear as linear
-from qcompile.backends.tvm.schedules.x86 import FOUR, LINE, Processor, blocks, fetch, nested
+from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
+from qcompile.backends.tvm.schedules.x86 import FOUR, LINE, Processor, blocks, fetch, load, nested, places
 
 #: Tiles that there are, rows of each (a row of codes has as many fours), and vectors that are made codes at once.
 TILES, ROWS, AT_ONCE = 8, 16, 8
 #: A product of tiles takes a cycle for each row, and no less than these. Cycles that reading a row of a tile takes, and
 #: one that is in two lines of the cache, that storing one takes, and giving tiles another size.
 FEWEST, READ, READ_SPLIT, STORED, CONFIGURED = 8, 0.55, 1.4, 1.0, 170
+#: Outputs of a channel from which on tiles may pay, and bytes on the stack for weights that were of four bits.
+FEW, ROOM = 5, 1 << 16
 #: Cycles that one vector of codes takes behind its sum, and those of a block beside it.
 EPILOGUE, AROUND = 7, 30
 
@@ -50,6 +54,8 @@ def choose_block(shape: linear.Linear, processor: Processor) -> Block | None:
     vectors = -(-shape.outputs // processor.lanes)
     pieces = -(-shape.quads // ROWS)
     quads = -(-shape.quads // pieces) if pieces <= ROWS else ROWS
+    quads += quads % 2 * shape.nibbles  # two lines of weights are one of nibbles
+    depth = shape.depth // shape.quads * -(-shape.quads // quads) * quads
     found = [
         Block(rows, columns, count, quads)
         for count in (1, 2, 4)
@@ -57,8 +63,10 @@ def choose_block(shape: linear.Linear, processor: Processor) -> Block | None:
         for across in (1, 2, 3)
         for columns in sorted({min(across * ROWS, shape.columns), _even(shape.columns, across * ROWS)})
         for rows in range(1, min(shape.rows, 3) + 1)
-        if _fits(rows * -(-columns // ROWS), count)
+        if _fits(rows * -(-columns // ROWS), count) and (not shape.nibbles or depth * count * LINE <= ROOM)
     ]
+    if not found or shape.rows * shape.columns < FEW:
+        return None
     best = min(found, key=lambda block: (_cycles(shape, block, vectors), block.vectors, block.columns))
     registers = linear.choose_tile(shape, processor)
     return best if _cycles(shape, best, vectors) < linear.cycles(shape, registers, vectors) else None
@@ -103,6 +111,20 @@ def _parts(count: int, step: int) -> list[tuple[int, int]]:
     return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
 
 
+def pack(
+    shape: linear.Linear,
+    block: Block,
+    processor: Processor,
+    weights: npt.NDArray[np.int8],
+    numbers: tuple[npt.NDArray[Any], ...],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
+    """Return weights and the table of `x86_linear.pack`, for pieces of whole tiles; of two lines of nibbles one."""
+    packed, table = linear.pack(whole(shape, block), block, processor, weights, numbers)
+    if shape.nibbles:
+        packed = nibbles.halves(packed.reshape(-1, 2, LINE)).reshape(-1)
+    return packed, table
+
+
 def whole(shape: linear.Linear, block: Block) -> linear.Linear:
     """Return a shape with pieces of whole tiles: what is read beyond a piece is multiplied by zero."""
     return replace(shape, length=-(-shape.quads // block.quads) * block.quads * FOUR)
@@ -129,6 +151,10 @@ class _Emitter(linear.Emitter):
         lines = ir.alloc_buffer((FOUR * ROWS,), f"int32x{processor.lanes}", scope="local")
         self.sums = ir.decl_buffer((FOUR * ROWS * processor.lanes,), "int32", data=lines.data, scope="local")
         self.sizes = ir.alloc_buffer((LINE // 8,), "uint64", scope="local")
+        self.room: Any = None
+        if shape.nibbles:
+            lines = ir.alloc_buffer((shape.depth * block.vectors,), f"int8x{LINE}", scope="local")
+            self.room = ir.decl_buffer((shape.depth * block.vectors * LINE,), "int8", data=lines.data, scope="local")
 
     def all(self) -> None:
         """Emit everything, blocks that are alike together: tiles have one size as long as possible."""
@@ -151,6 +177,8 @@ class _Emitter(linear.Emitter):
 
         def channel(v: Any, full: bool) -> None:
             left = count * lanes if full else self.shape.outputs - v * lanes
+            if self.shape.nibbles:
+                self.unpack(v, count)
 
             def outputs(i: Any, j: Any) -> None:
                 turn = (i - y) // down * horizontal + (j - x) // across
@@ -163,6 +191,14 @@ class _Emitter(linear.Emitter):
         _steps(first, count, full, lambda v: channel(v, True))
         if full < number:
             channel(first + full * count, False)
+
+    def unpack(self, first: Any, count: int) -> None:
+        """Emit what makes a block's weights of bytes of nibbles."""
+        ir = builder()
+        with ir.serial(0, self.shape.depth * count // 2) as line:
+            stored = load(self.buffers["weights"], first * (self.shape.depth * LINE // 2) + line * LINE, LINE)
+            for half, weights in enumerate(nibbles.unpacked(ir.bind(stored), LINE)):
+                ir.buffer_store(self.room, weights, [places((2 * line + half) * LINE, LINE)])
 
     def configure(self, count: int, heights: list[int]) -> None:
         """Emit what gives tiles their sizes: sums first, then codes, then weights."""
@@ -181,13 +217,13 @@ class _Emitter(linear.Emitter):
     def outputs(
         self, channels: tuple[Any, int, int], origin: tuple[Any, Any], extent: tuple[int, int], turn: tuple[Any, int]
     ) -> None:
-        """Emit one block: its first channel, where it starts, what it has, and which it is of those with its channels."""
+        """Emit one block: its channels, where it starts, what it has, and which it is of how many with these."""
         ir, lanes = builder(), self.processor.lanes
         first, count, _ = channels
         heights = self.tiles.heights(extent[1])
-        places = [(i, sum(heights[:at]), height) for i in range(extent[0]) for at, height in enumerate(heights)]
-        self.multiply(first, count, origin, places, turn)
-        for number, (i, start, _) in enumerate(places):
+        tiles = [(i, sum(heights[:at]), height) for i in range(extent[0]) for at, height in enumerate(heights)]
+        self.multiply(first, count, origin, tiles, turn)
+        for number, (i, start, _) in enumerate(tiles):
             for v in range(count):
                 target = ir.address_of(self.sums[((i * extent[1] + start) * count + v) * lanes])
                 tile("tilestored64", number * count + v, target, ir.int64(count * lanes * FOUR))
@@ -199,34 +235,34 @@ class _Emitter(linear.Emitter):
         blocks(extent[0], 1, lambda i, _: blocks(extent[1], AT_ONCE // count, lambda j, many: pixels(i, j, many)))
 
     def multiply(
-        self, first: Any, count: int, origin: tuple[Any, Any], places: list[tuple[int, int, int]], turn: tuple[Any, int]
+        self, first: Any, count: int, origin: tuple[Any, Any], seen: list[tuple[int, int, int]], turn: tuple[Any, int]
     ) -> None:
         """Emit the sums of one block, from biases on; each fetches its share of the next channels' weights."""
         ir, shape, lanes = builder(), self.shape, self.processor.lanes
-        tiles, quads = len(places), self.tiles.quads
+        tiles, quads = len(seen), self.tiles.quads
         codes, weights = tiles * count, tiles * count + tiles
         for number in range(tiles):
             for v in range(count):
                 bias = ir.address_of(self.buffers["channels"][(first + v) * lanes])
                 tile("tileloadd64", number * count + v, bias, ir.int64(0))
         start = first * (shape.depth * LINE)
-
+        matrix, begin = (self.room, 0) if shape.nibbles else (self.buffers["weights"], start)
         lines = quads * count
-        share = -(-lines // turn[1]) if self.fetches(count) else 0
+        share = -(-lines // turn[1]) if self.fetches(count) and not shape.nibbles else 0
         ahead = start + (shape.depth * count + turn[0] * share) * LINE
 
         def products(offset: Any, index: Any) -> None:
             for line in range(share):
                 fetch(self.buffers["weights"], ahead + (index * lines + line) * LINE)
-            for number, (i, column, _) in enumerate(places):
-                seen = self.buffers["input"][offset + i * shape.row_step + column * shape.column_step]
-                tile("tileloadd64", codes + number, ir.address_of(seen), ir.int64(shape.column_step))
+            for number, (i, column, _) in enumerate(seen):
+                at = self.buffers["input"][offset + i * shape.row_step + column * shape.column_step]
+                tile("tileloadd64", codes + number, ir.address_of(at), ir.int64(shape.column_step))
             for v in range(count):
                 number = weights + v % (TILES - weights)
-                read = self.buffers["weights"][start + (index * lines + v) * LINE]
+                read = matrix[begin + (index * lines + v) * LINE]
                 tile("tileloadd64", number, ir.address_of(read), ir.int64(count * LINE))
-                for at in range(tiles):
-                    tile("tdpbusd", at * count + v, codes + at, number)
+                for each in range(tiles):
+                    tile("tdpbusd", each * count + v, codes + each, number)
 
         source = origin[0] * shape.row_step + origin[1] * shape.column_step
         nested([*shape.taps, (shape.quads // quads, quads * FOUR)], source, products)

@@ -50,6 +50,8 @@ class Linear:
         Whether codes go through a table at the end.
     saturates : bool
         See `x86.saturates`.
+    nibbles : bool
+        Whether weights are stored in four bits; see `x86_nibbles.py`.
     """
 
     rows: int
@@ -64,6 +66,7 @@ class Linear:
     rounding: Rounding
     looked_up: bool = False
     saturates: bool = False
+    nibbles: bool = False
 
     @property
     def quads(self) -> int:
@@ -100,6 +103,7 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
     room = processor.registers - (SPARED if shape.depth < SHORT else 1)
     # Without the instruction, a product, sums of pairs and ones have registers; weights have two where they are split.
     room, each = (room, 1) if processor.instruction else (min(room, processor.registers - 3), 1 + shape.saturates)
+    each += shape.nibbles
     tiles = [
         Tile(rows, columns, count)
         for count in (1, 2, 4)
@@ -117,6 +121,8 @@ FEW, MANY = 256, 4096
 SHORT, SPARED = 8, 8
 #: Cycles until a sum can be added to again, and what one vector of codes takes behind its sum.
 LATENCY, EPILOGUE = 5, 8
+#: Instructions that a vector of weights takes to be of eight bits.
+UNPACKED = 2.5
 
 
 def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
@@ -134,7 +140,7 @@ def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
         for block in parts(vectors, tile.vectors)
     ):
         sums = rows * columns * count
-        each = max(sums / 2, (rows * columns + count) / 2, LATENCY)
+        each = max((sums + UNPACKED * count * shape.nibbles) / 2, (rows * columns + count) / 2, LATENCY)
         total += i * j * k * (shape.depth * each + EPILOGUE * sums + 10)
     return total
 
@@ -238,11 +244,11 @@ class Scaling:
         return read
 
 
-def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) -> Function:
+def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor, emitter_of: Any = None) -> Function:
     """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
 
     def body(buffers: Any) -> None:
-        emitter, lanes = Emitter(shape, tile, processor, buffers), processor.lanes
+        emitter, lanes = (emitter_of or Emitter)(shape, tile, processor, buffers), processor.lanes
         counts = widths(-(-shape.outputs // lanes), tile.vectors)
         # A block with lanes that no channel has stands for itself: what it stores is less.
         alike = counts.count(tile.vectors) - (len(set(counts)) == 1 and shape.outputs % lanes > 0)
