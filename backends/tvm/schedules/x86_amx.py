@@ -28,7 +28,7 @@ FEWEST, READ, READ_SPLIT, STORED, CONFIGURED = 8, 0.55, 1.4, 1.0, 170
 #: Outputs of a channel from which on tiles may pay, and bytes on the stack for weights that were of four bits.
 FEW, ROOM = 5, 1 << 16
 #: Cycles that one vector of codes takes behind its sum, and those of a block beside it.
-EPILOGUE, AROUND = 7, 30
+EPILOGUE, AROUND = 8, 45
 
 
 @dataclass(frozen=True)
