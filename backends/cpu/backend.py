@@ -146,7 +146,8 @@ def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     if network.processor.emulated:
         alone = (f"{name}_runner",)
         executable.write(objects, network, name, folder / alone[0])
-    (folder / f"{name}.h").write_text(library.header(program, name, network.layout.workspace), encoding="utf-8")
+    text = library.header(program, name, network.layout.workspace, network.processor.tiles)
+    (folder / f"{name}.h").write_text(text, encoding="utf-8")
     (folder / DESCRIPTION).write_text(json.dumps(describe(network, name), indent=1) + "\n", encoding="utf-8")
     session = files("qcompile.backends.cpu") / SESSION
     (folder / SESSION).write_text(session.read_text(encoding="utf-8"), encoding="utf-8")

@@ -14,7 +14,9 @@ from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation
 from qcompile.backends.tvm.schedules import aarch64_linear, codes, depthwise, shares, windows
+from qcompile.backends.tvm.schedules import x86_amx as amx
 from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import Aarch64
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
 from qcompile.core.errors import TargetError
@@ -132,23 +134,36 @@ def _linear(
         shape, looked_up=operation.output in network.layout.tables,
         saturates=network.processor.saturates(even),
     )  # fmt: skip
-    processor = network.processor
-    kernels: Any = aarch64_linear if isinstance(processor, Aarch64) else linear
-    tile = kernels.choose_tile(shape, processor)
-    loop, iterations = shares.of_linear(shape, tile, processor)
+    processor, requantize = network.processor, operation.requantize
+    nibbled = operation.bits == nibbles.BITS and not isinstance(processor, Aarch64)
+    shape = replace(shape, nibbles=nibbled)
+    form, kernel, tile = _form(shape, processor)
+    loop, iterations = shares.of_linear(shape, tile, processor) if kernel is not amx.tiles_kernel else ("", 0)
     shape = replace(shape, shared=loop)
-    requantize = operation.requantize
     multiplier, shift = (
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
     )
     numbers = (_stored_bias(network, operation.bias[channels], weights), multiplier, shift)
-    packed, table = kernels.pack(shape, tile, processor, weights, numbers)
+    packed, table = form(shape, tile, processor, weights, numbers)
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, places[1]),
     ]  # fmt: skip
-    name = network.add(kernels.linear_kernel, (shape, tile, processor), given, operation.name, iterations)
+    name = network.add(kernel, (shape, tile, processor), given, operation.name, iterations)
     network.tiles[name] = tile
+
+
+def _form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.Tile]:
+    """Return what packs a layer's weights, what computes it, and its tile."""
+    if isinstance(processor, Aarch64):
+        return aarch64_linear.pack, aarch64_linear.linear_kernel, aarch64_linear.choose_tile(shape, processor)
+    block = amx.choose_block(shape, processor) if processor.tiles else None
+    if block:
+        return amx.pack, amx.tiles_kernel, block
+    tile = linear.choose_tile(shape, processor)
+    if shape.nibbles:
+        return nibbles.pack, nibbles.nibbles_kernel, tile
+    return linear.pack, linear.linear_kernel, tile
 
 
 def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Windows:

@@ -32,6 +32,18 @@ CROSS_LINKERS, CROSS_PACKAGE = {"aarch64": ("ld.lld", "aarch64-linux-gnu-ld")}, 
 #: The same bytes whenever it is linked, and nothing visible but the functions of the header.
 FLAGS = ("--build-id=none", "--gc-sections", "-z,noexecstack")
 
+#: How a process asks Linux for the tiles of AMX: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+ALLOW = """\
+/* Ask the system for the tiles of AMX, once in a process in front of the first run; tell whether they may be used.
+   ${name}_create does it. */
+static inline int ${name}_allow(void)
+{
+    long result = 158;
+    __asm__ volatile("syscall" : "+a"(result) : "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    return result == 0;
+}
+
+"""
 
 #: What runs a network, and whether its inputs and outputs are floats.
 RUNS = {"run": False, "run_floats": True}
@@ -195,8 +207,8 @@ def linked(objects: Sequence[Object], file: Path, processor: Processor, words: S
         raise VerificationError("shared library", fact, "report it with the model")
 
 
-def header(program: Program, name: str, workspace: int) -> str:
-    """Return ``NAME.h``."""
+def header(program: Program, name: str, workspace: int, tiles: bool = False) -> str:
+    """Return ``NAME.h``; with `tiles`, its ``NAME_create`` asks the system for those of AMX."""
     template = Path(__file__).with_name("header.h").read_text(encoding="utf-8")
     macro, ports = name.upper(), []
     for group, kind in ((program.inputs, "INPUT"), (program.outputs, "OUTPUT")):
@@ -207,10 +219,21 @@ def header(program: Program, name: str, workspace: int) -> str:
     inputs, outputs = stems("in", program.inputs), stems("out", program.outputs)
     return Template(template).substitute(
         name=name, macro=macro, ports="\n".join(ports), workspace=workspace, alignment=ALIGNMENT,
-        threads=THREADS,
+        threads=THREADS, **asking(name, tiles),
         codes=", ".join([f"const int8_t *{stem}" for stem in inputs] + [f"int8_t *{stem}" for stem in outputs]),
         floats=", ".join([f"const float *{stem}" for stem in inputs] + [f"float *{stem}" for stem in outputs]),
     )  # fmt: skip
+
+
+def asking(name: str, tiles: bool) -> dict[str, str]:
+    """Return what a header says of the system's leave to use tiles: nothing where none are used."""
+    if not tiles:
+        return dict.fromkeys(("allow", "refused", "ask"), "")
+    return {
+        "allow": Template(ALLOW).substitute(name=name),
+        "refused": ", the system keeps the tiles of AMX to itself",
+        "ask": f"    if (!{name}_allow()) return NULL;\n",
+    }
 
 
 def stems(stem: str, ports: Sequence[Port]) -> list[str]:

@@ -57,6 +57,8 @@ class Linear:
         See `Processor.saturates`.
     shared : str
         The loop that threads share: `vectors.ROWS`, `vectors.COLUMNS`, `vectors.OUTPUTS`, or none.
+    nibbles : bool
+        Whether weights are stored in four bits; see `x86_nibbles.py`.
     """
 
     rows: int
@@ -72,6 +74,7 @@ class Linear:
     looked_up: bool = False
     saturates: bool = False
     shared: str = ""
+    nibbles: bool = False
 
     @property
     def quads(self) -> int:
@@ -108,6 +111,7 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
     room = processor.registers - (SPARED if shape.depth < SHORT else 1)
     # Without the instruction, a product, sums of pairs and ones have registers; weights have two where they are split.
     room, each = (room, 1) if processor.instruction else (min(room, processor.registers - 3), 1 + shape.saturates)
+    each += shape.nibbles
     tiles = [
         Tile(rows, columns, count)
         for count in (1, 2, 4)
@@ -125,6 +129,8 @@ FEW, MANY = 256, 4096
 SHORT, SPARED = 8, 8
 #: Cycles until a sum can be added to again, and what one vector of codes takes behind its sum.
 LATENCY, EPILOGUE = 5, 8
+#: Instructions that a vector of weights takes to be of eight bits.
+UNPACKED = 2.5
 
 
 def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
@@ -142,7 +148,7 @@ def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
         for block in parts(vectors, tile.vectors)
     ):
         sums = rows * columns * count
-        each = max(sums / 2, (rows * columns + count) / 2, LATENCY)
+        each = max((sums + UNPACKED * count * shape.nibbles) / 2, (rows * columns + count) / 2, LATENCY)
         total += i * j * k * (shape.depth * each + EPILOGUE * sums + 10)
     return total
 
@@ -177,7 +183,8 @@ def pack(
 
     Parameters
     ----------
-    weights : ndarray of int8, shape (outputs, taps, length)
+    weights : ndarray of int8, shape (outputs, taps, length or less)
+        What is not there is zero.
     numbers : tuple of ndarray, shape (outputs,)
         Biases, multipliers and shifts.
 
@@ -188,7 +195,7 @@ def pack(
     ndarray of int32
     """
     lanes, places = processor.lanes, order(shape, tile, processor)
-    room = [(0, places.size - shape.outputs), (0, 0), (0, shape.quads * FOUR - shape.length)]
+    room = [(0, places.size - shape.outputs), (0, 0), (0, shape.quads * FOUR - weights.shape[2])]
     wide = np.pad(weights, room)[places].reshape(-1, lanes, weights.shape[1], shape.quads, FOUR)
     parts, first = [], 0
     for count in widths(len(wide), tile.vectors):
@@ -334,9 +341,14 @@ class Emitter:
         return 1 < shape.rows * shape.columns <= FEW and shape.depth * count * self.processor.lanes * FOUR >= MANY
 
     def finish(
-        self, sums: Any, block: tuple[Any, int, int], origin: tuple[Any, Any], pixels: list[tuple[int, int]]
+        self,
+        sums: Any,
+        block: tuple[Any, int, int],
+        origin: tuple[Any, Any],
+        pixels: list[tuple[int, int]],
+        begin: Any = 0,
     ) -> None:
-        """Emit what is behind the sums: as many pixels at once as make four vectors."""
+        """Emit what is behind the sums, which `begin` in their buffer: as many pixels at once as make four vectors."""
         shape, lanes = self.shape, self.processor.lanes
         first, count, left = block
         together = FOUR // count
@@ -344,7 +356,7 @@ class Emitter:
             some = list(enumerate(pixels))[start : start + together]
             four = [
                 self.processor.scaled(
-                    load(sums, (p * count + v) * lanes, lanes),
+                    load(sums, begin + (p * count + v) * lanes, lanes),
                     self.scaling.of(first + v),
                     shape.rounding,
                 )
