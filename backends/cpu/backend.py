@@ -103,7 +103,7 @@ class CpuBackend(Unbounded):
     def size(self, model: ir.Model) -> int:
         """Return the bytes of constants that `lower` would write, but for rounding up to whole vectors."""
         weighted = [part for part in lower(model).operations if isinstance(part, Conv | Dense)]
-        return sum(part.weights.nbytes + 6 * part.bias.nbytes for part in weighted)
+        return sum(stored_bytes(part) + 6 * part.bias.nbytes for part in weighted)
 
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return nothing: no table prices these kernels yet."""
@@ -128,6 +128,12 @@ class CpuBackend(Unbounded):
         session = opened(folder, threads)
         names = [port.name for port in session.get_outputs()]
         return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
+
+
+def stored_bytes(part: Conv | Dense) -> int:
+    """Return the bytes of a layer's weights in the library: two of four bits to a byte, but for depthwise ones."""
+    depthwise = isinstance(part, Conv) and part.groups > 1 and part.weights.shape[-1] == 1
+    return part.weights.nbytes // 2 if part.bits == 4 and not depthwise else part.weights.nbytes
 
 
 def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
