@@ -17,15 +17,18 @@ from qcompile.backends.cpu.generate import generate
 from qcompile.backends.cpu.layout import ALIGNMENT, THREADS, lay_out
 from qcompile.backends.cpu.network import Call, Network
 from qcompile.backends.cpu.phases import phases
+from qcompile.backends.cpu.session import is_here
 from qcompile.backends.integer.program import Port, Program, Tensor
 from qcompile.backends.tvm import native
 from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.native import Object
-from qcompile.backends.tvm.schedules.x86 import Processor
+from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.core.errors import TargetError, VerificationError
 
-#: What links, the plainest first; a compiler is asked to do no more than that.
+#: What links for this machine, the plainest first; a compiler is asked to do no more than that.
 LINKERS = ("ld", "ld.lld", "cc", "gcc", "clang")
+#: What links for another one, and what brings it.
+CROSS_LINKERS, CROSS_PACKAGE = {"aarch64": ("ld.lld", "aarch64-linux-gnu-ld")}, {"aarch64": "lld"}
 #: The same bytes whenever it is linked, and nothing visible but the functions of the header.
 FLAGS = ("--build-id=none", "--strip-all", "--gc-sections", "-z,noexecstack")
 
@@ -135,42 +138,57 @@ def _call_all(calls: Sequence[Call], buffers: Mapping[str, Any]) -> None:
         ir.evaluate(ir.call_extern("void", call.kernel, *given))
 
 
-def linker() -> list[str]:
-    """Return the command that links.
+def linker(architecture: str) -> list[str]:
+    """Return the command that links for processors of an architecture.
 
     Raises
     ------
     TargetError
         If there is none.
     """
-    found = next((name for name in LINKERS if shutil.which(name)), None)
+    other = not is_here(architecture) and architecture in CROSS_LINKERS
+    names = CROSS_LINKERS[architecture] if other else LINKERS
+    found = next((name for name in names if shutil.which(name)), None)
     if found is None:
-        fact = "needs a linker, and there is none on this machine"
-        raise TargetError("shared library", fact, "apt-get install binutils")
-    plain = found.startswith("ld")
+        package = CROSS_PACKAGE[architecture] if other else "binutils"
+        fact = f"needs a linker{f' for {architecture}' if other else ''}, and there is none on this machine"
+        raise TargetError("shared library", fact, f"apt-get install {package}")
+    plain = _is_plain(found)
     flags = [part for flag in FLAGS for part in (flag.split(",") if plain else [f"-Wl,{flag}"])]
     return [found, *flags] if plain else [found, "-nostdlib", *flags]
 
 
-def link(objects: Sequence[Object], name: str, library: Path) -> None:
-    """Write a shared library.
+def _is_plain(linker: str) -> bool:
+    """Tell whether it is a linker, not a compiler that calls one."""
+    return linker.startswith("ld") or linker.endswith("-ld")
+
+
+def link(objects: Sequence[Object], name: str, library: Path, processor: Processor) -> None:
+    """Write a shared library; see `linked`."""
+    with tempfile.TemporaryDirectory() as folder:
+        visible = Path(folder) / "visible.map"
+        visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in EXPORTS)}; local: *; }};\n")
+        words = [f"--version-script={visible}", f"-soname={library.name}", *processor.linked]
+        words = words if _is_plain(linker(processor.architecture)[0]) else [f"-Wl,{word}" for word in words]
+        linked(objects, library, processor, ["-shared", *words])
+
+
+def linked(objects: Sequence[Object], file: Path, processor: Processor, words: Sequence[str]) -> None:
+    """Write what a linker makes of objects.
 
     Raises
     ------
     TargetError
         If there is no linker.
     VerificationError
-        If it refuses the object.
+        If it refuses the objects.
     """
-    command = linker()
+    command = linker(processor.architecture)
     with tempfile.TemporaryDirectory() as folder:
-        sources, visible = [Path(folder) / f"{index}.o" for index in range(len(objects))], Path(folder) / "visible.map"
+        sources = [Path(folder) / f"{index}.o" for index in range(len(objects))]
         for made, source in zip(objects, sources, strict=True):
             made.write(source)
-        visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in EXPORTS)}; local: *; }};\n")
-        script = f"--version-script={visible}"
-        script = script if command[0].startswith("ld") else f"-Wl,{script}"
-        arguments = [*command, "-shared", script, *map(str, sources), "-o", str(library)]
+        arguments = [*command, *words, *map(str, sources), "-o", str(file)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         fact = f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed'])[0]}"

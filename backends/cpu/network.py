@@ -12,9 +12,9 @@ import numpy.typing as npt
 from qcompile.backends.cpu.layout import ALIGNMENT, Layout, extents, strides
 from qcompile.backends.integer.program import Port, Tensor
 from qcompile.backends.tvm.emit import Function
-from qcompile.backends.tvm.schedules import x86_codes as codes
+from qcompile.backends.tvm.schedules import codes
 from qcompile.backends.tvm.schedules import x86_linear as linear
-from qcompile.backends.tvm.schedules.x86 import OFFSET, Processor
+from qcompile.backends.tvm.schedules.vectors import Processor
 
 Array = npt.NDArray[Any]
 #: Where an argument points to: the workspace, the constants, or an input or output by its name; and at which byte.
@@ -98,7 +98,7 @@ class Network:
             (inner + rows * place.row - right, 1, right + bottom),
         ):  # fmt: skip
             if count and width:
-                arguments = (count, width, place.row, margin.code + OFFSET, self.processor)
+                arguments = (count, width, place.row, margin.code + self.processor.offset, self.processor)
                 made = self.call(codes.fill_kernel, arguments, [("workspace", start)], operation)
                 self.calls.append(replace(made, apart=apart))
 
@@ -112,12 +112,12 @@ class Network:
             width, step = columns * channels, self.layout.places[port.tensor].row
             rows, width = (1, rows * width) if step == width else (rows, width)
             steps = (width, step) if into else (step, width)
-            return self.call(codes.copy_kernel, (rows, width, steps, True), given, port.name)
+            return self.call(codes.copy_kernel, (rows, width, steps, self.processor.offset), given, port.name)
         shape = tuple(port.shape[axis] for axis in port.axes)
         stored = strides(self.layout, tensor) if shape == tensor.shape else row_major(shape)
         model = tuple(row_major(port.shape)[axis] for axis in port.axes)
         axes = collapsed(shape, *((model, stored) if into else (stored, model)))
-        numbers = (float(np.float32(tensor.scale)), tensor.zero_point + OFFSET)
+        numbers = (float(np.float32(tensor.scale)), tensor.zero_point + self.processor.offset, self.processor)
         return self.call(
             codes.quantize_kernel if into else codes.dequantize_kernel, (*axes, *numbers), given, port.name
         )

@@ -46,7 +46,9 @@ def compiled(name: str, shared: Sequence[bool], machine: Machine) -> Object:
 def command(architecture: str) -> list[str]:
     """Return what writes the text to standard output, run where the source is."""
     flags = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-O2", "-fPIC", "-ffreestanding", "-fno-ident")
-    made = ["-S", "-emit-llvm", "-o", "-", SOURCE.name]
+    # Atomics would be calls of a compiler's library, which nothing is linked with; x18 is the system's on Android.
+    own = ["-mno-outline-atomics", "-ffixed-x18"] if architecture == "aarch64" else []
+    made = [*own, "-S", "-emit-llvm", "-o", "-", SOURCE.name]
     return [
         "clang-19",
         f"--target={architecture}-unknown-linux-gnu",

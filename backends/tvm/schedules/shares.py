@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from qcompile.backends.tvm.schedules.x86 import COLUMNS, FOUR, OUTPUTS, ROWS, Processor
+from qcompile.backends.tvm.schedules.vectors import COLUMNS, FOUR, OUTPUTS, ROWS, Processor
+from qcompile.backends.tvm.schedules.windows import Windows
 from qcompile.backends.tvm.schedules.x86_linear import EPILOGUE, Linear, Tile, cycles, widths
-from qcompile.backends.tvm.schedules.x86_windows import Windows
 
 #: Cycles from which on a kernel is shared; docs/targets/cpu-tvm.md has why.
 WORTH = 4000
@@ -73,9 +73,9 @@ def of_depthwise(shape: Windows, processor: Processor) -> tuple[str, int]:
     return _of_windows(shape, FOUR * processor.lanes, each)
 
 
-def of_pool(shape: Windows, processor: Processor) -> tuple[str, int]:
-    """Return the loop of a pool, and its iterations."""
-    return _of_windows(shape, processor.lanes, len(shape.offsets) + EPILOGUE)
+def of_pool(shape: Windows, lanes: int) -> tuple[str, int]:
+    """Return the loop of a pool by vectors of so many lanes, and its iterations."""
+    return _of_windows(shape, lanes, len(shape.offsets) + EPILOGUE)
 
 
 def _of_windows(shape: Windows, width: int, each: float) -> tuple[str, int]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import (
+from qcompile.backends.tvm.schedules.vectors import (
     COLUMNS,
     FOUR,
     OUTPUTS,
@@ -26,11 +26,8 @@ from qcompile.backends.tvm.schedules.x86 import (
     Span,
     blocks,
     fetch,
-    joined,
     load,
-    looked_up,
     nested,
-    scaled,
     span_of,
     store,
     within,
@@ -57,9 +54,9 @@ class Linear:
     looked_up : bool
         Whether codes go through a table at the end.
     saturates : bool
-        See `x86.saturates`.
+        See `Processor.saturates`.
     shared : str
-        The loop that threads share: `x86.ROWS`, `x86.COLUMNS`, `x86.OUTPUTS`, or none.
+        The loop that threads share: `vectors.ROWS`, `vectors.COLUMNS`, `vectors.OUTPUTS`, or none.
     """
 
     rows: int
@@ -157,7 +154,7 @@ def widths(vectors: int, step: int) -> list[int]:
 
 
 def order(shape: Linear, tile: Tile, processor: Processor) -> npt.NDArray[np.intp]:
-    """Return which channel each lane of each vector has, so that `x86.joined` puts them in a row.
+    """Return which channel each lane of each vector has, so that `Processor.joined` puts them in a row.
 
     Four neighbours of each vector of a block stand behind one another, then the next four.
     """
@@ -206,8 +203,7 @@ def scaling_table(
 ) -> npt.NDArray[np.int32]:
     """Return numbers per lane as kernels read them, shape (3, lanes of all vectors).
 
-    Rows are: biases; multipliers of each vector's even lanes, then its odd ones; shifts, alike, or, where only high
-    words count, places behind those of all lanes.
+    Rows are: biases; multipliers; shifts. These are ordered and counted as `Processor.scaling_rows` has it.
 
     Parameters
     ----------
@@ -216,12 +212,8 @@ def scaling_table(
         Biases, multipliers and shifts.
     rounding : Rounding
     """
-
-    def apart(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return array.reshape(-1, processor.lanes // 2, 2).transpose(0, 2, 1).reshape(-1)
-
     bias, multiplier, shift = (array.astype(np.int64) for array in numbers)
-    return np.stack([bias, apart(multiplier), shift - 32 if rounding.high_word else apart(shift)]).astype(np.int32)
+    return np.stack([bias, *processor.scaling_rows(multiplier, shift, rounding.high_word)]).astype(np.int32)
 
 
 class Scaling:
@@ -236,7 +228,7 @@ class Scaling:
         return load(self.channels, vector * self.lanes, self.lanes)
 
     def of(self, vector: Any) -> Any:
-        """Return what `x86.requantize` reads a vector's multipliers and shifts with."""
+        """Return what `Processor.scaled` reads a vector's multipliers and shifts with."""
         half = self.lanes // 2
 
         def read(kind: str, odd: int | None) -> Any:
@@ -248,11 +240,13 @@ class Scaling:
         return read
 
 
-def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) -> Function:
+def linear_kernel(
+    name: str, shape: Linear, tile: Tile, processor: Processor, kind: type[Emitter] | None = None
+) -> Function:
     """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
 
     def body(buffers: Any) -> None:
-        emitter, lanes = _Emitter(shape, tile, processor, buffers), processor.lanes
+        emitter, lanes = (kind or Emitter)(shape, tile, processor, buffers), processor.lanes
         counts = widths(-(-shape.outputs // lanes), tile.vectors)
         # A block with lanes that no channel has stands for itself: what it stores is less.
         alike = counts.count(tile.vectors) - (len(set(counts)) == 1 and shape.outputs % lanes > 0)
@@ -263,16 +257,17 @@ def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) ->
             left = min(shape.outputs - first * lanes, count * lanes)
             within(span, index, partial(emitter.block, first, count, left))
 
-    return function(name, arguments(shape.looked_up), body, SPAN if shape.shared else ())
+    return function(name, arguments(shape.looked_up, processor), body, SPAN if shape.shared else ())
 
 
-def arguments(looked_up: bool) -> dict[str, str]:
+def arguments(looked_up: bool, processor: Processor) -> dict[str, str]:
     """Return what a kernel with weights takes, and of which type."""
-    table = {"table": "uint8"} if looked_up else {}
-    return {"input": "uint8", "weights": "int8", "channels": "int32", **table, "output": "uint8"}
+    table = {"table": processor.codes} if looked_up else {}
+    codes = processor.codes
+    return {"input": codes, "weights": "int8", "channels": "int32", **table, "output": codes}
 
 
-class _Emitter:
+class Emitter:
     """Builds the loops of one kernel."""
 
     def __init__(self, shape: Linear, tile: Tile, processor: Processor, buffers: Any) -> None:
@@ -296,14 +291,20 @@ class _Emitter:
         """Return the iterations of a loop that are to be done, if threads share it."""
         return span_of(self.buffers, self.shape.shared == loop)
 
-    def accumulate(self, first: Any, count: int, origin: tuple[Any, Any], pixels: list[tuple[int, int]]) -> Any:
-        """Emit the sums of one tile and return where they are."""
-        ir = builder()
-        shape, lanes, step = self.shape, self.processor.lanes, self.processor.lanes * FOUR
+    def started(self, first: Any, count: int, pixels: list[tuple[int, int]]) -> Any:
+        """Return where the sums of one tile are, which begin as biases."""
+        ir, lanes = builder(), self.processor.lanes
         sums = ir.alloc_buffer((len(pixels) * count * lanes,), "int32", scope="local")
         for p in range(len(pixels)):
             for v in range(count):
                 ir.buffer_store(sums, self.scaling.bias(first + v), [ir.ramp((p * count + v) * lanes, 1, lanes)])
+        return sums
+
+    def accumulate(self, first: Any, count: int, origin: tuple[Any, Any], pixels: list[tuple[int, int]]) -> Any:
+        """Emit the sums of one tile and return where they are."""
+        ir = builder()
+        shape, lanes, step = self.shape, self.processor.lanes, self.processor.lanes * FOUR
+        sums = self.started(first, count, pixels)
         source = origin[0] * shape.row_step + origin[1] * shape.column_step
         start = first * (shape.depth * step)
 
@@ -316,7 +317,7 @@ class _Emitter:
             for p, (i, j) in enumerate(pixels):
                 at = offset + i * shape.row_step + j * shape.column_step
                 four = ir.reinterpret("int32", load(self.buffers["input"], at, FOUR))
-                codes = ir.bind(ir.reinterpret(f"uint8x{step}", ir.broadcast(four, lanes)))
+                codes = ir.bind(ir.reinterpret(f"{self.processor.codes}x{step}", ir.broadcast(four, lanes)))
                 for v in range(count):
                     place = ir.ramp((p * count + v) * lanes, 1, lanes)
                     ir.buffer_store(sums, self.processor.dot(sums[place], codes, weights[v], shape.saturates), [place])
@@ -342,8 +343,7 @@ class _Emitter:
         for start in range(0, len(pixels), together):
             some = list(enumerate(pixels))[start : start + together]
             four = [
-                scaled(
-                    self.processor,
+                self.processor.scaled(
                     load(sums, (p * count + v) * lanes, lanes),
                     self.scaling.of(first + v),
                     shape.rounding,
@@ -352,9 +352,9 @@ class _Emitter:
                 for v in range(count)
             ]
             four += four[-1:] * (FOUR - len(four))
-            codes = self.in_order(joined(self.processor, four, shape.rounding.low, shape.rounding.high), count)
+            codes = self.in_order(self.processor.joined(four, shape.rounding.low, shape.rounding.high), count)
             if shape.looked_up:
-                codes = builder().bind(looked_up(codes, FOUR * lanes, self.buffers["table"]))
+                codes = builder().bind(self.processor.looked_up(codes, FOUR * lanes, self.buffers["table"]))
             whole = together > 1 and left == count * lanes == shape.output_column == shape.outputs
             parts = [(codes, FOUR * lanes, FOUR * lanes)]
             if not (whole and len(some) == together and len({i for _, (i, _) in some}) == 1):
@@ -362,11 +362,6 @@ class _Emitter:
             for (part, size, stored), (_, (i, j)) in zip(parts, some, strict=False):
                 at = (origin[0] + i) * shape.output_row + (origin[1] + j) * shape.output_column + first * lanes
                 store(self.buffers["output"], at, part, size, stored)
-
-    def scaled(self, sums: Any, pixel: int, first: Any, vector: int, count: int) -> Any:
-        """Return what one vector's sums are as codes, before they are clipped."""
-        held = load(sums, (pixel * count + vector) * self.processor.lanes, self.processor.lanes)
-        return scaled(self.processor, held, self.scaling.of(first + vector), self.shape.rounding)
 
     def in_order(self, codes: Any, count: int) -> Any:
         """Return joined vectors of `count` each, pixel by pixel."""

@@ -148,7 +148,7 @@ def test_activations_of_sixteen_bits_are_refused_by_name():
 def test_a_machine_without_a_linker_is_told_so(monkeypatch):
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     with pytest.raises(TargetError, match="needs a linker"):
-        library.linker()
+        library.linker("x86_64")
 
 
 def test_a_processor_without_the_instructions_is_told_so(load, tmp_path, monkeypatch):

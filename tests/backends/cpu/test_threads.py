@@ -23,7 +23,8 @@ pytest.importorskip("tvm")
 
 from qcompile.backends.cpu import pool
 from qcompile.backends.tvm.schedules import shares
-from qcompile.backends.tvm.schedules.x86 import COLUMNS, OUTPUTS, PROCESSORS, ROWS
+from qcompile.backends.tvm.schedules.vectors import COLUMNS, OUTPUTS, ROWS
+from qcompile.backends.tvm.schedules.x86 import PROCESSORS
 
 VNNI = PROCESSORS["avx512-vnni"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import (
+from qcompile.backends.tvm.schedules.vectors import (
     OUTPUTS,
     ROWS,
     SPAN,
@@ -16,7 +16,6 @@ from qcompile.backends.tvm.schedules.x86 import (
     all_lanes,
     blocks,
     load,
-    requantize,
     span_of,
     store,
     within,
@@ -46,9 +45,9 @@ class Windows:
     looked_up : bool
         Whether codes go through a table at the end; of depthwise convolutions.
     saturates : bool
-        See `x86.saturates`; of depthwise convolutions.
+        See `Processor.saturates`; of depthwise convolutions.
     shared : str
-        The loop that threads share: `x86.ROWS`, `x86.OUTPUTS`, or none.
+        The loop that threads share: `vectors.ROWS`, `vectors.OUTPUTS`, or none.
     """
 
     rows: int
@@ -71,7 +70,7 @@ class Windows:
         return [i * row + j * column for i in range(rows) for j in range(columns)]
 
 
-def _kernel(name: str, shape: Windows, processor: Processor, arguments: dict[str, str], pixels: Any) -> Function:
+def _kernel(name: str, shape: Windows, lanes: int, arguments: dict[str, str], pixels: Any) -> Function:
     """Return a function that goes over vectors of channels, rows and blocks of columns."""
 
     def body(buffers: Any) -> None:
@@ -84,8 +83,8 @@ def _kernel(name: str, shape: Windows, processor: Processor, arguments: dict[str
 
             blocks(shape.rows, 1, row, rows)
 
-        full, left = divmod(shape.channels, processor.lanes)
-        blocks(full, 1, lambda v, _: vector(v, processor.lanes), outputs)
+        full, left = divmod(shape.channels, lanes)
+        blocks(full, 1, lambda v, _: vector(v, lanes), outputs)
         if left:
             within(outputs, full, lambda: vector(full, left))
 
@@ -110,28 +109,28 @@ def average_kernel(name: str, shape: Windows, processor: Processor) -> Function:
                 codes = ir.cast(load(buffers["input"], at, lanes), f"int32x{lanes}")
                 ir.buffer_store(sums, sums[place] + codes, [place])
         for j, place in enumerate(places):
-            codes = requantize(processor, sums[place], scaling.of(0), shape.rounding)
+            codes = processor.requantize(sums[place], scaling.of(0), shape.rounding)
             store(buffers["output"], _place(shape, y, x + j, v * lanes), codes, lanes, left)
 
-    kinds = {"input": "uint8", "channels": "int32", "output": "uint8"}
-    return _kernel(name, shape, processor, kinds, pixels)
+    kinds = {"input": processor.codes, "channels": "int32", "output": processor.codes}
+    return _kernel(name, shape, lanes, kinds, pixels)
 
 
 def maximum_kernel(name: str, shape: Windows, processor: Processor) -> Function:
     """Return a maximum pool. Arguments: input, output."""
-    lanes = processor.lanes
+    lanes = processor.together
 
     def pixels(buffers: Any, v: Any, y: Any, x: Any, columns: int, left: int) -> None:
         ir = builder()
         for j in range(columns):
-            most = all_lanes(shape.rounding.low, "uint8", lanes)
+            most = all_lanes(shape.rounding.low, processor.codes, lanes)
             for offset in shape.offsets:
                 at = y * shape.row_step + (x + j) * shape.column_step + v * lanes + offset
                 most = ir.bind(ir.max(most, load(buffers["input"], at, lanes)))
-            codes = ir.min(most, all_lanes(shape.rounding.high, "uint8", lanes))
+            codes = ir.min(most, all_lanes(shape.rounding.high, processor.codes, lanes))
             store(buffers["output"], _place(shape, y, x + j, v * lanes), codes, lanes, left)
 
-    return _kernel(name, shape, processor, {"input": "uint8", "output": "uint8"}, pixels)
+    return _kernel(name, shape, lanes, dict.fromkeys(("input", "output"), processor.codes), pixels)
 
 
 def _place(shape: Windows, y: Any, x: Any, channel: Any) -> Any:

@@ -8,10 +8,8 @@ from typing import Any
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import (
+from qcompile.backends.tvm.schedules.vectors import (
     FOUR,
-    LINE,
-    OFFSET,
     SPAN,
     Processor,
     Rounding,
@@ -20,8 +18,6 @@ from qcompile.backends.tvm.schedules.x86 import (
     blocks,
     clipped,
     load,
-    looked_up,
-    requantize,
     span_of,
     store,
     within,
@@ -71,7 +67,7 @@ def add_kernel(
     shared : bool
         Whether threads share rows, or vectors of the only one.
     """
-    lanes = processor.lanes
+    lanes = processor.together
     kind = f"int32x{lanes}"
 
     def body(buffers: Any) -> None:
@@ -81,17 +77,22 @@ def add_kernel(
             def codes(at: Any, count: int) -> None:
                 total = all_lanes(operation.bias, "int32", lanes)
                 for key, step, multiplier in zip(("input", "other"), steps[:2], operation.multipliers, strict=True):
-                    value = ir.cast(load(buffers[key], y * step + at, lanes), kind) - all_lanes(OFFSET, "int32", lanes)
+                    value = ir.cast(load(buffers[key], y * step + at, lanes), kind) - all_lanes(
+                        processor.offset, "int32", lanes
+                    )
                     total = total + value * all_lanes(multiplier, "int32", lanes)
-                shifted = (total >> all_lanes(operation.shift, "int32", lanes)) + all_lanes(OFFSET, "int32", lanes)
-                low, high = operation.low + OFFSET, operation.high + OFFSET
-                store(buffers["output"], y * steps[2] + at, clipped(shifted, low, high, lanes), lanes, count)
+                shifted = (total >> all_lanes(operation.shift, "int32", lanes)) + all_lanes(
+                    processor.offset, "int32", lanes
+                )
+                low, high = operation.low + processor.offset, operation.high + processor.offset
+                made = clipped(shifted, low, high, lanes, processor.codes)
+                store(buffers["output"], y * steps[2] + at, made, lanes, count)
 
             _by_vectors(width, lanes, codes, span)
 
         _by_rows(rows, row, span_of(buffers, shared))
 
-    kinds = {"input": "uint8", "other": "uint8", "output": "uint8"}
+    kinds = dict.fromkeys(("input", "other", "output"), processor.codes)
     return function(name, kinds, body, SPAN if shared else ())
 
 
@@ -134,7 +135,7 @@ def mul_kernel(
                 for key, place, zero in zip(("input", "other"), (0, 2), zero_points, strict=True):
                     code = load(buffers[key], y * steps[place] + x * steps[place + 1] + at, lanes)
                     values.append(ir.cast(code, kind) - all_lanes(zero, "int32", lanes))
-                made = requantize(processor, values[0] * values[1], scaling.of(0), rounding)
+                made = processor.requantize(values[0] * values[1], scaling.of(0), rounding)
                 store(buffers["output"], y * steps[4] + x * steps[5] + at, made, lanes, count)
 
             _by_vectors(channels, lanes, codes, span)
@@ -144,26 +145,27 @@ def mul_kernel(
 
         _by_rows(rows, row, span_of(buffers, shared))
 
-    kinds = {"input": "uint8", "other": "uint8", "channels": "int32", "output": "uint8"}
+    kinds = {"input": processor.codes, "other": processor.codes, "channels": "int32", "output": processor.codes}
     return function(name, kinds, body, SPAN if shared else ())
 
 
 def lookup_kernel(name: str, rows: int, width: int, steps: Sequence[int], processor: Processor) -> Function:
-    """Return table[code]. Arguments: input, table, output."""
+    """Return table[code], of codes as bytes without a sign. Arguments: input, table, output."""
+    line = processor.line
 
     def vectors(buffers: Any) -> None:
         def row(y: Any, _: int) -> None:
             def codes(at: Any, count: int) -> None:
-                made = looked_up(load(buffers["input"], y * steps[0] + at, LINE), LINE, buffers["table"])
-                store(buffers["output"], y * steps[1] + at, made, LINE, count)
+                made = processor.looked_up(load(buffers["input"], y * steps[0] + at, line), line, buffers["table"])
+                store(buffers["output"], y * steps[1] + at, made, line, count)
 
-            _by_vectors(width, LINE, codes)
+            _by_vectors(width, line, codes)
 
         blocks(rows, 1, row)
 
     def body(buffers: Any) -> None:
         ir = builder()
-        if processor.permutes:
+        if line:
             vectors(buffers)
             return
         with ir.grid(rows, width) as (y, x):
@@ -173,7 +175,9 @@ def lookup_kernel(name: str, rows: int, width: int, steps: Sequence[int], proces
     return function(name, {"input": "uint8", "table": "uint8", "output": "uint8"}, body)
 
 
-def softmax_kernel(name: str, operation: ops.Softmax, rows: int, width: int, steps: Sequence[int]) -> Function:
+def softmax_kernel(
+    name: str, operation: ops.Softmax, rows: int, width: int, steps: Sequence[int], processor: Processor
+) -> Function:
     """Return the softmax of each row. Arguments: input, powers, output."""
 
     def body(buffers: Any) -> None:
@@ -188,7 +192,7 @@ def softmax_kernel(name: str, operation: ops.Softmax, rows: int, width: int, ste
             return buffers["powers"][peak[0] - code(y, x)]
 
         def row(y: Any, _: int) -> None:
-            ir.buffer_store(peak, ir.int32(0), [0])
+            ir.buffer_store(peak, ir.int32(processor.low), [0])
             with ir.serial(0, width) as x:
                 ir.buffer_store(peak, ir.max(peak[0], code(y, x)), [0])
             ir.buffer_store(total, ir.uint32(0), [0])
@@ -197,18 +201,19 @@ def softmax_kernel(name: str, operation: ops.Softmax, rows: int, width: int, ste
             ir.buffer_store(total, total[0] << ir.uint32(operation.shift), [0])
             with ir.serial(0, width) as x:
                 scaled = power(y, x) * ir.uint32(operation.factor) + (total[0] >> ir.uint32(1))
-                made = ir.cast(ir.truncdiv(scaled, total[0]), "int32") + ir.int32(operation.zero_point + OFFSET)
-                low, high = ir.int32(operation.low + OFFSET), ir.int32(operation.high + OFFSET)
-                ir.buffer_store(
-                    buffers["output"], ir.cast(ir.max(ir.min(made, high), low), "uint8"), [y * steps[1] + x]
+                made = ir.cast(ir.truncdiv(scaled, total[0]), "int32") + ir.int32(
+                    operation.zero_point + processor.offset
                 )
+                low, high = (ir.int32(bound + processor.offset) for bound in (operation.low, operation.high))
+                stored = ir.cast(ir.max(ir.min(made, high), low), processor.codes)
+                ir.buffer_store(buffers["output"], stored, [y * steps[1] + x])
 
         blocks(rows, 1, row)
 
-    return function(name, {"input": "uint8", "powers": "uint32", "output": "uint8"}, body)
+    return function(name, {"input": processor.codes, "powers": "uint32", "output": processor.codes}, body)
 
 
-def copy_kernel(name: str, rows: int, width: int, steps: Sequence[int], flip: bool = False) -> Function:
+def copy_kernel(name: str, rows: int, width: int, steps: Sequence[int], offset: int = 0) -> Function:
     """Return a copy of rows. Arguments: input, output.
 
     Parameters
@@ -217,15 +222,15 @@ def copy_kernel(name: str, rows: int, width: int, steps: Sequence[int], flip: bo
     rows, width : int
     steps : sequence of int
         Bytes from one row to the next: of the input, the output.
-    flip : bool
-        Between the program's signed codes and stored ones.
+    offset : int
+        What stored codes are above the program's, where one of both is copied to the other: 0 or 128.
     """
 
     def body(buffers: Any) -> None:
         ir = builder()
         with ir.grid(rows, width) as (y, x):
             code = buffers["input"][y * steps[0] + x]
-            ir.buffer_store(buffers["output"], code ^ ir.uint8(OFFSET) if flip else code, [y * steps[1] + x])
+            ir.buffer_store(buffers["output"], code ^ ir.uint8(offset) if offset else code, [y * steps[1] + x])
 
     return function(name, CODES, body)
 
@@ -237,13 +242,13 @@ def fill_kernel(name: str, rows: int, width: int, step: int, code: int, processo
     def body(buffers: Any) -> None:
         def row(y: Any, _: int) -> None:
             def codes(at: Any, count: int) -> None:
-                store(buffers["output"], y * step + at, all_lanes(code, "uint8", lanes), lanes, count)
+                store(buffers["output"], y * step + at, all_lanes(code, processor.codes, lanes), lanes, count)
 
             _by_vectors(width, lanes, codes)
 
         blocks(rows, 1, row)
 
-    return function(name, {"output": "uint8"}, body)
+    return function(name, {"output": processor.codes}, body)
 
 
 def gather_kernel(name: str, extents: Sequence[int], source: Sequence[int], target: Sequence[int]) -> Function:
@@ -282,7 +287,13 @@ def resize_kernel(name: str, extents: Sequence[int], steps: Sequence[int]) -> Fu
 
 
 def quantize_kernel(
-    name: str, extents: Sequence[int], source: Sequence[int], target: Sequence[int], scale: float, zero_point: int
+    name: str,
+    extents: Sequence[int],
+    source: Sequence[int],
+    target: Sequence[int],
+    scale: float,
+    zero_point: int,
+    processor: Processor,
 ) -> Function:
     """Return clip(round_half_even(x / scale) + zero_point) as stored codes. Arguments: input, output.
 
@@ -297,6 +308,7 @@ def quantize_kernel(
         A float32.
     zero_point : int
         Of stored codes.
+    processor : Processor
     """
 
     def body(buffers: Any) -> None:
@@ -304,16 +316,22 @@ def quantize_kernel(
 
         def element(at: Sequence[Any]) -> None:
             rounded = ir.nearbyint(buffers["input"][at[0]] / ir.float32(scale)) + ir.float32(zero_point)
-            code = ir.cast(ir.max(ir.min(rounded, ir.float32(255)), ir.float32(0)), "int32")
-            ir.buffer_store(buffers["output"], ir.cast(code, "uint8"), [at[1]])
+            code = ir.cast(ir.max(ir.min(rounded, ir.float32(processor.high)), ir.float32(processor.low)), "int32")
+            ir.buffer_store(buffers["output"], ir.cast(code, processor.codes), [at[1]])
 
         _elements(extents, (source, target), element)
 
-    return function(name, {"input": "float32", "output": "uint8"}, body)
+    return function(name, {"input": "float32", "output": processor.codes}, body)
 
 
 def dequantize_kernel(
-    name: str, extents: Sequence[int], source: Sequence[int], target: Sequence[int], scale: float, zero_point: int
+    name: str,
+    extents: Sequence[int],
+    source: Sequence[int],
+    target: Sequence[int],
+    scale: float,
+    zero_point: int,
+    processor: Processor,
 ) -> Function:
     """Return (code - zero_point) · scale. Arguments: input, output; see `quantize_kernel`."""
 
@@ -326,7 +344,7 @@ def dequantize_kernel(
 
         _elements(extents, (source, target), element)
 
-    return function(name, {"input": "uint8", "output": "float32"}, body)
+    return function(name, {"input": processor.codes, "output": "float32"}, body)
 
 
 def _elements(extents: Sequence[int], steps: Sequence[Sequence[int]], emit: Callable[[Sequence[Any]], None]) -> None:
