@@ -13,7 +13,8 @@ import numpy as np
 
 from qcompile.backends.cpu.session import tiles_allowed
 from qcompile.backends.tvm import native
-from qcompile.backends.tvm.schedules.x86 import FOUR, LINE, PROCESSORS, all_lanes, load
+from qcompile.backends.tvm.schedules.vectors import FOUR, all_lanes, load
+from qcompile.backends.tvm.schedules.x86 import LINE, PROCESSORS
 
 #: Iterations of a timed loop, how often it is timed, and sums that are independent.
 TURNS, ROUNDS, SUMS = 200_000, 20, 16

@@ -15,6 +15,8 @@ from qcompile.backends.integer.program import Operation, Program, Tensor
 ALIGNMENT = 64
 #: Bytes behind the last tensor that kernels may read, and do nothing with.
 SLACK = 256
+#: Threads of an instance at most, and bytes in front of all tensors for them; see pool.c.
+THREADS, POOL = 16, 2176
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ def lay_out(program: Program, joins: bool = False) -> Layout:
             margins[name] = Margin((pad.before[1], pad.before[2]), (pad.after[1], pad.after[2]), pad.code)
     kept = tuple(part for part in program.operations if part not in within.values())
     plan = assign_offsets(_planned(replace(program, operations=kept), places), overlap=False, exact=False)
-    offsets = dict(plan.offsets)
-    return Layout(replace(program, operations=kept), places, offsets, margins, plan.arena_bytes + SLACK, tables)
+    offsets = {name: POOL + at for name, at in plan.offsets.items()}
+    workspace = POOL + plan.arena_bytes + SLACK
+    return Layout(replace(program, operations=kept), places, offsets, margins, workspace, tables)
 
 
 def with_tables(program: Program) -> tuple[Program, dict[str, ops.Lookup]]:
