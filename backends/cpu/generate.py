@@ -135,16 +135,15 @@ def _linear(
         saturates=network.processor.saturates(even),
     )  # fmt: skip
     processor, requantize = network.processor, operation.requantize
-    nibbled = operation.bits == nibbles.BITS and not isinstance(processor, Aarch64)
-    shape = replace(shape, nibbles=nibbled)
-    form, kernel, tile = _form(shape, processor)
-    loop, iterations = shares.of_linear(shape, tile, processor) if kernel is not amx.tiles_kernel else ("", 0)
+    shape = replace(shape, nibbles=operation.bits == nibbles.BITS and not isinstance(processor, Aarch64))
+    pack, kernel, tile, cost = _form(shape, processor)
+    loop, iterations = shares.of_linear(shape, tile, processor, cost)
     shape = replace(shape, shared=loop)
     multiplier, shift = (
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
     )
     numbers = (_stored_bias(network, operation.bias[channels], weights), multiplier, shift)
-    packed, table = form(shape, tile, processor, weights, numbers)
+    packed, table = pack(shape, tile, processor, weights, numbers)
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, places[1]),
@@ -153,17 +152,18 @@ def _linear(
     network.tiles[name] = tile
 
 
-def _form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.Tile]:
-    """Return what packs a layer's weights, what computes it, and its tile."""
-    if isinstance(processor, Aarch64):
-        return aarch64_linear.pack, aarch64_linear.linear_kernel, aarch64_linear.choose_tile(shape, processor)
+def _form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.Tile, Any]:
+    """Return what packs a layer's weights, what computes it, its tile, and what counts its cycles."""
     block = amx.choose_block(shape, processor) if processor.tiles else None
     if block:
-        return amx.pack, amx.tiles_kernel, block
+        return amx.pack, amx.tiles_kernel, block, amx.cycles
+    if isinstance(processor, Aarch64):
+        arm = aarch64_linear
+        return arm.pack, arm.linear_kernel, arm.choose_tile(shape, processor), linear.cycles
     tile = linear.choose_tile(shape, processor)
     if shape.nibbles:
-        return nibbles.pack, nibbles.nibbles_kernel, tile
-    return linear.pack, linear.linear_kernel, tile
+        return nibbles.pack, nibbles.nibbles_kernel, tile, linear.cycles
+    return linear.pack, linear.linear_kernel, tile, linear.cycles
 
 
 def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Windows:

@@ -31,7 +31,7 @@ void ${name}_run_floats(void *workspace, $floats);
 
 typedef struct ${name} ${name};
 
-${allow}/* Return an instance that so many threads run, or NULL where there is no memory$refused, or no such number of threads. */
+${allow}/* Return an instance that so many threads run, or NULL where there is no memory, or no such number of threads$refused. */
 static inline ${name} *${name}_create(int threads)
 {
 ${ask}    size_t bytes = (${macro}_WORKSPACE_BYTES + ${macro}_ALIGNMENT - 1) / ${macro}_ALIGNMENT * ${macro}_ALIGNMENT;

@@ -89,8 +89,8 @@ class InferenceSession:
     Raises
     ------
     OSError
-        If this machine is of another kind, lacks instructions that the library is made of or does not let them be used,
-        or gives no such number of threads.
+        If this machine is of another kind, lacks instructions that the library is made of or leave of its system to use
+        them, or gives no such number of threads.
     """
 
     def __init__(self, folder: str | Path, threads: int = 1) -> None:

@@ -18,11 +18,25 @@ from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.native import builder, function
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
-from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, blocks, fetch, load, nested, places
+from qcompile.backends.tvm.schedules.vectors import (
+    COLUMNS,
+    FOUR,
+    OUTPUTS,
+    ROWS,
+    SPAN,
+    Processor,
+    Span,
+    blocks,
+    fetch,
+    load,
+    nested,
+    places,
+    within,
+)
 from qcompile.backends.tvm.schedules.x86 import LINE
 
 #: Tiles that there are, rows of each (a row of codes has as many fours), and vectors that are made codes at once.
-TILES, ROWS, AT_ONCE = 8, 16, 8
+TILES, HIGH, AT_ONCE = 8, 16, 8
 #: A product of tiles takes a cycle for each row, and no less than these. Cycles that reading a row of a tile takes, and
 #: one that is in two lines of the cache, that storing one takes, and giving tiles another size.
 FEWEST, READ, READ_SPLIT, STORED, CONFIGURED = 8, 0.55, 1.4, 1.0, 170
@@ -46,15 +60,15 @@ class Block(linear.Tile):
 
     def heights(self, columns: int) -> list[int]:
         """Return how many neighbouring outputs each tile of codes has."""
-        count = -(-columns // ROWS)
+        count = -(-columns // HIGH)
         return [columns // count + (index < columns % count) for index in range(count)]
 
 
 def choose_block(shape: linear.Linear, processor: Processor) -> Block | None:
     """Return the block that is expected to take fewest cycles, or None where vectors are expected to take fewer."""
     vectors = -(-shape.outputs // processor.lanes)
-    pieces = -(-shape.quads // ROWS)
-    quads = -(-shape.quads // pieces) if pieces <= ROWS else ROWS
+    pieces = -(-shape.quads // HIGH)
+    quads = -(-shape.quads // pieces) if pieces <= HIGH else HIGH
     quads += quads % 2 * shape.nibbles  # two lines of weights are one of nibbles
     depth = shape.depth // shape.quads * -(-shape.quads // quads) * quads
     found = [
@@ -62,15 +76,15 @@ def choose_block(shape: linear.Linear, processor: Processor) -> Block | None:
         for count in (1, 2, 4)
         if count <= vectors or count == 1
         for across in (1, 2, 3)
-        for columns in sorted({min(across * ROWS, shape.columns), _even(shape.columns, across * ROWS)})
+        for columns in sorted({min(across * HIGH, shape.columns), _even(shape.columns, across * HIGH)})
         for rows in range(1, min(shape.rows, 3) + 1)
-        if _fits(rows * -(-columns // ROWS), count) and (not shape.nibbles or depth * count * LINE <= ROOM)
+        if _fits(rows * -(-columns // HIGH), count) and (not shape.nibbles or depth * count * LINE <= ROOM)
     ]
     if not found or shape.rows * shape.columns < FEW:
         return None
-    best = min(found, key=lambda block: (_cycles(shape, block, vectors), block.vectors, block.columns))
+    best = min(found, key=lambda block: (cycles(shape, block, vectors), block.vectors, block.columns))
     registers = linear.choose_tile(shape, processor)
-    return best if _cycles(shape, best, vectors) < linear.cycles(shape, registers, vectors) else None
+    return best if cycles(shape, best, vectors) < linear.cycles(shape, registers, vectors) else None
 
 
 def _even(count: int, most: int) -> int:
@@ -82,7 +96,8 @@ def _fits(codes: int, vectors: int) -> bool:
     return codes * vectors + codes + 1 <= TILES and codes * vectors <= FOUR
 
 
-def _cycles(shape: linear.Linear, block: Block, vectors: int) -> float:
+def cycles(shape: linear.Linear, block: Block, vectors: int) -> float:
+    """Return what so many vectors of channels are expected to take."""
     steps = (*(step for _, step in shape.taps), shape.row_step, shape.column_step, block.quads * FOUR)
     read = READ if all(step % LINE == 0 for step in steps) else READ_SPLIT
     products = shape.depth / shape.quads * -(-shape.quads // block.quads)
@@ -138,7 +153,7 @@ def tiles_kernel(name: str, shape: linear.Linear, block: Block, processor: Proce
         emitter = _Emitter(whole(shape, block), block, processor, buffers)
         emitter.all()
 
-    return function(name, linear.arguments(shape.looked_up, processor), body)
+    return function(name, linear.arguments(shape.looked_up, processor), body, SPAN if shape.shared else ())
 
 
 class _Emitter(linear.Emitter):
@@ -149,8 +164,8 @@ class _Emitter(linear.Emitter):
         ir = builder()
         self.tiles = block
         # Elements as wide as a line are at whole lines.
-        lines = ir.alloc_buffer((FOUR * ROWS,), f"int32x{processor.lanes}", scope="local")
-        self.sums = ir.decl_buffer((FOUR * ROWS * processor.lanes,), "int32", data=lines.data, scope="local")
+        lines = ir.alloc_buffer((FOUR * HIGH,), f"int32x{processor.lanes}", scope="local")
+        self.sums = ir.decl_buffer((FOUR * HIGH * processor.lanes,), "int32", data=lines.data, scope="local")
         self.sizes = ir.alloc_buffer((LINE // 8,), "uint64", scope="local")
         self.room: Any = None
         if shape.nibbles:
@@ -162,36 +177,36 @@ class _Emitter(linear.Emitter):
         shape, lanes, step = self.shape, self.processor.lanes, self.tiles.vectors
         counts = linear.widths(-(-shape.outputs // lanes), step)
         for count in dict.fromkeys(counts):
-            first, number = counts.index(count) * step, counts.count(count)
-            if count < step:
-                first = counts.count(step) * step + sum(each for each in counts if count < each < step)
-            for y, rows, down in _spans(shape.rows, self.tiles.rows):
-                for x, columns, across in _spans(shape.columns, self.tiles.columns):
-                    self.configure(count, self.tiles.heights(columns) * rows)
-                    self.region((first, count, number), (y, rows, down), (x, columns, across))
+            index = counts.index(count)
+            channels = _Steps(sum(counts[:index]), count, counts.count(count), index)
+            for rows in _spans(shape.rows, self.tiles.rows):
+                for columns in _spans(shape.columns, self.tiles.columns):
+                    self.configure(count, self.tiles.heights(columns.step) * rows.step)
+                    self.region(channels, rows, columns)
         tile("tilerelease")
 
-    def region(self, channels: tuple[int, int, int], rows: tuple[int, int, int], columns: tuple[int, int, int]) -> None:
-        """Emit blocks of one size: where each span starts, its step, and how many steps it has."""
-        (first, count, number), (y, down, vertical), (x, across, horizontal) = channels, rows, columns
-        lanes = self.processor.lanes
+    def region(self, channels: _Steps, rows: _Steps, columns: _Steps) -> None:
+        """Emit blocks of one size."""
+        count, lanes = channels.step, self.processor.lanes
 
-        def channel(v: Any, full: bool) -> None:
-            left = count * lanes if full else self.shape.outputs - v * lanes
+        def channel(v: Any, left: int) -> None:
             if self.shape.nibbles:
                 self.unpack(v, count)
 
             def outputs(i: Any, j: Any) -> None:
-                turn = (i - y) // down * horizontal + (j - x) // across
-                self.outputs((v, count, left), (i, j), (down, across), (turn, vertical * horizontal))
+                turn = (i - rows.first) // rows.step * columns.count + (j - columns.first) // columns.step
+                self.outputs((v, count, left), (i, j), (rows.step, columns.step), (turn, rows.count * columns.count))
 
-            _steps(y, down, vertical, lambda i: _steps(x, across, horizontal, lambda j: outputs(i, j)))
+            rows.emit(lambda i: columns.emit(lambda j: outputs(i, j), self.span(COLUMNS)), self.span(ROWS))
 
         # Channels that end within a vector stand for themselves: what is stored of them is less.
-        full = number - (first + count * number == -(-self.shape.outputs // lanes) and self.shape.outputs % lanes > 0)
-        _steps(first, count, full, lambda v: channel(v, True))
-        if full < number:
-            channel(first + full * count, False)
+        ends = channels.first + count * channels.count
+        full = channels.count - (ends * lanes > self.shape.outputs)
+        replace(channels, count=full).emit(lambda v: channel(v, count * lanes), self.span(OUTPUTS))
+        if full < channels.count:
+            last = ends - count
+            left = self.shape.outputs - last * lanes
+            within(self.span(OUTPUTS), channels.index + full, lambda: channel(last, left))
 
     def unpack(self, first: Any, count: int) -> None:
         """Emit what makes a block's weights of bytes of nibbles."""
@@ -276,12 +291,27 @@ def tile(instruction: str, *arguments: Any) -> None:
     ir.evaluate(ir.call_llvm_intrin("void", f"llvm.x86.{instruction}", *given))
 
 
-def _spans(count: int, step: int) -> list[tuple[int, int, int]]:
-    """Return where parts of one size start, that size, and how many they are."""
+@dataclass(frozen=True)
+class _Steps:
+    """Some iterations of a loop: where the first begins, from one to the next, how many, and which the first is."""
+
+    first: int
+    step: int
+    count: int
+    index: int = 0
+
+    def emit(self, emit: Callable[[Any], None], span: Span | None) -> None:
+        """Emit them, of a loop that threads share only those of the span."""
+        ir = builder()
+        if span is not None and self.count:
+            start, end = ir.max(span[0] - self.index, 0), ir.min(span[1] - self.index, self.count)
+            with ir.serial(start, end) as number:
+                emit(self.first + number * self.step)
+        elif self.count:
+            blocks(self.count * self.step, self.step, lambda at, _: emit(self.first + at))
+
+
+def _spans(count: int, step: int) -> list[_Steps]:
+    """Return the parts of a count that are of one size each."""
     whole, rest = divmod(count, step)
-    return [(0, step, whole)] * bool(whole) + [(whole * step, rest, 1)] * bool(rest)
-
-
-def _steps(first: Any, step: int, count: int, emit: Callable[[Any], None]) -> None:
-    """Emit so many steps, as a loop where there is more than one."""
-    blocks(count * step, step, lambda at, _: emit(first + at)) if count else None
+    return [_Steps(0, step, whole)] * bool(whole) + [_Steps(whole * step, rest, 1, whole)] * bool(rest)

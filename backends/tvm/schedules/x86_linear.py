@@ -55,10 +55,10 @@ class Linear:
         Whether codes go through a table at the end.
     saturates : bool
         See `Processor.saturates`.
-    shared : str
-        The loop that threads share: `vectors.ROWS`, `vectors.COLUMNS`, `vectors.OUTPUTS`, or none.
     nibbles : bool
         Whether weights are stored in four bits; see `x86_nibbles.py`.
+    shared : str
+        The loop that threads share: `vectors.ROWS`, `vectors.COLUMNS`, `vectors.OUTPUTS`, or none.
     """
 
     rows: int
@@ -73,8 +73,8 @@ class Linear:
     rounding: Rounding
     looked_up: bool = False
     saturates: bool = False
-    shared: str = ""
     nibbles: bool = False
+    shared: str = ""
 
     @property
     def quads(self) -> int:

@@ -90,10 +90,7 @@ class Emitter(linear.Emitter):
         ir = builder()
         shape, lanes, step = self.shape, self.processor.lanes, self.processor.lanes * FOUR
         depth = _halved(shape).depth
-        sums = ir.alloc_buffer((len(pixels) * count * lanes,), "int32", scope="local")
-        for p in range(len(pixels)):
-            for v in range(count):
-                ir.buffer_store(sums, self.scaling.bias(first + v), [ir.ramp((p * count + v) * lanes, 1, lanes)])
+        sums = self.started(first, count, pixels)
         start = first * (depth * step)
 
         def products(offset: Any, index: Any) -> None:

@@ -86,7 +86,7 @@ def test_a_program_in_c_asks_the_system_by_the_header(load, tmp_path):
     (tmp_path / "main.c").write_text(
         '#include "net.h"\n#include <stdio.h>\n'
         "static int8_t in[NET_INPUT_BYTES], out[NET_OUTPUT_BYTES];\n"
-        "int main(void) { net *one = net_create(1); if (!one) return 2;\n"
+        "int main(void) { net *one = net_create(2); if (!one) return 2;\n"
         "fread(in, 1, sizeof in, stdin); net_run(one, in, out); fwrite(out, 1, sizeof out, stdout);\n"
         "net_destroy(one); return 0; }\n"
     )
