@@ -187,7 +187,7 @@ def show_comparison(console: Console, found: Compared) -> None:
     """Print artifacts side by side, then why some rows are not whole."""
     threads = "one thread" if found.threads == 1 else f"{found.threads} threads"
     title = f"on {found.samples} samples, {threads}, {found.device}"
-    table = _table(title, "", "size", "SQNR\ndB", "right", "median\nms", "p90\nms",
+    table = _table(title, "", "size", "SQNR\ndB", "acc.", "median\nms", "p90\nms",
                    "of\nfloat", "load\nms", "memory", "in-\nstruc-\ntions")  # fmt: skip
     table.padding, table.show_edge, table.pad_edge = (0, 1, 0, 0), False, False
     for column in table.columns:

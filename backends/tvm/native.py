@@ -71,11 +71,14 @@ class Machine:
     features : tuple of str
         With a sign in front.
     triple : str
+    options : tuple of str
+        What LLVM is told on its command line.
     """
 
     cpu: str
     features: tuple[str, ...] = ()
     triple: str = "x86_64-unknown-linux-gnu"
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def compile_object(functions: Mapping[str, Function], machine: Machine) -> Objec
     tvm = load_tvm()
     tirx = tvm.tirx.transform
     settings = {"kind": "llvm", "mcpu": machine.cpu, "mattr": list(machine.features), "mtriple": machine.triple}
+    settings |= {"cl-opt": list(machine.options)} if machine.options else {}
     target = tvm.target.Target(settings)
     steps = [
         tirx.BindTarget(target.with_host(target)), tirx.FlattenBuffer(), tirx.NarrowDataType(32),
