@@ -31,7 +31,7 @@ static void *between(size_t bytes, int place)
     char *all = mmap(NULL, inner + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED || mprotect(all + page, inner, PROT_READ | PROT_WRITE))
         exit(3);
-    memset(all + page, 0xa5, inner);
+    memset(all + page, place == BACK ? 0xa5 : 0x5a, inner); /* what is read of it shows in the outputs */
     return all + page + (place == BACK ? inner - bytes : 0);
 }
 

@@ -7,7 +7,7 @@
 enum { ROUNDS = 4, RUNS = 60 };
 struct instance {
     struct pool pool;
-    int written[MOST][ROUNDS], total[ROUNDS], run, wrong;
+    int written[MOST][ROUNDS], total[ROUNDS], run, wrong, met;
 };
 
 /* In turns: all write, all read, one writes. */
@@ -18,6 +18,10 @@ void qc_step(void *workspace, int32_t step, int32_t share, int32_t shares)
 {
     struct instance *one = workspace;
     int round = step / 3;
+    /* Once in a run, nobody goes on before all have a share, so that no thread does all; that orders nothing else. */
+    if (step == 0 && __atomic_add_fetch(&one->met, 1, __ATOMIC_RELAXED))
+        while (__atomic_load_n(&one->met, __ATOMIC_RELAXED) < (one->run + 1) * shares)
+            sched_yield();
     if (step % 3 == 0)
         one->written[share][round]++;
     else if (step % 3 == 1)
