@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.backends.cpu.layer_forms import form
 from qcompile.backends.cpu.layout import Layout, extents, strides
 from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import aarch64_linear, codes, depthwise, shares, windows
-from qcompile.backends.tvm.schedules import x86_amx as amx
+from qcompile.backends.tvm.schedules import codes, depthwise, shares, windows
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import Aarch64
@@ -136,7 +136,7 @@ def _linear(
     )  # fmt: skip
     processor, requantize = network.processor, operation.requantize
     shape = replace(shape, nibbles=operation.bits == nibbles.BITS and not isinstance(processor, Aarch64))
-    pack, kernel, tile, cost = _form(shape, processor)
+    pack, kernel, tile, cost = form(shape, processor)
     loop, iterations = shares.of_linear(shape, tile, processor, cost)
     shape = replace(shape, shared=loop)
     multiplier, shift = (
@@ -150,20 +150,6 @@ def _linear(
     ]  # fmt: skip
     name = network.add(kernel, (shape, tile, processor), given, operation.name, iterations)
     network.tiles[name] = tile
-
-
-def _form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.Tile, Any]:
-    """Return what packs a layer's weights, what computes it, its tile, and what counts its cycles."""
-    block = amx.choose_block(shape, processor) if processor.tiles else None
-    if block:
-        return amx.pack, amx.tiles_kernel, block, amx.cycles
-    if isinstance(processor, Aarch64):
-        arm = aarch64_linear
-        return arm.pack, arm.linear_kernel, arm.choose_tile(shape, processor), linear.cycles
-    tile = linear.choose_tile(shape, processor)
-    if shape.nibbles:
-        return nibbles.pack, nibbles.nibbles_kernel, tile, linear.cycles
-    return linear.pack, linear.linear_kernel, tile, linear.cycles
 
 
 def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Windows:

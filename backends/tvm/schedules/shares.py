@@ -13,7 +13,8 @@ from typing import Any
 
 from qcompile.backends.tvm.schedules.vectors import COLUMNS, FOUR, OUTPUTS, ROWS, Processor
 from qcompile.backends.tvm.schedules.windows import Windows
-from qcompile.backends.tvm.schedules.x86_linear import EPILOGUE, Linear, Tile, cycles, widths
+from qcompile.backends.tvm.schedules.x86_cycles import EPILOGUE, cycles
+from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile, widths
 
 #: Cycles from which on a kernel is shared; docs/targets/cpu-tvm.md has why.
 WORTH = 4000

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.native import builder, function
+from qcompile.backends.tvm.schedules import x86_cycles
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.vectors import (
@@ -83,8 +84,8 @@ def choose_block(shape: linear.Linear, processor: Processor) -> Block | None:
     if not found or shape.rows * shape.columns < FEW:
         return None
     best = min(found, key=lambda block: (cycles(shape, block, vectors), block.vectors, block.columns))
-    registers = linear.choose_tile(shape, processor)
-    return best if cycles(shape, best, vectors) < linear.cycles(shape, registers, vectors) else None
+    registers = x86_cycles.choose_tile(shape, processor)
+    return best if cycles(shape, best, vectors) < x86_cycles.cycles(shape, registers, vectors) else None
 
 
 def _even(count: int, most: int) -> int:

@@ -16,7 +16,7 @@ from qcompile.backends.integer.interpret import interpret
 
 pytest.importorskip("tvm")
 
-from qcompile.backends.tvm.schedules import x86_amx, x86_linear
+from qcompile.backends.tvm.schedules import x86_amx, x86_cycles
 from qcompile.backends.tvm.schedules.x86 import PROCESSORS
 
 AMX = PROCESSORS["amx"]
@@ -25,7 +25,7 @@ AMX = PROCESSORS["amx"]
 @pytest.fixture
 def tiles_always(monkeypatch):
     """Take tiles for all layers, however small."""
-    monkeypatch.setattr(x86_linear, "cycles", lambda shape, tile, vectors: float("inf"))
+    monkeypatch.setattr(x86_cycles, "cycles", lambda shape, tile, vectors: float("inf"))
     monkeypatch.setattr(x86_amx, "FEW", 1)
 
 
