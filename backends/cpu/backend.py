@@ -103,7 +103,7 @@ class CpuBackend(Unbounded):
     def size(self, model: ir.Model) -> int:
         """Return the bytes of constants that `lower` would write, but for rounding up to whole vectors."""
         weighted = [part for part in lower(model).operations if isinstance(part, Conv | Dense)]
-        return sum(part.weights.nbytes + 6 * part.bias.nbytes for part in weighted)
+        return sum(stored_bytes(part) + 6 * part.bias.nbytes for part in weighted)
 
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return nothing: no table prices these kernels yet."""
@@ -130,6 +130,12 @@ class CpuBackend(Unbounded):
         return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
 
 
+def stored_bytes(part: Conv | Dense) -> int:
+    """Return the bytes of a layer's weights in the library: two of four bits to a byte, but for depthwise ones."""
+    depthwise = isinstance(part, Conv) and part.groups > 1 and part.weights.shape[-1] == 1
+    return part.weights.nbytes // 2 if part.bits == 4 and not depthwise else part.weights.nbytes
+
+
 def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     """Write a network's library, header, description and session, and return their names.
 
@@ -146,7 +152,8 @@ def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     if network.processor.emulated:
         alone = (f"{name}_runner",)
         executable.write(objects, network, name, folder / alone[0])
-    (folder / f"{name}.h").write_text(library.header(program, name, network.layout.workspace), encoding="utf-8")
+    text = library.header(program, name, network.layout.workspace, network.processor.tiles)
+    (folder / f"{name}.h").write_text(text, encoding="utf-8")
     (folder / DESCRIPTION).write_text(json.dumps(describe(network, name), indent=1) + "\n", encoding="utf-8")
     session = files("qcompile.backends.cpu") / SESSION
     (folder / SESSION).write_text(session.read_text(encoding="utf-8"), encoding="utf-8")

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.backends.cpu.layer_forms import form
 from qcompile.backends.cpu.layout import Layout, extents, strides
 from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import aarch64_linear, codes, depthwise, shares, windows
+from qcompile.backends.tvm.schedules import codes, depthwise, shares, windows
 from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import Aarch64
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
 from qcompile.core.errors import TargetError
@@ -132,22 +134,21 @@ def _linear(
         shape, looked_up=operation.output in network.layout.tables,
         saturates=network.processor.saturates(even),
     )  # fmt: skip
-    processor = network.processor
-    kernels: Any = aarch64_linear if isinstance(processor, Aarch64) else linear
-    tile = kernels.choose_tile(shape, processor)
-    loop, iterations = shares.of_linear(shape, tile, processor)
+    processor, requantize = network.processor, operation.requantize
+    shape = replace(shape, nibbles=operation.bits == nibbles.BITS and not isinstance(processor, Aarch64))
+    pack, kernel, tile, cost = form(shape, processor)
+    loop, iterations = shares.of_linear(shape, tile, processor, cost)
     shape = replace(shape, shared=loop)
-    requantize = operation.requantize
     multiplier, shift = (
         np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
     )
     numbers = (_stored_bias(network, operation.bias[channels], weights), multiplier, shift)
-    packed, table = kernels.pack(shape, tile, processor, weights, numbers)
+    packed, table = pack(shape, tile, processor, weights, numbers)
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, places[1]),
     ]  # fmt: skip
-    name = network.add(kernels.linear_kernel, (shape, tile, processor), given, operation.name, iterations)
+    name = network.add(kernel, (shape, tile, processor), given, operation.name, iterations)
     network.tiles[name] = tile
 
 

@@ -144,8 +144,8 @@ def constants(data: npt.NDArray[np.uint8]) -> str:
     Functions that TVM takes in as text are expanded where they are called, so they cannot be what a library exports;
     what they refer to stays.
     """
-    text = "".join(f"\\{byte:02X}" for byte in data.tobytes())
+    text = data.tobytes().hex("\\")
     return (
-        f'@qc_data = internal constant [{len(data)} x i8] c"{text}", align 64\n'
+        f'@qc_data = internal constant [{len(data)} x i8] c"\\{text}", align 64\n'
         f"define ptr @{CONSTANTS}() {{\n  ret ptr @qc_data\n}}\n"
     )
