@@ -14,7 +14,13 @@ import onnx_ir as ir
 from qcompile.core.plan import OpPlan, Precision
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
-from qcompile.passes.obstacles import integer_obstacle, linear_obstacle, lookup_obstacle, stored_obstacle
+from qcompile.passes.obstacles import (
+    integer_obstacle,
+    linear_obstacle,
+    lookup_obstacle,
+    multiplies_activations,
+    stored_obstacle,
+)
 from qcompile.passes.read_plan import is_quantized, read_ops
 
 #: A table with fewer rows costs more in scales and nodes than its codes save.
@@ -37,6 +43,8 @@ class Placement:
         Those of `activations` whose range may be taken when the model runs.
     wide : frozenset of str
         Nodes in float whose weights are stored in the target's wider type.
+    symmetric : frozenset of str
+        Those of `activations` whose codes are around zero: their kernel multiplies them as it does weights.
     """
 
     ops: Mapping[str, OpPlan]
@@ -44,6 +52,7 @@ class Placement:
     same_scale: Mapping[str, str]
     dynamic: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
+    symmetric: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,8 @@ class _Placer:
     def _linear_obstacle(self, node: ir.Node, fewest_weights: int) -> str:
         """Return why a linear operator is not quantized, beside and behind those that were taken in."""
         if reason := linear_obstacle(node):
-            return reason
+            rule = self.target.ops[node.op_type]
+            return "" if rule.activations and multiplies_activations(node) and self.activations else reason
         value = node.inputs[structure.WEIGHT_INPUT]
         weight = structure.constant_tensor(value)
         assert value is not None and weight is not None
@@ -351,7 +361,10 @@ class _Placer:
                 own[output] = False
         found = {value: dynamic for value, dynamic in own.items() if value not in same}
         dynamic = frozenset(value for value, dynamic in found.items() if dynamic)
-        return Placement(ops, tuple(found), same, dynamic, self.wide(ops))
+        second = {structure.name_of(structure.input_of(node, 1)) for node in nodes
+                  if self.is_integer(node) and multiplies_activations(node)}  # fmt: skip
+        symmetric = frozenset(same.get(value, value) for value in second)
+        return Placement(ops, tuple(found), same, dynamic, self.wide(ops), symmetric)
 
     def wide(self, ops: Mapping[str, OpPlan]) -> frozenset[str]:
         """Return the operators with wide weights."""

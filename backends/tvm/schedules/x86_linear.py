@@ -27,6 +27,7 @@ from qcompile.backends.tvm.schedules.x86 import (
     scaled,
     store,
 )
+from qcompile.backends.tvm.schedules.x86_epilogues import Bounds, store_reals
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Linear:
         Whether codes go through a table at the end.
     saturates : bool
         See `x86.saturates`.
+    reals : tuple of float, optional
+        Bounds of the floats that sums become in place of codes; then steps of the output are floats.
     """
 
     rows: int
@@ -64,6 +67,7 @@ class Linear:
     rounding: Rounding
     looked_up: bool = False
     saturates: bool = False
+    reals: Bounds | None = None
 
     @property
     def quads(self) -> int:
@@ -146,9 +150,11 @@ def widths(vectors: int, step: int) -> list[int]:
 def order(shape: Linear, tile: Tile, processor: Processor) -> npt.NDArray[np.intp]:
     """Return which channel each lane of each vector has, so that `x86.joined` puts them in a row.
 
-    Four neighbours of each vector of a block stand behind one another, then the next four.
+    Four neighbours of each vector of a block stand behind one another, then the next four. Floats need none of that.
     """
     lanes, found, first = processor.lanes, [], 0
+    if shape.reals is not None:
+        return np.arange(-(-shape.outputs // lanes) * lanes)
     for count in widths(-(-shape.outputs // lanes), tile.vectors):
         lane, vector = np.arange(lanes), np.arange(count)[:, None]
         found.append((first + lane // FOUR * (FOUR * count) + FOUR * vector + lane % FOUR).reshape(-1))
@@ -169,7 +175,7 @@ def pack(
     ----------
     weights : ndarray of int8, shape (outputs, taps, length)
     numbers : tuple of ndarray, shape (outputs,)
-        Biases, multipliers and shifts.
+        Biases, multipliers and shifts; where floats come out, biases and scales as the bits of int32.
 
     Returns
     -------
@@ -185,6 +191,8 @@ def pack(
         parts.append(wide[first : first + count].transpose(2, 3, 0, 1, 4).reshape(-1))
         first += count
     permuted = tuple(np.pad(array, room[0], mode="edge")[places] for array in numbers)
+    if shape.reals is not None:
+        return np.concatenate(parts), np.stack([array.astype(np.int32) for array in permuted])
     return np.concatenate(parts), scaling_table(processor, permuted, shape.rounding)
 
 
@@ -227,7 +235,7 @@ class Scaling:
         half = self.lanes // 2
 
         def read(kind: str, odd: int | None) -> Any:
-            start = (1 if kind == "multiplier" else 2) * self.width + vector * self.lanes
+            start = (1 if kind in ("multiplier", "scale") else 2) * self.width + vector * self.lanes
             return (
                 load(self.channels, start, self.lanes) if odd is None else load(self.channels, start + odd * half, half)
             )
@@ -249,13 +257,14 @@ def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) ->
             emitter.block(first, count, min(shape.outputs - first * lanes, count * lanes))
             first += count
 
-    return function(name, arguments(shape.looked_up), body)
+    return function(name, arguments(shape.looked_up, shape.reals is not None), body)
 
 
-def arguments(looked_up: bool) -> dict[str, str]:
+def arguments(looked_up: bool, reals: bool = False) -> dict[str, str]:
     """Return what a kernel with weights takes, and of which type."""
     table = {"table": "uint8"} if looked_up else {}
-    return {"input": "uint8", "weights": "int8", "channels": "int32", **table, "output": "uint8"}
+    output = "float32" if reals else "uint8"
+    return {"input": "uint8", "weights": "int8", "channels": "int32", **table, "output": output}
 
 
 class _Emitter:
@@ -320,6 +329,11 @@ class _Emitter:
         """Emit what is behind the sums: as many pixels at once as make four vectors."""
         shape, lanes = self.shape, self.processor.lanes
         first, count, left = block
+        if shape.reals is not None:
+            for p, (i, j) in enumerate(pixels):
+                at = (origin[0] + i) * shape.output_row + (origin[1] + j) * shape.output_column + first * lanes
+                self.store_reals(sums, p, (first, count, left), at)
+            return
         together = FOUR // count
         for start in range(0, len(pixels), together):
             some = list(enumerate(pixels))[start : start + together]
@@ -344,6 +358,16 @@ class _Emitter:
             for (part, size, stored), (_, (i, j)) in zip(parts, some, strict=False):
                 at = (origin[0] + i) * shape.output_row + (origin[1] + j) * shape.output_column + first * lanes
                 store(self.buffers["output"], at, part, size, stored)
+
+    def store_reals(self, sums: Any, pixel: int, block: tuple[Any, int, int], at: Any) -> None:
+        """Emit one pixel's floats."""
+        lanes, (first, count, left) = self.processor.lanes, block
+        assert self.shape.reals is not None
+        store_reals(
+            self.processor, lambda v: load(sums, (pixel * count + v) * lanes, lanes),
+            lambda v: self.scaling.of(first + v)("scale", None), self.shape.reals, (self.buffers["output"], at), count,
+            left,
+        )  # fmt: skip
 
     def scaled(self, sums: Any, pixel: int, first: Any, vector: int, count: int) -> Any:
         """Return what one vector's sums are as codes, before they are clipped."""
