@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.backends.integer import ports
 from qcompile.backends.integer.lower_affine import is_affine
-from qcompile.backends.integer.lower_elementwise import FUNCTIONS, bounds_of
+from qcompile.backends.integer.lower_elementwise import bounds_of
 from qcompile.backends.integer.lower_floats import Floats, Known, Real, Rows, is_float, stored
 from qcompile.backends.integer.lower_linear import real_of
 from qcompile.backends.integer.lower_products import lower_product
@@ -176,11 +176,15 @@ class Islands:
 
 
 def _is_quantized(node: ir.Node) -> bool:
-    """Tell whether codes are made of a result, or it leaves the model."""
-    return any(
-        value.is_graph_output() or structure.is_standard(reader, "QuantizeLinear", "Relu", "Clip", *FUNCTIONS, "Mul")
-        for value in node.outputs
-        for reader in structure.readers(value) or [node]
+    """Tell whether nothing but codes is made of a result, perhaps behind a Relu or Clip, or it leaves the model."""
+    return all(value.is_graph_output() or _becomes_codes(value) for value in node.outputs)
+
+
+def _becomes_codes(value: ir.Value) -> bool:
+    readers = structure.readers(value)
+    return bool(readers) and all(
+        structure.is_standard(reader, "QuantizeLinear") or (bounds_of(reader) is not None and _is_quantized(reader))
+        for reader in readers
     )
 
 
