@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qcompile import page
 from qcompile.core.errors import UsageError
 from qcompile.core.plan import QuantPlan
 from qcompile.options import Options
 
 MANIFEST = "manifest.json"
-#: What depends on the machine and the moment, and is therefore not listed with a checksum.
-UNSETTLED = ("measurements.json", "report.html")
+#: What depends on the machine, the moment, or whether a plan was made or given, and is not listed with a checksum.
+UNSETTLED = ("measurements.json", "distributions.json", "report.html")
 
 
 @contextlib.contextmanager
@@ -172,13 +171,26 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write(folder: Path, plan: QuantPlan, report: Mapping[str, Any], measurements: Mapping[str, Any]) -> None:
-    """Write what stands beside the model: plan, report, measurements, page and manifest."""
+def write(
+    folder: Path,
+    plan: QuantPlan,
+    report: Mapping[str, Any],
+    distributions: Mapping[str, Any],
+    measurements: Mapping[str, Any],
+) -> None:
+    """Write what stands beside the model: plan, report, distributions, measurements and manifest."""
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     write_json(folder / "report.json", report)
+    (folder / "distributions.json").write_text(_by_line(distributions), encoding="utf-8")
     write_json(folder / "measurements.json", measurements)
-    (folder / "report.html").write_text(page.render(report, measurements), encoding="utf-8")
     write_manifest(folder, {key: report[key] for key in ("qcompile", "target", "model", "data", "options", "versions")})
+
+
+def _by_line(distributions: Mapping[str, Any]) -> str:
+    """Return JSON with a tensor a line: a number a line would be thousands."""
+    rows = [f"  {json.dumps(name)}: {json.dumps(content)}" for name, content in distributions["tensors"].items()]
+    body = "{\n" + ",\n".join(rows) + "\n }" if rows else "{}"
+    return f'{{\n "schema_version": {distributions["schema_version"]},\n "tensors": {body}\n}}\n'
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

@@ -14,16 +14,19 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile import artifact, pareto, report, timing, verify
+from qcompile import artifact, pareto, regression, report, timing, verify
 from qcompile.budget import require_size
+from qcompile.calib.collect import Statistics
 from qcompile.compensation import compensate, rounded_at_once
 from qcompile.core.contract import Track
 from qcompile.core.plan import QuantPlan
 from qcompile.core.target import Target
 from qcompile.decision import calibrate, decide
+from qcompile.distributions import distributions
 from qcompile.equivalence import rewrite
 from qcompile.job import Job, Source
 from qcompile.options import Options
+from qcompile.page import Page
 from qcompile.pareto import Front
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.insert_qdq import InsertQdq
@@ -84,7 +87,7 @@ def compile(source: Source, options: Options, track: Track[Any] = untracked) -> 
     plan = decide(canonical, calibration, job.target, job.backend, options)
     front = pareto.sweep(canonical, calibration, job.target, job.backend, options, plan) if options.pareto else None
     quantized = quantize(job, canonical, plan)
-    return deliver(job, canonical, quantized, plan, output, front)
+    return deliver(job, canonical, quantized, plan, output, calibration.statistics, front)
 
 
 def canonicalize(job: Job) -> ir.Model:
@@ -104,10 +107,11 @@ def quantize(job: Job, canonical: ir.Model, plan: QuantPlan) -> ir.Model:
 
 
 def deliver(
-    job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, output: Path, front: Front | None = None
-) -> CompileResult:
+    job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, output: Path, seen: Statistics,
+    front: Front | None = None,
+) -> CompileResult:  # fmt: skip
     """Lower, verify on what calibration did not see, and write the artifact."""
-    evidence, quantized = job.evidence.told(plan), deploy(job, quantized)
+    evidence, quantized, earlier = job.evidence.told(plan), deploy(job, quantized), regression.earlier(output)
     with artifact.staged(output) as folder:
         lowered = job.backend.lower(quantized, plan, job.device, folder)
         run = job.backend.open(folder, lowered.files)
@@ -121,7 +125,9 @@ def deliver(
         require_size(job.options.max_size, content["size"]["float_bytes"], content["size"]["artifact_bytes"])
         measurements = report.measurements(content, timed, lowered, job.pipeline)
         drawn = pareto.write(folder / pareto.FOLDER, front, job.model.graph.name or "model") if front else None
-        artifact.write(folder, plan, content, measurements)
+        spread = distributions(canonical, plan, seen.histograms)
+        artifact.write(folder, plan, content, spread, measurements)
+        Page(content, measurements, spread, drawn, regression.changes(earlier, content)).write(folder)
     return CompileResult(output, plan, content, measurements, drawn)
 
 

@@ -124,6 +124,21 @@ def check(output: Path, against: Path, allowed: float) -> Checked:
     return Checked(output, tuple(_figures(before, now)), tuple(_notes(before, now)), allowed)
 
 
+def earlier(output: Path) -> Report | None:
+    """Return the report of the artifact that is at a place, if there is one that can be read."""
+    try:
+        return read_report(output)
+    except UsageError:
+        return None
+
+
+def changes(before: Report | None, now: Report) -> tuple[Figure, ...]:
+    """Return the figures of an earlier report beside a later one's; none where they are not of one thing."""
+    if before is None or before["target"] != now["target"] or before["model"]["sha256"] != now["model"]["sha256"]:
+        return ()
+    return tuple(_figures(before, now))
+
+
 def _figures(before: Report, now: Report) -> Iterator[Figure]:
     yield Figure("size", "bytes", before["size"]["artifact_bytes"], now["size"]["artifact_bytes"], grows=True)
     if before["predicted_latency"] and now["predicted_latency"]:

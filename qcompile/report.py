@@ -235,11 +235,13 @@ def _outputs(fidelity: Fidelity) -> dict[str, Any]:
 
 
 def _operators(plan: QuantPlan, lowered: Lowered, proof: Proof, canonical: ir.Model) -> list[dict[str, Any]]:
-    reads = {structure.node_name(node): [structure.name_of(value) for value in node.inputs if value is not None]
-             for node in canonical.graph.all_nodes()}  # fmt: skip
+    nodes = {structure.node_name(node): node for node in canonical.graph.all_nodes()}
     rows = []
     for name, op in plan.ops.items():
-        layer = proof.layers.get(name)
+        layer, node = proof.layers.get(name), nodes.get(name)
+        values = [value for value in node.inputs if value is not None] if node is not None else []
+        reads = [structure.name_of(value) for value in values if structure.name_of(value) in plan.tensors]
+        makers = [structure.node_name(maker) for value in values if (maker := value.producer()) is not None]
         rows.append({
             "name": name,
             "op_type": op.op_type,
@@ -247,7 +249,10 @@ def _operators(plan: QuantPlan, lowered: Lowered, proof: Proof, canonical: ir.Mo
             "kernel": lowered.kernels.get(name),
             "reason": _reason(op, lowered.kernels.get(name)),
             "sqnr": layer.measures()["sqnr"] if layer is not None else None,
-            "reads": [value for value in reads.get(name, ()) if value in plan.tensors],
+            "reads": reads,
+            "after": [maker for maker in dict.fromkeys(makers) if maker in plan.ops],
+            "weight_bits": max((plan.tensors[value].bits for value in reads
+                                if plan.tensors[value].role is Role.WEIGHT), default=None),
         })  # fmt: skip
     return rows
 

@@ -41,7 +41,7 @@ def load(artifact: Mapping[str, Any], threads: int) -> Callable[[Feeds], dict[st
         module = importlib.util.module_from_spec(spec)
         sys.modules["session"] = module
         spec.loader.exec_module(module)
-        session = module.InferenceSession(folder)
+        session = module.InferenceSession(folder, threads)
     else:
         import onnxruntime
 

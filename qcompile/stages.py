@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile import artifact, cache, decision, driver, equivalence, pareto, recipe, report
+from qcompile.calib.collect import Statistics
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
 from qcompile.core.contract import Track
@@ -169,7 +170,7 @@ def apply(source: Source, options: Options, planned: Path, track: Track[Any] = u
     canonical = equivalence.apply(job, canonical, Equivalences(decided.rotation, decided.smoothing))
     decided = check_plan(canonical, replace(decided, options=options.as_recipe()), job.target, planned)
     quantized = driver.quantize(job, canonical, decided)
-    return driver.deliver(job, canonical, quantized, decided, output)
+    return driver.deliver(job, canonical, quantized, decided, output, Statistics())
 
 
 def read_plan(path: Path) -> QuantPlan:

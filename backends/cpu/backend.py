@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,17 +14,19 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.base import Lowered, Subject, Unbounded
-from qcompile.backends.cpu import library
+from qcompile.backends.cpu import executable, library
+from qcompile.backends.cpu.emulate import EmulatedSession, emulator
 from qcompile.backends.cpu.layout import ALIGNMENT
 from qcompile.backends.cpu.network import Network
-from qcompile.backends.cpu.session import DESCRIPTION, InferenceSession, absent
+from qcompile.backends.cpu.session import DESCRIPTION, InferenceSession, absent, is_here
 from qcompile.backends.integer.float_operations import FloatDense, Gather
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.operations import Conv, Dense
 from qcompile.backends.integer.program import Port, Program
 from qcompile.backends.mcu.write_c import identifier
 from qcompile.backends.tvm.emit import load_tvm
-from qcompile.backends.tvm.schedules.x86 import OFFSET, PROCESSORS, Processor
+from qcompile.backends.tvm.schedules import aarch64, x86
+from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.core import model as models
 from qcompile.core.contract import Track
 from qcompile.core.costs import CostTable
@@ -33,6 +36,7 @@ from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import LIMITS, Target
 
+PROCESSORS: dict[str, Processor] = {**x86.PROCESSORS, **aarch64.PROCESSORS}
 #: The quantized model that the library computes, beside it.
 REFERENCE = "reference.onnx"
 SESSION = "session.py"
@@ -48,7 +52,8 @@ class CpuBackend(Unbounded):
         here = files("qcompile.backends.cpu") / "targets"
         for entry in sorted(here.iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith(".toml"):
-                yield Target.from_toml(entry)
+                target = Target.from_toml(entry)
+                yield replace(target, timed_here=target.timed_here and not _is_emulated(_processor(target)))
 
     def available(self) -> bool:
         """Tell whether TVM is installed, which generates the kernels."""
@@ -66,8 +71,11 @@ class CpuBackend(Unbounded):
                 fact = f"means nothing for {target.name}, whose library works in memory that its caller gives it"
                 raise UsageError(f"--{key.replace('_', '-')}", fact, "leave it out, or choose a microcontroller")
         load_tvm()
-        library.linker()
-        if missing := absent(_processor(target).flags):
+        processor = _processor(target)
+        library.linker(processor.architecture)
+        if _is_emulated(processor):
+            emulator(processor.architecture)
+        elif missing := absent(processor.flags):
             fact = f"this machine's processor has no {missing[0]}, so that the result could not be verified"
             raise TargetError(
                 f"--target {target.name}", fact, "compile on a machine that has it, or choose --target cpu"
@@ -123,9 +131,9 @@ class CpuBackend(Unbounded):
         raise TargetError(f"probe {target.name}", fact, "leave it out")
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
-        """Load the library and return a function that runs one sample."""
-        del threads, files
-        session = InferenceSession(folder)
+        """Load the library, or the executable where processors are emulated; return a function that runs one sample."""
+        del files
+        session = opened(folder, threads)
         names = [port.name for port in session.get_outputs()]
         return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
 
@@ -141,12 +149,28 @@ def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     folder : Path
     """
     program, shared = network.layout.program, f"lib{name}.so"
-    library.link(library.compiled(network, name), name, folder / shared)
+    objects, alone = library.compiled(network, name), tuple[str, ...]()
+    library.link(objects, name, folder / shared, network.processor)
+    if network.processor.emulated:
+        alone = (f"{name}_runner",)
+        executable.write(objects, network, name, folder / alone[0])
     (folder / f"{name}.h").write_text(library.header(program, name, network.layout.workspace), encoding="utf-8")
     (folder / DESCRIPTION).write_text(json.dumps(describe(network, name), indent=1) + "\n", encoding="utf-8")
     session = files("qcompile.backends.cpu") / SESSION
     (folder / SESSION).write_text(session.read_text(encoding="utf-8"), encoding="utf-8")
-    return shared, f"{name}.h", DESCRIPTION, SESSION
+    return shared, f"{name}.h", DESCRIPTION, SESSION, *alone
+
+
+def opened(folder: Path, threads: int = 1) -> InferenceSession:
+    """Return a session of what `write` wrote: here, or where this machine is another, emulated."""
+    about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    emulated = _is_emulated(PROCESSORS[about["processor"]])
+    return EmulatedSession(folder) if emulated else InferenceSession(folder, threads)
+
+
+def _is_emulated(processor: Processor) -> bool:
+    """Tell whether a processor's code runs under emulation: it can, and this machine cannot."""
+    return bool(processor.emulated) and (not is_here(processor.architecture) or bool(absent(processor.flags)))
 
 
 def describe(network: Network, name: str) -> dict[str, Any]:
@@ -155,7 +179,10 @@ def describe(network: Network, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "library": f"lib{name}.so",
+        "architecture": network.processor.architecture,
+        "processor": network.processor.name,
         "instructions": list(network.processor.flags),
+        **_executable(network, name),
         "workspace_bytes": network.layout.workspace,
         "alignment": ALIGNMENT,
         "inputs": [_port(program, port) for port in program.inputs],
@@ -168,12 +195,17 @@ def describe(network: Network, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _executable(network: Network, name: str) -> dict[str, str]:
+    emulated = network.processor.emulated
+    return {"executable": f"{name}_runner", "emulated": emulated} if emulated else {}
+
+
 def _port(program: Program, port: Port) -> dict[str, Any]:
     tensor = program.tensors[port.tensor]
     return {
         "name": port.name, "shape": list(port.shape), "stored": list(tensor.shape), "axes": list(port.axes),
         "dtype": tensor.dtype, "scale": float(np.float32(tensor.scale)), "zero_point": tensor.zero_point,
-        "offset": OFFSET if port.unsigned else 0,
+        "offset": x86.OFFSET if port.unsigned else 0,
     }  # fmt: skip
 
 

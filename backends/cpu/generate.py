@@ -15,12 +15,11 @@ from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.float_operations import Dequantize, FloatDense
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import x86_codes as codes
-from qcompile.backends.tvm.schedules import x86_depthwise as depthwise
+from qcompile.backends.tvm.schedules import aarch64_linear, codes, depthwise, shares, windows
 from qcompile.backends.tvm.schedules import x86_float_kernels as float_kernels
 from qcompile.backends.tvm.schedules import x86_linear as linear
-from qcompile.backends.tvm.schedules import x86_windows as windows
-from qcompile.backends.tvm.schedules.x86 import FOLDED, OFFSET, Processor, Rounding, high_word, saturates
+from qcompile.backends.tvm.schedules.aarch64 import Aarch64
+from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
 from qcompile.core.errors import TargetError
 
 Array = npt.NDArray[Any]
@@ -45,7 +44,7 @@ def generate(layout: Layout, processor: Processor) -> Network:
     """
     made = Network(layout, processor)
     for port in layout.program.inputs:
-        made.surround(port.tensor, port.name)
+        made.surround(port.tensor, port.name, apart=False)
     for operation in layout.program.operations:
         if not isinstance(operation, ops.View):
             _require(made, operation)
@@ -64,23 +63,26 @@ def _require(network: Network, operation: Operation) -> None:
         raise TargetError(f"operator '{operation.name}'", fact, "choose --target cpu")
 
 
-def finishing(step: ops.Requantize | Dequantize) -> tuple[Any, ...]:
-    """Return what a linear kernel's shape says of how sums end: rounding, table, saturation, bounds of floats."""
+def finishing(network: Network, step: ops.Requantize | Dequantize) -> dict[str, Any]:
+    """Return what a linear kernel's shape says of how sums end: rounding, or bounds of floats."""
     if isinstance(step, Dequantize):
-        return Rounding(False, 0, 0, 0), False, False, (step.low, step.high)
-    return (rounding(step),)
+        return {"rounding": Rounding(False, 0, 0, 0), "reals": (step.low, step.high)}
+    return {"rounding": rounding(network, step)}
 
 
-def rounding(requantize: ops.Requantize) -> Rounding:
+def rounding(network: Network, requantize: ops.Requantize) -> Rounding:
     """Return the rounding of stored codes."""
-    numbers = (requantize.zero_point + OFFSET, requantize.low + OFFSET, requantize.high + OFFSET)
+    offset = network.processor.offset
+    numbers = (requantize.zero_point + offset, requantize.low + offset, requantize.high + offset)
     high = high_word(requantize.shift.tolist())
     return Rounding(high, *numbers, folded=high and int(requantize.shift.max()) <= 32 + FOLDED)
 
 
-def _stored_bias(bias: Array, weights: Array) -> Array:
-    """Return biases for sums over stored codes, 128 above: they are 128 · Σ weights less."""
-    sums: Array = bias.astype(np.int64) - OFFSET * weights.reshape(len(weights), -1).astype(np.int64).sum(axis=1)
+def _stored_bias(network: Network, bias: Array, weights: Array) -> Array:
+    """Return biases for sums over stored codes: where these are 128 above, biases are 128 · Σ weights less."""
+    sums: Array = bias.astype(np.int64) - network.processor.offset * weights.reshape(len(weights), -1).astype(
+        np.int64
+    ).sum(axis=1)
     return sums
 
 
@@ -99,7 +101,7 @@ def _conv(network: Network, operation: ops.Conv) -> None:
     shape = linear.Linear(
         rows, columns, outputs // operation.groups, taps, width * fewer if joined else fewer,
         window.strides[0] * here.row, window.strides[1] * here.column, there.row, there.column,
-        rounding(operation.requantize),
+        rounding(network, operation.requantize),
     )  # fmt: skip
     whole = window.strides == (1, 1) and here.row == columns * here.column and there.row == columns * there.column
     if window.size == (1, 1) and whole:
@@ -130,7 +132,7 @@ def _dense(network: Network, operation: ops.Dense | FloatDense) -> None:
         depth,
         there.row,
         outputs,
-        *finishing(operation.requantize),
+        **finishing(network, operation.requantize),
     )
     _linear(network, operation, shape, (operation.weights[:, None, :], slice(0, outputs)), (0, 0))
 
@@ -142,18 +144,22 @@ def _linear(
     even = np.pad(weights, [(0, 0), (0, 0), (0, shape.length % 2)])
     shape = replace(
         shape, looked_up=operation.output in network.layout.tables,
-        saturates=not network.processor.instruction and saturates(even),
+        saturates=network.processor.saturates(even),
     )  # fmt: skip
-    processor, tile = network.processor, linear.choose_tile(shape, network.processor)
+    processor = network.processor
+    kernels: Any = aarch64_linear if isinstance(processor, Aarch64) else linear
+    tile = kernels.choose_tile(shape, processor)
+    loop, iterations = shares.of_linear(shape, tile, processor)
+    shape = replace(shape, shared=loop)
     scaling = [np.broadcast_to(n, operation.bias.shape)[channels] for n in floats.scaling(operation.requantize)]
-    numbers = (_stored_bias(operation.bias[channels], weights), *scaling)
-    packed, table = linear.pack(shape, tile, processor, weights, numbers)
+    numbers = (_stored_bias(network, operation.bias[channels], weights), *scaling)
+    packed, table = kernels.pack(shape, tile, processor, weights, numbers)
     first = places[1] * network.tensor(operation.output).bits // 8
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, first),
     ]  # fmt: skip
-    name = network.add(linear.linear_kernel, (shape, tile, processor), given, operation.name)
+    name = network.add(kernels.linear_kernel, (shape, tile, processor), given, operation.name, iterations)
     network.tiles[name] = tile
 
 
@@ -175,41 +181,51 @@ def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Win
 
 
 def _depthwise(network: Network, operation: ops.Conv) -> None:
-    shape, requantize = _windows(network, operation, rounding(operation.requantize)), operation.requantize
+    shape, requantize = _windows(network, operation, rounding(network, operation.requantize)), operation.requantize
     weights = operation.weights[..., 0]
-    numbers = [np.broadcast_to(n, operation.bias.shape)
-               for n in (_stored_bias(operation.bias, weights), requantize.multiplier, requantize.shift)]  # fmt: skip
+    bias = _stored_bias(network, operation.bias, weights)
+    numbers = [np.broadcast_to(n, bias.shape) for n in (bias, requantize.multiplier, requantize.shift)]
     for first, count, lanes in depthwise.parts(shape.channels, network.processor.lanes):
         part = replace(shape, channels=count, looked_up=operation.output in network.layout.tables)
         narrow = network.processor.narrower(lanes)
         channels = slice(first, first + count)
         packed, table = depthwise.pack(part, narrow, weights[channels], tuple(n[channels] for n in numbers))
-        part = replace(part, saturates=not narrow.instruction and saturates(packed))
+        loop, iterations = shares.of_depthwise(part, narrow)
+        part = replace(part, saturates=narrow.saturates(packed), shared=loop)
         given = [
             network.at(operation.inputs[0], first), network.constant(packed), network.constant(table),
             *_table(network, operation), network.at(operation.output, first),
         ]  # fmt: skip
-        network.add(depthwise.depthwise_kernel, (part, narrow), given, operation.name)
+        network.add(depthwise.depthwise_kernel, (part, narrow), given, operation.name, iterations)
 
 
 def _average(network: Network, operation: ops.AveragePool) -> None:
-    shape = _windows(network, operation, rounding(operation.requantize))
-    bias = np.full(network.processor.lanes, operation.bias - OFFSET * len(shape.offsets))
+    shape = _windows(network, operation, rounding(network, operation.requantize))
+    bias = np.full(network.processor.lanes, operation.bias - network.processor.offset * len(shape.offsets))
     table = _one_scaling(network, bias, operation.requantize)
     given = [network.at(operation.inputs[0]), table, network.at(operation.output)]
-    network.add(windows.average_kernel, (shape, network.processor), given, operation.name)
+    _pool(network, windows.average_kernel, shape, given, operation.name)
+
+
+def _pool(network: Network, kernel: Any, shape: windows.Windows, given: Sequence[Argument], operation: str) -> None:
+    processor = network.processor
+    loop, iterations = shares.of_pool(
+        shape, processor.together if kernel is windows.maximum_kernel else processor.lanes
+    )
+    network.add(kernel, (replace(shape, shared=loop), network.processor), given, operation, iterations)
 
 
 def _one_scaling(network: Network, bias: Array, requantize: ops.Requantize) -> Argument:
     lanes = network.processor.lanes
     numbers = (bias, *(np.broadcast_to(array, (lanes,)) for array in (requantize.multiplier, requantize.shift)))
-    return network.constant(linear.scaling_table(network.processor, numbers, rounding(requantize)))
+    return network.constant(linear.scaling_table(network.processor, numbers, rounding(network, requantize)))
 
 
 def _maximum(network: Network, operation: ops.MaxPool) -> None:
-    shape = _windows(network, operation, Rounding(False, 0, operation.low + OFFSET, operation.high + OFFSET))
+    offset = network.processor.offset
+    shape = _windows(network, operation, Rounding(False, 0, operation.low + offset, operation.high + offset))
     given = [network.at(operation.inputs[0]), network.at(operation.output)]
-    network.add(windows.maximum_kernel, (shape, network.processor), given, operation.name)
+    _pool(network, windows.maximum_kernel, shape, given, operation.name)
 
 
 def _rows(network: Network, names: Sequence[str]) -> tuple[int, int, tuple[int, ...]]:
@@ -225,41 +241,48 @@ def _rows(network: Network, names: Sequence[str]) -> tuple[int, int, tuple[int, 
 def _add(network: Network, operation: ops.Add) -> None:
     names = (*operation.inputs, operation.output)
     bare = replace(operation, name="", inputs=(), output="")
-    arguments = (bare, *_rows(network, names), network.processor)
-    network.add(codes.add_kernel, arguments, [network.at(name) for name in names], operation.name)
+    rows, width, steps = _rows(network, names)
+    iterations = shares.of_codes(rows, width, network.processor.together)
+    arguments = (bare, rows, width, steps, network.processor, iterations > 0)
+    network.add(codes.add_kernel, arguments, [network.at(name) for name in names], operation.name, iterations)
 
 
 def _mul(network: Network, operation: ops.Mul) -> None:
     first, second, target = (network.tensor(name) for name in (*operation.inputs, operation.output))
     places = [network.layout.places[tensor.name] for tensor in (first, second, target)]
     steps = [step for place in places for step in (place.row, place.column)]
-    zeros = (operation.zero_points[0] + OFFSET, operation.zero_points[1] + OFFSET)
+    zeros = (operation.zero_points[0] + network.processor.offset, operation.zero_points[1] + network.processor.offset)
     shape = extents(target)
     if second.size != first.size:
         steps[2:4] = [0, 0]
     elif all(place.row == shape[1] * shape[2] for place in places):
         shape = (1, 1, target.size)
     table = _one_scaling(network, np.zeros(network.processor.lanes), operation.requantize)
-    arguments = (zeros, rounding(operation.requantize), shape, tuple(steps), network.processor)
+    lanes, (rows, columns, channels) = network.processor.lanes, shape
+    folded = (rows * columns, channels) if 1 in (rows, columns) else (rows, columns * channels)
+    iterations = shares.of_codes(*folded, lanes)
+    numbers = rounding(network, operation.requantize)
+    arguments = (zeros, numbers, shape, tuple(steps), network.processor, iterations > 0)
     given = [network.at(first.name), network.at(second.name), table, network.at(target.name)]
-    network.add(codes.mul_kernel, arguments, given, operation.name)
+    network.add(codes.mul_kernel, arguments, given, operation.name, iterations)
 
 
 def _lookup(network: Network, operation: ops.Lookup) -> None:
     names = (operation.inputs[0], operation.output)
-    given = [network.at(names[0]), network.constant(stored(operation)), network.at(names[1])]
+    given = [network.at(names[0]), network.constant(stored(network, operation)), network.at(names[1])]
     network.add(codes.lookup_kernel, (*_rows(network, names), network.processor), given, operation.name)
 
 
 def _table(network: Network, operation: Operation) -> list[Argument]:
     """Return where the table is that an operation's codes go through, if there is one."""
     lookup = network.layout.tables.get(operation.output)
-    return [network.constant(stored(lookup))] if lookup is not None else []
+    return [network.constant(stored(network, lookup))] if lookup is not None else []
 
 
-def stored(operation: ops.Lookup) -> npt.NDArray[np.uint8]:
-    """Return a table of stored codes."""
-    return (operation.table.astype(np.int16) + OFFSET).astype(np.uint8)
+def stored(network: Network, operation: ops.Lookup) -> npt.NDArray[np.uint8]:
+    """Return a table of stored codes, in the order of stored codes as bytes without a sign."""
+    offset = network.processor.offset
+    return np.roll(operation.table.astype(np.int16) + offset, offset - 128).astype(np.uint8)
 
 
 def _softmax(network: Network, operation: ops.Softmax) -> None:
@@ -277,7 +300,10 @@ def _softmax(network: Network, operation: ops.Softmax) -> None:
         places = [network.at(name, y * step[1] if len(step) == 4 else 0)
                   for name, step in zip((operation.inputs[0], operation.output), steps, strict=True)]  # fmt: skip
         network.add(
-            codes.softmax_kernel, (bare, count, width, (width, width)), [places[0], powers, places[1]], operation.name
+            codes.softmax_kernel,
+            (bare, count, width, (width, width), network.processor),
+            [places[0], powers, places[1]],
+            operation.name,
         )
 
 
@@ -313,7 +339,7 @@ def _pad(network: Network, operation: ops.Pad) -> None:
     steps = strides(network.layout, target)
     rows, columns, channels = extents(target)
     place = network.layout.places[target.name]
-    arguments = (rows, columns * channels, place.row, operation.code + OFFSET, network.processor)
+    arguments = (rows, columns * channels, place.row, operation.code + network.processor.offset, network.processor)
     network.add(codes.fill_kernel, arguments, [network.at(target.name)], operation.name)
     start = sum(before * step for before, step in zip(operation.before, steps, strict=True))
     _gather(

@@ -15,7 +15,8 @@ from qcompile.backends.integer.program import Operation
 from qcompile.backends.tvm.schedules import x86_float_kernels as kernels
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_products as products
-from qcompile.backends.tvm.schedules.x86 import OFFSET, Rounding, high_word
+from qcompile.backends.tvm.schedules.vectors import FOLDED, Rounding, high_word
+from qcompile.backends.tvm.schedules.x86 import OFFSET, X86
 from qcompile.backends.tvm.schedules.x86_float_kernels import Read
 from qcompile.backends.tvm.schedules.x86_floats import Stored
 
@@ -141,12 +142,12 @@ def _matmul(network: Network, operation: ops.MatMul) -> None:
     if isinstance(step, ops.Dequantize):
         reals = step.low, step.high
     else:
-        rounding = Rounding(
-            high_word(step.shift.tolist()), step.zero_point + OFFSET, step.low + OFFSET, step.high + OFFSET
-        )
+        high = high_word(step.shift.tolist())
+        folded = high and int(step.shift.max()) <= 32 + FOLDED
+        rounding = Rounding(high, step.zero_point + OFFSET, step.low + OFFSET, step.high + OFFSET, folded)
     shape = linear.Linear(
         1, m, n, ((1, 0), (1, 0)), k, 0, steps[0][-2], 0, steps[2][-2], rounding,
-        saturates=not processor.instruction, reals=reals,
+        saturates=isinstance(processor, X86) and not processor.instruction, reals=reals,
     )  # fmt: skip
     tile = linear.choose_tile(shape, processor)
     multiplier, shift = (int(array[0]) for array in scaling(step))

@@ -8,14 +8,22 @@
 /* What one instance works in; weights are in the library, and shared. */
 #define ${macro}_WORKSPACE_BYTES $workspace
 #define ${macro}_ALIGNMENT $alignment
+#define ${macro}_THREADS $threads
 
 $ports
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* Run once in a workspace that begins at a multiple of ${macro}_ALIGNMENT. There is no other state: as many threads may
-   run it at one time as there are workspaces. Inputs and outputs may begin anywhere. */
+/* Begin an instance in a workspace at a multiple of ${macro}_ALIGNMENT, and end it. Each run is shared by so many threads,
+   from 1 to ${macro}_THREADS: the caller's, and the instance's own, which sleep between runs. Return 0, or what errno would
+   be: EINVAL, ENOSYS where the process has no threads, or what pthread_create returns. A workspace of zeros has begun
+   with one thread, and need not be ended. */
+int ${name}_start(void *workspace, int threads);
+void ${name}_stop(void *workspace);
+
+/* Run once in a workspace that has begun. There is no other state: as many callers may run it at one time as there are
+   workspaces. Inputs and outputs may begin anywhere. */
 void ${name}_run(void *workspace, $codes);
 
 /* The same from and to the model's own floats, in the model's own order. */
@@ -23,15 +31,22 @@ void ${name}_run_floats(void *workspace, $floats);
 
 typedef struct ${name} ${name};
 
-/* Return an instance, or NULL where there is no memory. */
-static inline ${name} *${name}_create(void)
+/* Return an instance that so many threads run, or NULL where there is no memory, or no such number of threads. */
+static inline ${name} *${name}_create(int threads)
 {
     size_t bytes = (${macro}_WORKSPACE_BYTES + ${macro}_ALIGNMENT - 1) / ${macro}_ALIGNMENT * ${macro}_ALIGNMENT;
-    return (${name} *)aligned_alloc(${macro}_ALIGNMENT, bytes);
+    void *workspace = aligned_alloc(${macro}_ALIGNMENT, bytes);
+    if (workspace && ${name}_start(workspace, threads)) {
+        free(workspace);
+        workspace = NULL;
+    }
+    return (${name} *)workspace;
 }
 
 static inline void ${name}_destroy(${name} *instance)
 {
+    if (instance)
+        ${name}_stop(instance);
     free(instance);
 }
 

@@ -18,6 +18,8 @@ ALIGNMENT = 64
 LANES = 16
 #: Bytes behind the last tensor that kernels may read, and do nothing with.
 SLACK = 256
+#: Threads of an instance at most, and bytes in front of all tensors for them; see pool.c.
+THREADS, POOL = 16, 2176
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,12 @@ def lay_out(program: Program, joins: bool = False) -> Layout:
             margins[name] = Margin((pad.before[1], pad.before[2]), (pad.after[1], pad.after[2]), pad.code)
     kept = tuple(part for part in program.operations if part not in within.values())
     plan = assign_offsets(_planned(replace(program, operations=kept), places), overlap=False, exact=False)
-    offsets = dict(plan.offsets)
-    scratch = -(-(plan.arena_bytes + SLACK) // ALIGNMENT) * ALIGNMENT
+    offsets = {name: POOL + at for name, at in plan.offsets.items()}
+    workspace = POOL + plan.arena_bytes + SLACK
+    scratch = -(-workspace // ALIGNMENT) * ALIGNMENT
     packed = max((_packed_bytes(part) for part in kept if isinstance(part, MatMul)), default=0)
-    return Layout(replace(program, operations=kept), places, offsets, margins,
-                  scratch + packed if packed else plan.arena_bytes + SLACK, tables, scratch)  # fmt: skip
+    kept_program = replace(program, operations=kept)
+    return Layout(kept_program, places, offsets, margins, scratch + packed if packed else workspace, tables, scratch)
 
 
 def _packed_bytes(part: MatMul) -> int:

@@ -12,24 +12,31 @@ from typing import Any
 
 import numpy as np
 
+from qcompile.backends.cpu import pool
 from qcompile.backends.cpu.generate import generate
-from qcompile.backends.cpu.layout import ALIGNMENT, lay_out
+from qcompile.backends.cpu.layout import ALIGNMENT, THREADS, lay_out
 from qcompile.backends.cpu.network import Call, Network
+from qcompile.backends.cpu.phases import phases
+from qcompile.backends.cpu.session import is_here
 from qcompile.backends.integer.program import Port, Program, Tensor
 from qcompile.backends.tvm import native
 from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.native import Object
-from qcompile.backends.tvm.schedules.x86 import Processor
+from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.core.errors import TargetError, VerificationError
 
-#: What links, the plainest first; a compiler is asked to do no more than that.
+#: What links for this machine, the plainest first; a compiler is asked to do no more than that.
 LINKERS = ("ld", "ld.lld", "cc", "gcc", "clang")
+#: What links for another one, and what brings it.
+CROSS_LINKERS, CROSS_PACKAGE = {"aarch64": ("ld.lld", "aarch64-linux-gnu-ld")}, {"aarch64": "lld"}
 #: The same bytes whenever it is linked, and nothing visible but the functions of the header.
 FLAGS = ("--build-id=none", "--strip-all", "--gc-sections", "-z,noexecstack")
 
 
-#: What a library exports, and whether its inputs and outputs are floats.
+#: What runs a network, and whether its inputs and outputs are floats.
 RUNS = {"run": False, "run_floats": True}
+#: What a library exports.
+EXPORTS = (*RUNS, "start", "stop")
 
 
 def network_of(program: Program, processor: Processor) -> Network:
@@ -44,7 +51,7 @@ def network_of(program: Program, processor: Processor) -> Network:
 
 
 def compiled(network: Network, name: str) -> tuple[Object, ...]:
-    """Return the machine code of a network: its kernels, and ``NAME_run``.
+    """Return the machine code of a network: its kernels, ``NAME_run``, and threads.
 
     They are objects of their own, so that no kernel is expanded within another: to LLVM, buffers of different names are
     different memory, which holds within a kernel and not from one kernel to the next.
@@ -52,8 +59,8 @@ def compiled(network: Network, name: str) -> tuple[Object, ...]:
     machine = network.processor.machine
     # Their calls of the ports' kernels are kernels too, so they come first.
     runs = {f"{name}_{stem}": _run(network, name, stem) for stem in RUNS}
-    run = native.compile_object(runs | {f"{name}_compute": _compute(network, f"{name}_compute")}, machine)
-    return native.compile_object(network.kernels, machine), run
+    run = native.compile_object(runs | {f"{name}_part": _part(network, name)}, machine)
+    return native.compile_object(network.kernels, machine), run, pool.compiled(name, machine)
 
 
 def _run(network: Network, name: str, stem: str) -> Function:
@@ -65,11 +72,12 @@ def _run(network: Network, name: str, stem: str) -> Function:
     taken, made = network.ports(floats)
 
     def body(buffers: Any) -> None:
-        ir = native.builder()
         known = {port.name: buffers[argument] for port, argument in zip(ports, arguments, strict=True)}
         known["workspace"] = buffers["workspace"]
+        # Other threads wake up while inputs are taken in.
+        _of_pool(name, "wake", known)
         _call_all(taken, known)
-        ir.evaluate(ir.call_extern("void", f"{name}_compute", ir.address_of(buffers["workspace"][0])))
+        _of_pool(name, "compute", known)
         _call_all(made, known)
 
     tensors = [program.tensors[port.tensor] for port in ports]
@@ -79,8 +87,8 @@ def _run(network: Network, name: str, stem: str) -> Function:
     return native.function(f"{name}_{stem}", {"workspace": "uint8"} | dict(zip(arguments, kinds, strict=True)), body)
 
 
-def _compute(network: Network, name: str) -> Function:
-    """Return the function that calls all kernels. Argument: the workspace."""
+def _part(network: Network, name: str) -> Function:
+    """Return what each thread does: the kernels, or its part of them. Arguments: the workspace, thread, threads."""
     tvm = load_tvm()
     data = np.frombuffer(bytes(network.constants) or bytes(1), np.uint8)
 
@@ -90,55 +98,95 @@ def _compute(network: Network, name: str) -> Function:
         with ir.attr(tvm.ir.StringImm("default"), "pragma_import_llvm", text):
             pointer = tvm.ir.PointerType(tvm.ir.PrimType("uint8"))
             start = ir.bind(ir.call_extern(pointer, native.CONSTANTS))
-            _call_all(network.calls, {"constants": ir.decl_buffer((native.EXTENT,), "uint8", data=start), **buffers})
+            known = {"constants": ir.decl_buffer((native.EXTENT,), "uint8", data=start), **buffers}
+            _call_phases(phases(network.calls), known, name)
 
-    return native.function(name, {"workspace": "uint8"}, body)
+    return native.function(f"{name}_part", {"workspace": "uint8"}, body, ("thread", "threads"))
+
+
+def _call_phases(groups: Sequence[Sequence[Call]], buffers: Mapping[str, Any], name: str) -> None:
+    """Emit the calls of all groups, for the thread that is asked for; what a thread does first for itself goes here."""
+    ir = native.builder()
+    threaded = any(group[-1].shared for group in groups)
+    for group in groups:
+        if threaded:
+            _of_pool(name, "wait", buffers)
+        alone, shared = ([call for call in group if bool(call.shared) == kind] for kind in (False, True))
+        if alone:
+            with ir.If(buffers["thread"] == 0), ir.Then():
+                _call_all(alone, buffers)
+        _call_all(shared, buffers)
+    if threaded:
+        _of_pool(name, "wait", buffers)
+
+
+def _of_pool(name: str, stem: str, buffers: Mapping[str, Any]) -> None:
+    """Emit a call of a function of pool.c."""
+    ir = native.builder()
+    ir.evaluate(ir.call_extern("void", f"{name}_{stem}", ir.address_of(buffers["workspace"][0])))
 
 
 def _call_all(calls: Sequence[Call], buffers: Mapping[str, Any]) -> None:
     ir = native.builder()
     for call in calls:
-        ir.evaluate(
-            ir.call_extern("void", call.kernel, *(ir.address_of(buffers[kind][at]) for kind, at in call.arguments))
-        )
+        given = [ir.address_of(buffers[kind][at]) for kind, at in call.arguments]
+        if call.shared:
+            ends = (buffers["thread"], buffers["thread"] + 1)
+            given += [ir.truncdiv(call.shared * end, buffers["threads"]) for end in ends]
+        ir.evaluate(ir.call_extern("void", call.kernel, *given))
 
 
-def linker() -> list[str]:
-    """Return the command that links.
+def linker(architecture: str) -> list[str]:
+    """Return the command that links for processors of an architecture.
 
     Raises
     ------
     TargetError
         If there is none.
     """
-    found = next((name for name in LINKERS if shutil.which(name)), None)
+    other = not is_here(architecture) and architecture in CROSS_LINKERS
+    names = CROSS_LINKERS[architecture] if other else LINKERS
+    found = next((name for name in names if shutil.which(name)), None)
     if found is None:
-        fact = "needs a linker, and there is none on this machine"
-        raise TargetError("shared library", fact, "apt-get install binutils")
-    plain = found.startswith("ld")
+        package = CROSS_PACKAGE[architecture] if other else "binutils"
+        fact = f"needs a linker{f' for {architecture}' if other else ''}, and there is none on this machine"
+        raise TargetError("shared library", fact, f"apt-get install {package}")
+    plain = _is_plain(found)
     flags = [part for flag in FLAGS for part in (flag.split(",") if plain else [f"-Wl,{flag}"])]
     return [found, *flags] if plain else [found, "-nostdlib", *flags]
 
 
-def link(objects: Sequence[Object], name: str, library: Path) -> None:
-    """Write a shared library.
+def _is_plain(linker: str) -> bool:
+    """Tell whether it is a linker, not a compiler that calls one."""
+    return linker.startswith("ld") or linker.endswith("-ld")
+
+
+def link(objects: Sequence[Object], name: str, library: Path, processor: Processor) -> None:
+    """Write a shared library; see `linked`."""
+    with tempfile.TemporaryDirectory() as folder:
+        visible = Path(folder) / "visible.map"
+        visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in EXPORTS)}; local: *; }};\n")
+        words = [f"--version-script={visible}", f"-soname={library.name}", *processor.linked]
+        words = words if _is_plain(linker(processor.architecture)[0]) else [f"-Wl,{word}" for word in words]
+        linked(objects, library, processor, ["-shared", *words])
+
+
+def linked(objects: Sequence[Object], file: Path, processor: Processor, words: Sequence[str]) -> None:
+    """Write what a linker makes of objects.
 
     Raises
     ------
     TargetError
         If there is no linker.
     VerificationError
-        If it refuses the object.
+        If it refuses the objects.
     """
-    command = linker()
+    command = linker(processor.architecture)
     with tempfile.TemporaryDirectory() as folder:
-        sources, visible = [Path(folder) / f"{index}.o" for index in range(len(objects))], Path(folder) / "visible.map"
+        sources = [Path(folder) / f"{index}.o" for index in range(len(objects))]
         for made, source in zip(objects, sources, strict=True):
             made.write(source)
-        visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in RUNS)}; local: *; }};\n")
-        script = f"--version-script={visible}"
-        script = script if command[0].startswith("ld") else f"-Wl,{script}"
-        arguments = [*command, "-shared", script, *map(str, sources), "-o", str(library)]
+        arguments = [*command, *words, *map(str, sources), "-o", str(file)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         fact = f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed'])[0]}"
@@ -156,6 +204,7 @@ def header(program: Program, name: str, workspace: int) -> str:
             )
     return Template(template).substitute(
         name=name, macro=macro, ports="\n".join(ports), workspace=workspace, alignment=ALIGNMENT,
+        threads=THREADS,
         codes=", ".join(_parameters(program, "int8_t")), floats=", ".join(_parameters(program, "float")),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ import numpy.typing as npt
 from qcompile.backends.cpu.layout import ALIGNMENT, Layout, extents, strides
 from qcompile.backends.integer.program import Port, Tensor
 from qcompile.backends.tvm.emit import Function
-from qcompile.backends.tvm.schedules import x86_codes as codes
+from qcompile.backends.tvm.schedules import codes
 from qcompile.backends.tvm.schedules import x86_linear as linear
-from qcompile.backends.tvm.schedules.x86 import OFFSET, Processor
+from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.backends.tvm.schedules.x86_float_kernels import move_kernel
 
 Array = npt.NDArray[Any]
@@ -32,11 +32,17 @@ class Call:
     arguments : tuple of Argument
     operation : str
         Name of what it computes.
+    shared : int
+        Iterations that threads share; without them one thread does it all.
+    apart : bool
+        Whether the call behind it may run at the same time.
     """
 
     kernel: str
     arguments: tuple[Argument, ...]
     operation: str
+    shared: int = 0
+    apart: bool = False
 
 
 @dataclass
@@ -74,8 +80,8 @@ class Network:
         """Return a tensor by name."""
         return self.layout.program.tensors[name]
 
-    def surround(self, name: str, operation: str) -> None:
-        """Fill the margin around a tensor that is about to be written."""
+    def surround(self, name: str, operation: str, apart: bool = True) -> None:
+        """Fill the margin around a tensor that is about to be written: `apart` from that, or before it."""
         if name not in self.layout.margins:
             return
         margin, place, (rows, columns, channels) = (
@@ -93,8 +99,9 @@ class Network:
             (inner + rows * place.row - right, 1, right + bottom),
         ):  # fmt: skip
             if count and width:
-                arguments = (count, width, place.row, margin.code + OFFSET, self.processor)
-                self.add(codes.fill_kernel, arguments, [("workspace", start)], operation)
+                arguments = (count, width, place.row, margin.code + self.processor.offset, self.processor)
+                made = self.call(codes.fill_kernel, arguments, [("workspace", start)], operation)
+                self.calls.append(replace(made, apart=apart))
 
     def port(self, port: Port, into: bool, codes_: bool) -> Call:
         """Return the call that takes an input in, or gives an output out: as the program's codes, or as floats."""
@@ -111,12 +118,12 @@ class Network:
             width, step = columns * channels, self.layout.places[port.tensor].row
             rows, width = (1, rows * width) if step == width else (rows, width)
             steps = (width, step) if into else (step, width)
-            return self.call(codes.copy_kernel, (rows, width, steps, True), given, port.name)
+            return self.call(codes.copy_kernel, (rows, width, steps, self.processor.offset), given, port.name)
         shape = tuple(port.shape[axis] for axis in port.axes)
         stored = strides(self.layout, tensor) if shape == tensor.shape else row_major(shape)
         model = tuple(row_major(port.shape)[axis] for axis in port.axes)
         axes = collapsed(shape, *((model, stored) if into else (stored, model)))
-        numbers = (float(np.float32(tensor.scale)), tensor.zero_point + OFFSET)
+        numbers = (float(np.float32(tensor.scale)), tensor.zero_point + self.processor.offset, self.processor)
         return self.call(
             codes.quantize_kernel if into else codes.dequantize_kernel, (*axes, *numbers), given, port.name
         )
@@ -133,10 +140,15 @@ class Network:
         return "workspace", self.layout.at(name) + offset
 
     def add(
-        self, generate: Callable[..., Function], arguments: tuple[Any, ...], given: Sequence[Argument], operation: str
+        self,
+        generate: Callable[..., Function],
+        arguments: tuple[Any, ...],
+        given: Sequence[Argument],
+        operation: str,
+        shared: int = 0,
     ) -> str:
-        """Add a call and return the kernel's name; see `call`."""
-        self.calls.append(self.call(generate, arguments, given, operation))
+        """Add a call and return the kernel's name; see `call`. Threads share so many of its iterations."""
+        self.calls.append(replace(self.call(generate, arguments, given, operation), shared=shared))
         return self.calls[-1].kernel
 
     def call(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,31 +92,48 @@ class Port:
 
 
 class InferenceSession:
-    """A network ready to run: for one thread at a time; several sessions run side by side.
+    """A network ready to run: for one caller at a time; several sessions run side by side.
 
     Parameters
     ----------
     folder : str or Path
         Where the library and its description are.
+    threads : int
+        Among which each run is shared, the caller's being one of them. They are the session's own, as long as it lives.
 
     Raises
     ------
     OSError
-        If this machine lacks instructions that the library is made of.
+        If this machine is of another kind, lacks instructions that the library is made of, or gives no such number of
+        threads.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, threads: int = 1) -> None:
         folder = Path(folder)
         about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if not is_here(about["architecture"]):
+            raise OSError(f"{folder}: the library is for {about['architecture']}, and this is {platform.machine()}")
         if missing := absent(about["instructions"]):
             raise OSError(f"{folder}: this processor has no {missing[0]}, which the library is made of")
-        self.inputs, self.outputs = ([Port.read(port) for port in about[key]] for key in ("inputs", "outputs"))
+        self._described(about)
         library = ctypes.CDLL(str((folder / about["library"]).absolute()))
-        self._run, self._run_floats = library[f"{about['name']}_run"], library[f"{about['name']}_run_floats"]
-        self._run.restype = self._run_floats.restype = None
+        run, run_floats = library[f"{about['name']}_run"], library[f"{about['name']}_run_floats"]
+        run.restype = run_floats.restype = None
+        self._run: Any = run
+        self._run_floats: Any = run_floats
         alignment = about["alignment"]
         self._memory = np.zeros(about["workspace_bytes"] + alignment, np.uint8)
         self._workspace = ctypes.c_void_p(self._memory.ctypes.data + -self._memory.ctypes.data % alignment)
+        if failed := library[f"{about['name']}_start"](self._workspace, threads):
+            raise OSError(failed, f"{folder}: {threads} threads cannot be had: {os.strerror(failed)}")
+        # The library and the memory are held on to until the threads are gone.
+        stop = library[f"{about['name']}_stop"]
+        stop.restype = None
+        weakref.finalize(self, _stop, stop, self._workspace, self._memory)
+
+    def _described(self, about: dict[str, Any]) -> None:
+        self.about = about
+        self.inputs, self.outputs = ([Port.read(port) for port in about[key]] for key in ("inputs", "outputs"))
 
     def get_inputs(self) -> list[Port]:
         """Return the inputs."""
@@ -184,12 +203,21 @@ class InferenceSession:
         return Port.take(port, np.clip(codes, -128, 127).astype(np.int16) + port.offset)
 
 
+def _stop(stop: Any, workspace: ctypes.c_void_p, memory: Array) -> None:
+    stop(workspace)
+    del memory
+
+
+def is_here(architecture: str) -> bool:
+    """Tell whether this machine is of that kind."""
+    names = {"AMD64": "x86_64", "arm64": "aarch64"}
+    return names.get(platform.machine(), platform.machine()) == architecture
+
+
 def absent(instructions: Sequence[str]) -> list[str]:
     """Return those of the instructions that this processor does not have, as far as the system tells."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return list(instructions)
     try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return []
     known = set(flags[1].split()) if flags else set()

@@ -7,7 +7,8 @@ registers, which instruction takes which operand) is what a schedule would have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ def builder() -> Any:
     return tirx
 
 
-def function(name: str, arguments: Mapping[str, str], body: Callable[[Mapping[str, Any]], None]) -> Function:
-    """Return a function of pointers.
+def function(
+    name: str, arguments: Mapping[str, str], body: Callable[[Mapping[str, Any]], None], numbers: Sequence[str] = ()
+) -> Function:
+    """Return a function of pointers, and behind them numbers.
 
     Parameters
     ----------
@@ -40,7 +43,9 @@ def function(name: str, arguments: Mapping[str, str], body: Callable[[Mapping[st
     arguments : mapping of str to str
         Element type of what each argument points to.
     body : callable
-        Builds the statements, from a buffer for each argument.
+        Builds the statements, from a buffer for each pointer and a variable for each number.
+    numbers : sequence of str
+        Names of arguments that are int32.
     """
     load_tvm()
     from tvm.script.ir_builder import IRBuilder
@@ -49,7 +54,8 @@ def function(name: str, arguments: Mapping[str, str], body: Callable[[Mapping[st
     with IRBuilder() as written, ir.prim_func():
         ir.func_name(name)
         pointers = {key: ir.arg(key, ir.handle(dtype)) for key, dtype in arguments.items()}
-        body({key: ir.decl_buffer((EXTENT,), arguments[key], data=at) for key, at in pointers.items()})
+        known = {key: ir.arg(key, ir.int32()) for key in numbers}
+        body(known | {key: ir.decl_buffer((EXTENT,), arguments[key], data=at) for key, at in pointers.items()})
     made = written.get()
     return made.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
 
@@ -108,6 +114,15 @@ def compile_object(functions: Mapping[str, Function], machine: Machine) -> Objec
     kept = {name: _kept(each) for name, each in flat.functions.items()}
     lowered = tvm.ir.transform.Sequential([tirx.LowerTVMBuiltin(), tirx.LowerIntrin()])(tvm.IRModule(kept))
     return Object(tvm.get_global_func("target.build.llvm")(lowered, target))
+
+
+def from_text(text: str) -> Object:
+    """Return the machine code of LLVM's text, which names its processor itself."""
+    tvm = load_tvm()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "text.ll"
+        file.write_text(text, encoding="utf-8")
+        return Object(tvm.get_global_func("ffi.Module.load_from_file.ll")(str(file), "ll"))
 
 
 def _kept(made: Function) -> Function:

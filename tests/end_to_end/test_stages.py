@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 ROOT = Path(__file__).parents[2]
-UNSETTLED = {"measurements.json", "report.html"}
+UNSETTLED = {"measurements.json", "distributions.json", "report.html"}
 
 
 def settled(folder: Path) -> dict[str, str]:

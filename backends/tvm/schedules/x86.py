@@ -5,51 +5,34 @@ Codes are stored 128 above the program's, from 0 to 255: `vpdpbusd` multiplies u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.backends.tvm.definitions import HIGH_WORD
 from qcompile.backends.tvm.native import Machine, builder
+from qcompile.backends.tvm.schedules.vectors import Array, Processor, Rounding, all_lanes, load
 
 #: What stored codes are above the program's.
 OFFSET = 128
 #: Codes in the widest register.
 LINE = 64
-#: Codes that one instruction multiplies and adds up.
-FOUR = 4
 
 
 @dataclass(frozen=True)
-class Processor:
-    """A kind of x86 processor.
+class X86(Processor):
+    """A kind of x86 processor; those that permute pick bytes from two registers by another one's (VBMI)."""
 
-    Parameters
-    ----------
-    name : str
-    machine : Machine
-    flags : tuple of str
-        What the system calls the instructions that it has to have.
-    lanes : int
-        Sums of 32 bits in one register.
-    registers : int
-        That hold vectors.
-    instruction : str
-        LLVM's name of the dot product, but for the bits; empty where there is none.
-    permutes : bool
-        Whether it picks bytes from two registers by another one's (VBMI): a table of 256 codes is four registers.
-    """
+    architecture: ClassVar[str] = "x86_64"
+    offset: ClassVar[int] = OFFSET
+    codes: ClassVar[str] = "uint8"
 
-    name: str
-    machine: Machine
-    flags: tuple[str, ...]
-    lanes: int
-    registers: int
-    instruction: str
-    permutes: bool = False
+    @property
+    def line(self) -> int:
+        """Codes that are looked up at once: a table of 256 codes is four registers."""
+        return LINE if self.permutes else 0
 
     def dot(self, sums: Any, codes: Any, weights: Any, saturates: bool) -> Any:
         """Return `sums` and in each lane four products of codes and weights.
@@ -77,18 +60,38 @@ class Processor:
             sums = sums + ir.call_llvm_pure_intrin(f"int32x{self.lanes}", sums_of_pairs, two, ones)
         return sums
 
-    def narrower(self, lanes: int) -> Processor:
-        """Return the processor by shorter vectors."""
-        return replace(self, lanes=lanes)
+    def scaled(self, sums: Any, scaling: Any, rounding: Rounding) -> Any:
+        """Return what sums are as codes of 32 bits; see `scaled`."""
+        return scaled(self, sums, scaling, rounding)
+
+    def scaling_rows(self, multiplier: Array, shift: Array, high_word: bool) -> tuple[Array, Array]:
+        """Return multipliers of each vector's even lanes, then its odd ones; shifts alike, or places of all lanes."""
+
+        def apart(array: Array) -> Array:
+            return array.reshape(-1, self.lanes // 2, 2).transpose(0, 2, 1).reshape(-1)
+
+        return apart(multiplier), shift - 32 if high_word else apart(shift)
+
+    def joined(self, four: Sequence[Any], low: int, high: int) -> Any:
+        """Return four vectors of 32 bits as one of codes; see `joined`."""
+        return joined(self, four, low, high)
+
+    def looked_up(self, codes: Any, size: int, table: Any) -> Any:
+        """Return table[code] for each of `size` codes; see `looked_up`."""
+        return looked_up(codes, size, table)
+
+    def saturates(self, weights: npt.NDArray[np.int8]) -> bool:
+        """Tell whether sums of two products may be beyond 16 bits, where there is no instruction for four."""
+        return not self.instruction and saturates(weights)
 
 
-AVX512_VNNI = Processor(
+AVX512_VNNI = X86(
     "avx512-vnni", Machine("icelake-server", ("-prefer-256-bit",)),
     ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"), 16, 32,
     "llvm.x86.avx512.vpdpbusd", permutes=True,
 )  # fmt: skip
-AVX_VNNI = Processor("avx-vnni", Machine("alderlake"), ("avx2", "fma", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
-AVX2 = Processor("avx2", Machine("haswell"), ("avx2", "fma"), 8, 16, "")
+AVX_VNNI = X86("avx-vnni", Machine("alderlake"), ("avx2", "fma", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
+AVX2 = X86("avx2", Machine("haswell"), ("avx2", "fma"), 8, 16, "")
 PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI, AVX_VNNI, AVX2)}
 
 #: By lanes, what adds products of codes and weights in pairs to 16 bits, and pairs of 16 bits to 32.
@@ -119,99 +122,6 @@ PACKS = {
     8: ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
     16: ("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
 }
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How sums become codes.
-
-    Parameters
-    ----------
-    high_word : bool
-        Whether every shift is 33 or more.
-    zero_point, low, high : int
-        Of the codes as they are stored.
-    folded : bool
-        Whether the zero point is added with the rounding's half, in front of the shift.
-    """
-
-    high_word: bool
-    zero_point: int
-    low: int
-    high: int
-    folded: bool = False
-
-
-def load(buffer: Any, offset: Any, lanes: int) -> Any:
-    """Return so many neighbours."""
-    return buffer[places(offset, lanes)]
-
-
-def places(offset: Any, lanes: int) -> Any:
-    """Return the indices of so many neighbours."""
-    return offset if lanes == 1 else builder().ramp(offset, 1, lanes)
-
-
-def fetch(buffer: Any, offset: Any) -> None:
-    """Ask for what will be read: to the second cache."""
-    ir = builder()
-    read, second, data = (ir.int32(number) for number in (0, 2, 1))
-    ir.evaluate(ir.call_llvm_intrin("void", "llvm.prefetch.p0", ir.address_of(buffer[offset]), read, second, data))
-
-
-def all_lanes(value: int, dtype: str, lanes: int) -> Any:
-    """Return a vector of one number."""
-    ir = builder()
-    from qcompile.backends.tvm.emit import load_tvm
-
-    return ir.broadcast(load_tvm().tirx.const(value, dtype), lanes)
-
-
-def store(buffer: Any, offset: Any, value: Any, lanes: int, count: int) -> None:
-    """Store the first `count` of the lanes of a vector of codes."""
-    ir = builder()
-    if count >= lanes:
-        ir.buffer_store(buffer, value, [ir.ramp(offset, 1, lanes)])
-        return
-    kept = ir.alloc_buffer((lanes,), "uint8", scope="local")
-    ir.buffer_store(kept, value, [ir.ramp(0, 1, lanes)])
-    at = 0
-    while at < count:
-        piece = 1 << ((count - at).bit_length() - 1)
-        ir.buffer_store(buffer, load(kept, at, piece), [places(offset + at, piece)])
-        at += piece
-
-
-def blocks(count: int, step: int, emit: Callable[[Any, int], None]) -> None:
-    """Emit steps of a count, as a loop, and what is left: `emit` takes where a step begins and how many it has."""
-    ir = builder()
-    whole, rest = divmod(count, step)
-    if whole == 1:
-        emit(0, step)
-    elif whole:
-        with ir.serial(0, whole) as index:
-            emit(index * step, step)
-    if rest:
-        emit(whole * step, rest)
-
-
-def nested(extents: Sequence[tuple[int, int]], offset: Any, emit: Callable[[Any, Any], None], index: Any = 0) -> None:
-    """Emit loops in one another: `emit` takes Σ step · index + offset, and the number of the iteration."""
-    ir = builder()
-    if not extents:
-        emit(offset, index)
-        return
-    (extent, step), *rest = extents
-    if extent == 1:
-        nested(rest, offset, emit, index)
-        return
-    with ir.serial(0, extent) as i:
-        nested(rest, offset + i * step, emit, index * extent + i)
-
-
-def requantize(processor: Processor, sums: Any, scaling: Any, rounding: Rounding) -> Any:
-    """Return a vector's codes, from `low` to `high`; see `scaled`."""
-    return clipped(scaled(processor, sums, scaling, rounding), rounding.low, rounding.high, processor.lanes)
 
 
 def scaled(processor: Processor, sums: Any, scaling: Any, rounding: Rounding) -> Any:
@@ -277,20 +187,3 @@ def looked_up(codes: Any, size: int, table: Any) -> Any:
     halves = [ir.call_llvm_pure_intrin(kind, name, lines[at], wide, lines[at + 1]) for at in (0, 2)]
     found = ir.Select(wide < all_lanes(OFFSET, "uint8", LINE), *halves)
     return found if size == LINE else ir.Shuffle([ir.bind(found)], list(range(size)))
-
-
-def clipped(values: Any, low: int, high: int, lanes: int) -> Any:
-    """Return numbers of 32 bits as stored codes from low to high."""
-    ir = builder()
-    bounds = all_lanes(low, "int32", lanes), all_lanes(high, "int32", lanes)
-    return ir.cast(ir.max(ir.min(values, bounds[1]), bounds[0]), f"uint8x{lanes}")
-
-
-#: Up to this many places behind the high word a zero point can be added in front of them: 2^30 + 511 · 2^21 is no more
-#: than 32 bits hold.
-FOLDED = 21
-
-
-def high_word(shifts: Sequence[int]) -> bool:
-    """Tell whether only the products' high words count."""
-    return min(shifts) >= HIGH_WORD

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qcompile.backends.tvm.native import builder
-from qcompile.backends.tvm.schedules.x86 import Processor
+from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.backends.tvm.schedules.x86_floats import Stored, Vectors
 
 #: (lowest, highest) of the floats that come out.

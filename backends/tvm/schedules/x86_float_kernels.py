@@ -11,7 +11,7 @@ import numpy as np
 from qcompile.backends.integer.expressions import Expression
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import Processor, blocks, load, places
+from qcompile.backends.tvm.schedules.vectors import Processor, blocks, load, places
 from qcompile.backends.tvm.schedules.x86_floats import Stored, Vectors
 
 #: Sums that go on beside one another, so that none waits for the one in front.

@@ -14,7 +14,7 @@ import numpy as np
 
 from qcompile.backends.integer.expressions import Expression
 from qcompile.backends.tvm.native import builder
-from qcompile.backends.tvm.schedules.x86 import all_lanes, load, places
+from qcompile.backends.tvm.schedules.vectors import all_lanes, load, places
 
 #: exp(r) = 1 + r + r² · Σ c r^i on |r| <= ln 2 / 2, highest first (Cephes' expf), and ln 2 in two parts.
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)

@@ -7,6 +7,7 @@ sums over 3·C neighbours. Padding is in the map, as it is stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,22 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import (
+from qcompile.backends.tvm.schedules.vectors import (
+    COLUMNS,
     FOUR,
+    OUTPUTS,
+    ROWS,
+    SPAN,
     Processor,
     Rounding,
+    Span,
     blocks,
     fetch,
-    joined,
     load,
-    looked_up,
     nested,
-    scaled,
+    span_of,
     store,
+    within,
 )
 from qcompile.backends.tvm.schedules.x86_epilogues import Bounds, store_reals
 
@@ -50,7 +55,9 @@ class Linear:
     looked_up : bool
         Whether codes go through a table at the end.
     saturates : bool
-        See `x86.saturates`.
+        See `Processor.saturates`.
+    shared : str
+        The loop that threads share: `vectors.ROWS`, `vectors.COLUMNS`, `vectors.OUTPUTS`, or none.
     reals : tuple of float, optional
         Bounds of the floats that sums become in place of codes; then steps of the output are floats.
     """
@@ -67,6 +74,7 @@ class Linear:
     rounding: Rounding
     looked_up: bool = False
     saturates: bool = False
+    shared: str = ""
     reals: Bounds | None = None
 
     @property
@@ -112,7 +120,7 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
         for rows in range(1, min(shape.rows, room) + 1)
         if (rows == 1 or columns == shape.columns) and rows * columns * count + count * each + 1 <= room
     ]
-    return min(tiles, key=lambda tile: (_cycles(shape, tile, vectors), tile.vectors, tile.columns))
+    return min(tiles, key=lambda tile: (cycles(shape, tile, vectors), tile.vectors, tile.columns))
 
 
 #: Outputs of a channel, and bytes of a block's weights, at which the next block's are fetched ahead.
@@ -123,7 +131,9 @@ SHORT, SPARED = 8, 8
 LATENCY, EPILOGUE = 5, 8
 
 
-def _cycles(shape: Linear, tile: Tile, vectors: int) -> float:
+def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
+    """Return what so many vectors of channels are expected to take."""
+
     def parts(count: int, step: int) -> list[tuple[int, int]]:
         whole, rest = divmod(count, step)
         return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
@@ -148,7 +158,7 @@ def widths(vectors: int, step: int) -> list[int]:
 
 
 def order(shape: Linear, tile: Tile, processor: Processor) -> npt.NDArray[np.intp]:
-    """Return which channel each lane of each vector has, so that `x86.joined` puts them in a row.
+    """Return which channel each lane of each vector has, so that `Processor.joined` puts them in a row.
 
     Four neighbours of each vector of a block stand behind one another, then the next four. Floats need none of that.
     """
@@ -201,8 +211,7 @@ def scaling_table(
 ) -> npt.NDArray[np.int32]:
     """Return numbers per lane as kernels read them, shape (3, lanes of all vectors).
 
-    Rows are: biases; multipliers of each vector's even lanes, then its odd ones; shifts, alike, or, where only high
-    words count, places behind those of all lanes.
+    Rows are: biases; multipliers; shifts. These are ordered and counted as `Processor.scaling_rows` has it.
 
     Parameters
     ----------
@@ -211,12 +220,8 @@ def scaling_table(
         Biases, multipliers and shifts.
     rounding : Rounding
     """
-
-    def apart(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return array.reshape(-1, processor.lanes // 2, 2).transpose(0, 2, 1).reshape(-1)
-
     bias, multiplier, shift = (array.astype(np.int64) for array in numbers)
-    return np.stack([bias, apart(multiplier), shift - 32 if rounding.high_word else apart(shift)]).astype(np.int32)
+    return np.stack([bias, *processor.scaling_rows(multiplier, shift, rounding.high_word)]).astype(np.int32)
 
 
 class Scaling:
@@ -231,7 +236,7 @@ class Scaling:
         return load(self.channels, vector * self.lanes, self.lanes)
 
     def of(self, vector: Any) -> Any:
-        """Return what `x86.requantize` reads a vector's multipliers and shifts with."""
+        """Return what `Processor.scaled` reads a vector's multipliers and shifts with."""
         half = self.lanes // 2
 
         def read(kind: str, odd: int | None) -> Any:
@@ -243,31 +248,36 @@ class Scaling:
         return read
 
 
-def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) -> Function:
+def linear_kernel(
+    name: str, shape: Linear, tile: Tile, processor: Processor, kind: type[Emitter] | None = None
+) -> Function:
     """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
 
     def body(buffers: Any) -> None:
-        emitter, lanes = _Emitter(shape, tile, processor, buffers), processor.lanes
+        emitter, lanes = (kind or Emitter)(shape, tile, processor, buffers), processor.lanes
         counts = widths(-(-shape.outputs // lanes), tile.vectors)
         # A block with lanes that no channel has stands for itself: what it stores is less.
         alike = counts.count(tile.vectors) - (len(set(counts)) == 1 and shape.outputs % lanes > 0)
-        blocks(alike * tile.vectors, tile.vectors, lambda first, count: emitter.block(first, count, count * lanes))
-        first = alike * tile.vectors
-        for count in counts[alike:]:
-            emitter.block(first, count, min(shape.outputs - first * lanes, count * lanes))
-            first += count
+        whole, span = alike * tile.vectors, emitter.span(OUTPUTS)
+        blocks(whole, tile.vectors, lambda first, count: emitter.block(first, count, count * lanes), span)
+        for index, count in list(enumerate(counts))[alike:]:
+            first = sum(counts[:index])
+            left = min(shape.outputs - first * lanes, count * lanes)
+            within(span, index, partial(emitter.block, first, count, left))
 
-    return function(name, arguments(shape.looked_up, shape.reals is not None), body)
+    return function(
+        name, arguments(shape.looked_up, processor, shape.reals is not None), body, SPAN if shape.shared else ()
+    )
 
 
-def arguments(looked_up: bool, reals: bool = False) -> dict[str, str]:
+def arguments(looked_up: bool, processor: Processor, reals: bool = False) -> dict[str, str]:
     """Return what a kernel with weights takes, and of which type."""
-    table = {"table": "uint8"} if looked_up else {}
-    output = "float32" if reals else "uint8"
-    return {"input": "uint8", "weights": "int8", "channels": "int32", **table, "output": output}
+    codes = processor.codes
+    table = {"table": codes} if looked_up else {}
+    return {"input": codes, "weights": "int8", "channels": "int32", **table, "output": "float32" if reals else codes}
 
 
-class _Emitter:
+class Emitter:
     """Builds the loops of one kernel."""
 
     def __init__(self, shape: Linear, tile: Tile, processor: Processor, buffers: Any) -> None:
@@ -283,18 +293,28 @@ class _Emitter:
                 sums = self.accumulate(first, count, (y, x), pixels)
                 self.finish(sums, (first, count, left), (y, x), pixels)
 
-            blocks(self.shape.columns, self.tile.columns, column)
+            blocks(self.shape.columns, self.tile.columns, column, self.span(COLUMNS))
 
-        blocks(self.shape.rows, self.tile.rows, row)
+        blocks(self.shape.rows, self.tile.rows, row, self.span(ROWS))
+
+    def span(self, loop: str) -> Span | None:
+        """Return the iterations of a loop that are to be done, if threads share it."""
+        return span_of(self.buffers, self.shape.shared == loop)
+
+    def started(self, first: Any, count: int, pixels: list[tuple[int, int]]) -> Any:
+        """Return where the sums of one tile are, which begin as biases."""
+        ir, lanes = builder(), self.processor.lanes
+        sums = ir.alloc_buffer((len(pixels) * count * lanes,), "int32", scope="local")
+        for p in range(len(pixels)):
+            for v in range(count):
+                ir.buffer_store(sums, self.scaling.bias(first + v), [ir.ramp((p * count + v) * lanes, 1, lanes)])
+        return sums
 
     def accumulate(self, first: Any, count: int, origin: tuple[Any, Any], pixels: list[tuple[int, int]]) -> Any:
         """Emit the sums of one tile and return where they are."""
         ir = builder()
         shape, lanes, step = self.shape, self.processor.lanes, self.processor.lanes * FOUR
-        sums = ir.alloc_buffer((len(pixels) * count * lanes,), "int32", scope="local")
-        for p in range(len(pixels)):
-            for v in range(count):
-                ir.buffer_store(sums, self.scaling.bias(first + v), [ir.ramp((p * count + v) * lanes, 1, lanes)])
+        sums = self.started(first, count, pixels)
         source = origin[0] * shape.row_step + origin[1] * shape.column_step
         start = first * (shape.depth * step)
 
@@ -307,7 +327,7 @@ class _Emitter:
             for p, (i, j) in enumerate(pixels):
                 at = offset + i * shape.row_step + j * shape.column_step
                 four = ir.reinterpret("int32", load(self.buffers["input"], at, FOUR))
-                codes = ir.bind(ir.reinterpret(f"uint8x{step}", ir.broadcast(four, lanes)))
+                codes = ir.bind(ir.reinterpret(f"{self.processor.codes}x{step}", ir.broadcast(four, lanes)))
                 for v in range(count):
                     place = ir.ramp((p * count + v) * lanes, 1, lanes)
                     ir.buffer_store(sums, self.processor.dot(sums[place], codes, weights[v], shape.saturates), [place])
@@ -338,8 +358,7 @@ class _Emitter:
         for start in range(0, len(pixels), together):
             some = list(enumerate(pixels))[start : start + together]
             four = [
-                scaled(
-                    self.processor,
+                self.processor.scaled(
                     load(sums, (p * count + v) * lanes, lanes),
                     self.scaling.of(first + v),
                     shape.rounding,
@@ -348,9 +367,9 @@ class _Emitter:
                 for v in range(count)
             ]
             four += four[-1:] * (FOUR - len(four))
-            codes = self.in_order(joined(self.processor, four, shape.rounding.low, shape.rounding.high), count)
+            codes = self.in_order(self.processor.joined(four, shape.rounding.low, shape.rounding.high), count)
             if shape.looked_up:
-                codes = builder().bind(looked_up(codes, FOUR * lanes, self.buffers["table"]))
+                codes = builder().bind(self.processor.looked_up(codes, FOUR * lanes, self.buffers["table"]))
             whole = together > 1 and left == count * lanes == shape.output_column == shape.outputs
             parts = [(codes, FOUR * lanes, FOUR * lanes)]
             if not (whole and len(some) == together and len({i for _, (i, _) in some}) == 1):
@@ -368,11 +387,6 @@ class _Emitter:
             lambda v: self.scaling.of(first + v)("scale", None), self.shape.reals, (self.buffers["output"], at), count,
             left,
         )  # fmt: skip
-
-    def scaled(self, sums: Any, pixel: int, first: Any, vector: int, count: int) -> Any:
-        """Return what one vector's sums are as codes, before they are clipped."""
-        held = load(sums, (pixel * count + vector) * self.processor.lanes, self.processor.lanes)
-        return scaled(self.processor, held, self.scaling.of(first + vector), self.shape.rounding)
 
     def in_order(self, codes: Any, count: int) -> Any:
         """Return joined vectors of `count` each, pixel by pixel."""

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import FOUR, OFFSET, Processor, all_lanes, blocks, load, places
+from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, all_lanes, blocks, load, places
+from qcompile.backends.tvm.schedules.x86 import OFFSET
 from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile, order, widths
 
 

@@ -13,7 +13,8 @@ from qcompile.backends.integer.interpret import dequantize_output, interpret, qu
 from qcompile.core import numerics
 
 PROGRAMS, ALL = range(40), range(40, 300)
-PROCESSORS = ("avx512-vnni", "avx-vnni", "avx2")
+X86, AARCH64 = ("avx512-vnni", "avx-vnni", "avx2"), ("sdot", "i8mm", "neon")
+PROCESSORS = (*X86, *AARCH64)
 
 
 def check(load, processor, seed):
@@ -27,8 +28,9 @@ def check(load, processor, seed):
 
 
 @pytest.mark.parametrize("seed", PROGRAMS)
-def test_libraries_equal_the_interpreter(load, seed):
-    check(load, PROCESSORS[seed % len(PROCESSORS)], seed)
+@pytest.mark.parametrize("kinds", [X86, AARCH64], ids=["x86", "aarch64"])
+def test_libraries_equal_the_interpreter(load, kinds, seed):
+    check(load, kinds[seed % len(kinds)], seed)
 
 
 @pytest.mark.slow
@@ -107,10 +109,11 @@ def test_the_largest_sums_equal_the_interpreter(load, processor, extreme):
     np.testing.assert_array_equal(load(program, processor).run_codes([codes["x"]])[0], interpret(program, codes)["y"])
 
 
+@pytest.mark.parametrize("processor", ["avx512-vnni", "sdot"])
 @pytest.mark.parametrize("seed", range(6))
-def test_floats_are_quantized_and_back_as_the_specification_says(load, seed):
+def test_floats_are_quantized_and_back_as_the_specification_says(load, processor, seed):
     program = random_program(seed, wide=False)
-    session, random = load(program), np.random.default_rng(seed)
+    session, random = load(program, processor), np.random.default_rng(seed)
     (port,), (made,) = program.inputs, program.outputs
     scale = program.tensors[port.tensor].scale
     # Ties, and what saturates.

@@ -53,7 +53,12 @@ def test_nothing_of_tvm_is_needed_and_only_the_header_s_functions_are_seen(tmp_p
     write(library.network_of(random_program(seed, wide=False), VNNI), "net", tmp_path)
     listed = subprocess.run(["nm", "-D", tmp_path / "libnet.so"], capture_output=True, text=True, check=True).stdout
     symbols = [line.split() for line in listed.splitlines()]
-    assert {words[-1] for words in symbols if "T" in words[:-1]} == {"net_run", "net_run_floats"}
+    assert {words[-1] for words in symbols if "T" in words[:-1]} == {
+        "net_run",
+        "net_run_floats",
+        "net_start",
+        "net_stop",
+    }
     assert {words[-1].split("@")[0] for words in symbols if "U" in words[:-1]} <= {"memcpy", "memset", "memmove"}
 
 
@@ -73,7 +78,7 @@ def test_a_program_in_c_runs_it_by_its_header(tmp_path):
     (tmp_path / "main.c").write_text(
         '#include "net.h"\n#include <stdio.h>\n'
         "static int8_t in[NET_INPUT_BYTES], out[NET_OUTPUT_BYTES];\n"
-        "int main(void) { net *one = net_create(); if (!one) return 2;\n"
+        "int main(void) { net *one = net_create(1); if (!one) return 2;\n"
         "fread(in, 1, sizeof in, stdin); net_run(one, in, out); fwrite(out, 1, sizeof out, stdout);\n"
         "net_destroy(one); return 0; }\n"
     )
@@ -143,7 +148,7 @@ def test_activations_of_sixteen_bits_are_refused_by_name():
 def test_a_machine_without_a_linker_is_told_so(monkeypatch):
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     with pytest.raises(TargetError, match="needs a linker"):
-        library.linker()
+        library.linker("x86_64")
 
 
 def test_a_processor_without_the_instructions_is_told_so(load, tmp_path, monkeypatch):

@@ -7,7 +7,19 @@ from typing import Any
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import Processor, Rounding, all_lanes, blocks, load, requantize, store
+from qcompile.backends.tvm.schedules.vectors import (
+    OUTPUTS,
+    ROWS,
+    SPAN,
+    Processor,
+    Rounding,
+    all_lanes,
+    blocks,
+    load,
+    span_of,
+    store,
+    within,
+)
 from qcompile.backends.tvm.schedules.x86_linear import Scaling
 
 #: Columns whose sums are held at once.
@@ -33,7 +45,9 @@ class Windows:
     looked_up : bool
         Whether codes go through a table at the end; of depthwise convolutions.
     saturates : bool
-        See `x86.saturates`; of depthwise convolutions.
+        See `Processor.saturates`; of depthwise convolutions.
+    shared : str
+        The loop that threads share: `vectors.ROWS`, `vectors.OUTPUTS`, or none.
     """
 
     rows: int
@@ -47,6 +61,7 @@ class Windows:
     rounding: Rounding
     looked_up: bool = False
     saturates: bool = False
+    shared: str = ""
 
     @property
     def offsets(self) -> list[int]:
@@ -55,23 +70,25 @@ class Windows:
         return [i * row + j * column for i in range(rows) for j in range(columns)]
 
 
-def _kernel(name: str, shape: Windows, processor: Processor, arguments: dict[str, str], pixels: Any) -> Function:
+def _kernel(name: str, shape: Windows, lanes: int, arguments: dict[str, str], pixels: Any) -> Function:
     """Return a function that goes over vectors of channels, rows and blocks of columns."""
 
     def body(buffers: Any) -> None:
+        rows, outputs = (span_of(buffers, shape.shared == loop) for loop in (ROWS, OUTPUTS))
+
         def vector(v: Any, left: int) -> None:
             def row(y: Any, rows: int) -> None:
                 del rows
                 blocks(shape.columns, COLUMNS, lambda x, columns: pixels(buffers, v, y, x, columns, left))
 
-            blocks(shape.rows, 1, row)
+            blocks(shape.rows, 1, row, rows)
 
-        full, left = divmod(shape.channels, processor.lanes)
-        blocks(full, 1, lambda v, _: vector(v, processor.lanes))
+        full, left = divmod(shape.channels, lanes)
+        blocks(full, 1, lambda v, _: vector(v, lanes), outputs)
         if left:
-            vector(full, left)
+            within(outputs, full, lambda: vector(full, left))
 
-    return function(name, arguments, body)
+    return function(name, arguments, body, SPAN if shape.shared else ())
 
 
 def average_kernel(name: str, shape: Windows, processor: Processor) -> Function:
@@ -92,28 +109,28 @@ def average_kernel(name: str, shape: Windows, processor: Processor) -> Function:
                 codes = ir.cast(load(buffers["input"], at, lanes), f"int32x{lanes}")
                 ir.buffer_store(sums, sums[place] + codes, [place])
         for j, place in enumerate(places):
-            codes = requantize(processor, sums[place], scaling.of(0), shape.rounding)
+            codes = processor.requantize(sums[place], scaling.of(0), shape.rounding)
             store(buffers["output"], _place(shape, y, x + j, v * lanes), codes, lanes, left)
 
-    kinds = {"input": "uint8", "channels": "int32", "output": "uint8"}
-    return _kernel(name, shape, processor, kinds, pixels)
+    kinds = {"input": processor.codes, "channels": "int32", "output": processor.codes}
+    return _kernel(name, shape, lanes, kinds, pixels)
 
 
 def maximum_kernel(name: str, shape: Windows, processor: Processor) -> Function:
     """Return a maximum pool. Arguments: input, output."""
-    lanes = processor.lanes
+    lanes = processor.together
 
     def pixels(buffers: Any, v: Any, y: Any, x: Any, columns: int, left: int) -> None:
         ir = builder()
         for j in range(columns):
-            most = all_lanes(shape.rounding.low, "uint8", lanes)
+            most = all_lanes(shape.rounding.low, processor.codes, lanes)
             for offset in shape.offsets:
                 at = y * shape.row_step + (x + j) * shape.column_step + v * lanes + offset
                 most = ir.bind(ir.max(most, load(buffers["input"], at, lanes)))
-            codes = ir.min(most, all_lanes(shape.rounding.high, "uint8", lanes))
+            codes = ir.min(most, all_lanes(shape.rounding.high, processor.codes, lanes))
             store(buffers["output"], _place(shape, y, x + j, v * lanes), codes, lanes, left)
 
-    return _kernel(name, shape, processor, {"input": "uint8", "output": "uint8"}, pixels)
+    return _kernel(name, shape, lanes, dict.fromkeys(("input", "output"), processor.codes), pixels)
 
 
 def _place(shape: Windows, y: Any, x: Any, channel: Any) -> Any:

@@ -1,12 +1,13 @@
 """Depthwise convolutions by dot products: four taps of a column are interleaved, channel by channel.
 
-Rows of a window's column are four bytes of each channel then, as `vpdpbusd` multiplies them. Neighbouring windows share
-their columns, so that a column is interleaved once for all of them.
+Rows of a window's column are four bytes of each channel then, as a dot product multiplies them. Neighbouring windows
+share their columns, so that a column is interleaved once for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,21 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.x86 import (
+from qcompile.backends.tvm.schedules.vectors import (
     FOUR,
+    OUTPUTS,
+    ROWS,
+    SPAN,
     Processor,
     all_lanes,
     blocks,
-    joined,
     load,
-    looked_up,
-    scaled,
+    span_of,
     store,
+    within,
 )
+from qcompile.backends.tvm.schedules.windows import Windows
 from qcompile.backends.tvm.schedules.x86_linear import Scaling, arguments, scaling_table
-from qcompile.backends.tvm.schedules.x86_windows import Windows
 
 #: Registers for each output whose sums, four vectors, are held at once; half of them hold what is interleaved.
 EACH = 8
@@ -102,17 +105,19 @@ def depthwise_kernel(name: str, shape: Windows, processor: Processor) -> Functio
     width = FOUR * processor.lanes
 
     def body(buffers: Any) -> None:
+        rows, outputs = (span_of(buffers, shape.shared == loop) for loop in (ROWS, OUTPUTS))
+
         def block(v: Any, left: int) -> None:
             emitter = _Emitter(shape, processor, buffers, v, left)
             held = processor.registers // EACH
-            blocks(shape.rows, 1, lambda y, _: blocks(shape.columns, held, lambda x, n: emitter.columns(y, x, n)))
+            blocks(shape.rows, 1, lambda y, _: blocks(shape.columns, held, partial(emitter.columns, y)), rows)
 
         full, left = divmod(shape.channels, width)
-        blocks(full, 1, lambda v, _: block(v, width))
+        blocks(full, 1, lambda v, _: block(v, width), outputs)
         if left:
-            block(full, left)
+            within(outputs, full, lambda: block(full, left))
 
-    return function(name, arguments(shape.looked_up), body)
+    return function(name, arguments(shape.looked_up, processor), body, SPAN if shape.shared else ())
 
 
 class _Emitter:
@@ -137,11 +142,13 @@ class _Emitter:
             for group in range(-(-rows // FOUR)):
                 self.accumulate(sums, start + offset, group, readers[offset])
         for output in range(count):
-            codes = [scaled(self.processor, sums[output][j], self.scaling.of(self.block * FOUR + j), shape.rounding)
+            codes = [self.processor.scaled(sums[output][j], self.scaling.of(self.block * FOUR + j), shape.rounding)
                      for j in range(FOUR)]  # fmt: skip
-            whole = joined(self.processor, codes, shape.rounding.low, shape.rounding.high)
+            whole = self.processor.joined(codes, shape.rounding.low, shape.rounding.high)
             if shape.looked_up:
-                whole = builder().bind(looked_up(builder().bind(whole), self.width, self.buffers["table"]))
+                whole = builder().bind(
+                    self.processor.looked_up(builder().bind(whole), self.width, self.buffers["table"])
+                )
             at = y * shape.output_row + (x + output) * shape.output_column + self.block * self.width
             store(self.buffers["output"], at, whole, self.width, self.left)
 
@@ -149,7 +156,7 @@ class _Emitter:
         """Emit the products of four rows of a column, for all outputs that see it."""
         ir, lanes = builder(), self.processor.lanes
         (rows, row), (wide, _) = self.shape.taps
-        nothing = all_lanes(0, "uint8", self.width)
+        nothing = all_lanes(0, self.processor.codes, self.width)
         seen = [load(self.buffers["input"], at + i * row, self.width) if i < rows else nothing
                 for i in range(group * FOUR, (group + 1) * FOUR)]  # fmt: skip
         codes = interleaved([ir.bind(each) for each in seen], lanes)

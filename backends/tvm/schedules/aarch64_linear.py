@@ -1,0 +1,218 @@
+"""Sums of products on aarch64: sixteen codes of each pixel are in a register, and products take a part of it.
+
+`sdot` adds four products to each of four sums of one pixel; `smmla` eight to each of four sums, of two pixels and two
+channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.backends.tvm.emit import Function
+from qcompile.backends.tvm.native import builder
+from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules.aarch64 import MATRIX, NEON, REGISTER
+from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, load, nested
+from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile
+
+#: Codes of a row that `smmla` multiplies.
+EIGHT = 8
+
+
+def choose_tile(shape: Linear, processor: Processor) -> Tile:
+    """Return the tile that takes fewest instructions, of those whose sums, codes and one weight have registers."""
+    vectors = -(-shape.outputs // processor.lanes)
+    # What has no instruction wants registers for its products.
+    room = processor.registers - (1 if processor.instruction else 4)
+    tiles = [
+        Tile(rows, columns, count)
+        for count in (1, 2, 4)
+        if count <= vectors or count == 1
+        for columns in range(1, min(shape.columns, room) + 1)
+        for rows in range(1, min(shape.rows, room) + 1)
+        if (rows == 1 or columns == shape.columns) and rows * columns * (count + 1) + 2 <= room
+    ]
+    counted = _of_matrices if processor.instruction == MATRIX else _of_dots
+    return min(tiles, key=lambda tile: (_instructions(shape, tile, vectors, counted), tile.vectors, tile.columns))
+
+
+#: Instructions of one vector behind its sums, and of one tile around them.
+EPILOGUE, AROUND = 6, 12
+#: What one instruction of a sum that waits for the one before it takes: sums are added to in turns of so many.
+LATENCY = 4
+
+
+def _of_dots(shape: Linear, pixels: int, count: int) -> float:
+    """Return the instructions of a tile's sums."""
+    pieces = shape.depth // shape.quads
+    loads = pieces * -(-shape.quads // FOUR)
+    return shape.depth * (max(pixels * count, LATENCY) + count) + loads * pixels
+
+
+def _of_matrices(shape: Linear, pixels: int, count: int) -> float:
+    """Return the instructions of a tile's sums: two pixels share them, and each register of codes is made of two."""
+    pieces, even = shape.depth // shape.quads, pixels + pixels % 2
+    loads, octets = pieces * -(-shape.quads // FOUR), pieces * octets_of(shape)
+    return octets * (max(even * count, LATENCY) + 2 * count) + loads * 2 * even + even * count
+
+
+def _instructions(shape: Linear, tile: Tile, vectors: int, counted: Callable[[Linear, int, int], float]) -> float:
+    def parts(count: int, step: int) -> list[tuple[int, int]]:
+        whole, rest = divmod(count, step)
+        return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
+
+    total = 0.0
+    for (i, rows), (j, columns), (k, count) in (
+        (row, column, block)
+        for row in parts(shape.rows, tile.rows)
+        for column in parts(shape.columns, tile.columns)
+        for block in parts(vectors, tile.vectors)
+    ):
+        pixels = rows * columns
+        total += i * j * k * (counted(shape, pixels, count) + EPILOGUE * pixels * count + AROUND)
+    return total
+
+
+def octets_of(shape: Linear) -> int:
+    """Return groups of eight codes in a piece."""
+    return -(-shape.length // EIGHT)
+
+
+def pack(
+    shape: Linear,
+    tile: Tile,
+    processor: Processor,
+    weights: npt.NDArray[np.int8],
+    numbers: tuple[npt.NDArray[Any], ...],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
+    """Return weights and the table in the order in which they are read; see `x86_linear.pack`.
+
+    Where matrices are multiplied, weights are [block][tap][eight codes][vector][lane][code].
+    """
+    packed, table = linear.pack(shape, tile, processor, weights, numbers)
+    if processor.instruction != MATRIX:
+        return packed, table
+    lanes, vectors = processor.lanes, -(-shape.outputs // processor.lanes)
+    room = [(0, vectors * lanes - shape.outputs), (0, 0), (0, octets_of(shape) * EIGHT - shape.length)]
+    wide = np.pad(weights, room).reshape(vectors, lanes, weights.shape[1], octets_of(shape), EIGHT)
+    parts, first = [], 0
+    for count in linear.widths(vectors, tile.vectors):
+        parts.append(wide[first : first + count].transpose(2, 3, 0, 1, 4).reshape(-1))
+        first += count
+    return np.concatenate(parts), table
+
+
+def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) -> Function:
+    """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
+    kind = MatrixEmitter if processor.instruction == MATRIX else DotEmitter
+    return linear.linear_kernel(name, shape, tile, processor, kind)
+
+
+class DotEmitter(linear.Emitter):
+    """Builds the loops of one kernel of dot products."""
+
+    def accumulate(self, first: Any, count: int, origin: tuple[Any, Any], pixels: list[tuple[int, int]]) -> Any:
+        """Emit the sums of one tile and return where they are."""
+        shape, ir = self.shape, builder()
+        lanes, step = self.processor.lanes, self.processor.lanes * FOUR
+        sums = self.started(first, count, pixels)
+        source = origin[0] * shape.row_step + origin[1] * shape.column_step
+        start = first * (shape.depth * step)
+
+        def products(offset: Any, quad: Any, quads: int) -> None:
+            places = [offset + i * shape.row_step + j * shape.column_step for i, j in pixels]
+            # What is read beyond a piece is multiplied by nothing.
+            codes = [ir.bind(ir.reinterpret("int32x4", load(self.buffers["input"], at, REGISTER))) for at in places]
+            for q in range(quads):
+                weights = [
+                    ir.bind(load(self.buffers["weights"], start + ((quad + q) * count + v) * step, step))
+                    for v in range(count)
+                ]
+                for p in range(len(pixels)):
+                    four = ir.reinterpret("int8x16", ir.Shuffle([codes[p]], [q] * FOUR))
+                    for v in range(count):
+                        place = ir.ramp((p * count + v) * lanes, 1, lanes)
+                        made = self.processor.dot(sums[place], four, weights[v], shape.saturates)
+                        ir.buffer_store(sums, made, [place])
+
+        whole, rest = divmod(shape.quads, FOUR)
+
+        def piece(offset: Any, index: Any) -> None:
+            if whole:
+                nested([(whole, REGISTER)], offset, lambda at, i: products(at, index * shape.quads + i * FOUR, FOUR))
+            if rest:
+                products(offset + whole * REGISTER, index * shape.quads + whole * FOUR, rest)
+
+        nested(shape.taps, source, piece)
+        return sums
+
+
+class MatrixEmitter(linear.Emitter):
+    """Builds the loops of one kernel of products of matrices: two pixels by two channels."""
+
+    def accumulate(self, first: Any, count: int, origin: tuple[Any, Any], pixels: list[tuple[int, int]]) -> Any:
+        """Emit the sums of one tile and return where they are."""
+        shape, ir, octets = self.shape, builder(), octets_of(self.shape)
+        # Where pixels are odd, the last one is a pair with itself.
+        even = [*pixels, pixels[-1]] if len(pixels) % 2 else pixels
+        pairs, step = list(zip(even[::2], even[1::2], strict=True)), self.processor.lanes * EIGHT
+        sums = self.paired(first, count, len(pairs))
+        source = origin[0] * shape.row_step + origin[1] * shape.column_step
+        start = first * (shape.depth // shape.quads * octets * step)
+
+        def products(offset: Any, octet: Any, some: int) -> None:
+            codes = [self.codes([offset + i * shape.row_step + j * shape.column_step for i, j in pair], some)
+                     for pair in pairs]  # fmt: skip
+            for o in range(some):
+                for part in range(2 * count):
+                    at = start + (octet + o) * (count * step) + part * REGISTER
+                    weights = ir.bind(load(self.buffers["weights"], at, REGISTER))
+                    for p in range(len(pairs)):
+                        place = ir.ramp((p * 2 * count + part) * FOUR, 1, FOUR)
+                        name, given = f"{NEON}.smmla.v4i32.v16i8", (sums[place], codes[p][o], weights)
+                        ir.buffer_store(sums, ir.call_llvm_pure_intrin("int32x4", name, *given), [place])
+
+        whole, rest = divmod(octets, 2)
+
+        def piece(offset: Any, index: Any) -> None:
+            if whole:
+                nested([(whole, REGISTER)], offset, lambda at, i: products(at, index * octets + i * 2, 2))
+            if rest:
+                products(offset + whole * REGISTER, index * octets + whole * 2, 1)
+
+        nested(shape.taps, source, piece)
+        return self.apart(sums, count, len(pixels))
+
+    def paired(self, first: Any, count: int, pairs: int) -> Any:
+        """Return where the sums of a tile are: of two channels and both pixels of each pair. They begin as biases."""
+        ir = builder()
+        sums = ir.alloc_buffer((pairs * count * 2 * FOUR,), "int32", scope="local")
+        for v in range(count):
+            bias = ir.bind(self.scaling.bias(first + v))
+            for half in range(2):
+                both = ir.Shuffle([bias], [2 * half, 2 * half + 1] * 2)
+                for p in range(pairs):
+                    ir.buffer_store(sums, both, [ir.ramp((p * 2 * count + 2 * v + half) * FOUR, 1, FOUR)])
+        return sums
+
+    def codes(self, places: list[Any], some: int) -> list[Any]:
+        """Return eight codes of both pixels, and the next eight."""
+        ir = builder()
+        two = [ir.bind(ir.reinterpret("int64x2", load(self.buffers["input"], at, REGISTER))) for at in places]
+        return [ir.bind(ir.reinterpret(f"int8x{REGISTER}", ir.Shuffle(two, [o, 2 + o]))) for o in range(some)]
+
+    def apart(self, sums: Any, count: int, pixels: int) -> Any:
+        """Return where the sums are, pixel by pixel."""
+        ir = builder()
+        found = ir.alloc_buffer((pixels * count * FOUR,), "int32", scope="local")
+        for p in range(pixels):
+            for v in range(count):
+                at = (p // 2 * 2 * count + 2 * v) * FOUR
+                halves = [ir.reinterpret("int64x2", load(sums, at + half * FOUR, FOUR)) for half in range(2)]
+                whole = ir.reinterpret("int32x4", ir.Shuffle(halves, [p % 2, 2 + p % 2]))
+                ir.buffer_store(found, whole, [ir.ramp((p * count + v) * FOUR, 1, FOUR)])
+        return found
