@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qcompile.backends.tvm.native import builder
-from qcompile.backends.tvm.schedules.vectors import Processor
+from qcompile.backends.tvm.schedules.vectors import Processor, load
 from qcompile.backends.tvm.schedules.x86_floats import Stored, Vectors
 
 #: (lowest, highest) of the floats that come out.
@@ -44,3 +44,16 @@ def store_reals(
         count = min(processor.lanes, left - v * processor.lanes)
         if count > 0:
             floats.write(output[0], Stored("float32", (1,)), output[1] + v * processor.lanes, real, count)
+
+
+def store_pixels(
+    emitter: Any, sums: Any, block: tuple[Any, int, int], origin: tuple[Any, Any], pixels: Sequence[tuple[int, int]]
+) -> None:
+    """Emit the floats of a tile of `x86_linear`: a block's first vector, its vectors, and the channels that it has."""
+    shape, lanes, (first, count, left) = emitter.shape, emitter.processor.lanes, block
+    for p, (i, j) in enumerate(pixels):
+        at = (origin[0] + i) * shape.output_row + (origin[1] + j) * shape.output_column + first * lanes
+        held = [load(sums, (p * count + v) * lanes, lanes) for v in range(count)]
+        scales = [emitter.scaling.of(first + v)("scale", None) for v in range(count)]
+        output = emitter.buffers["output"], at
+        store_reals(emitter.processor, held.__getitem__, scales.__getitem__, shape.reals, output, count, left)

@@ -32,7 +32,7 @@ from qcompile.backends.tvm.schedules.vectors import (
     store,
     within,
 )
-from qcompile.backends.tvm.schedules.x86_epilogues import Bounds, store_reals
+from qcompile.backends.tvm.schedules.x86_epilogues import Bounds, store_pixels
 
 
 @dataclass(frozen=True)
@@ -350,9 +350,7 @@ class Emitter:
         shape, lanes = self.shape, self.processor.lanes
         first, count, left = block
         if shape.reals is not None:
-            for p, (i, j) in enumerate(pixels):
-                at = (origin[0] + i) * shape.output_row + (origin[1] + j) * shape.output_column + first * lanes
-                self.store_reals(sums, p, (first, count, left), at)
+            store_pixels(self, sums, block, origin, pixels)
             return
         together = FOUR // count
         for start in range(0, len(pixels), together):
@@ -377,16 +375,6 @@ class Emitter:
             for (part, size, stored), (_, (i, j)) in zip(parts, some, strict=False):
                 at = (origin[0] + i) * shape.output_row + (origin[1] + j) * shape.output_column + first * lanes
                 store(self.buffers["output"], at, part, size, stored)
-
-    def store_reals(self, sums: Any, pixel: int, block: tuple[Any, int, int], at: Any) -> None:
-        """Emit one pixel's floats."""
-        lanes, (first, count, left) = self.processor.lanes, block
-        assert self.shape.reals is not None
-        store_reals(
-            self.processor, lambda v: load(sums, (pixel * count + v) * lanes, lanes),
-            lambda v: self.scaling.of(first + v)("scale", None), self.shape.reals, (self.buffers["output"], at), count,
-            left,
-        )  # fmt: skip
 
     def in_order(self, codes: Any, count: int) -> Any:
         """Return joined vectors of `count` each, pixel by pixel."""
