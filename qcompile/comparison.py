@@ -15,6 +15,7 @@ import numpy as np
 
 from qcompile import runner
 from qcompile.backends.base import find_target
+from qcompile.backends.cpu.emulate import instructions
 from qcompile.backends.mcu.emulate import MACHINES
 from qcompile.backends.mcu.emulated_run import run_package
 from qcompile.bundle import Failed
@@ -56,7 +57,7 @@ class Row:
     latency : Latency, optional
         Of what runs on this machine.
     instructions : int, optional
-        Of a microcontroller's package under emulation, which are no time.
+        Of what runs under emulation, which are no time.
     peak_bytes : int, optional
         What loading it and one run add to the memory of a process of its own.
     load_ms : float, optional
@@ -140,7 +141,7 @@ def compare(
     failed : iterable of Failed
         What could not be packed has a row, too.
     device : Device
-        Packages of microcontrollers run under emulation here, wherever the others run.
+        Packages of microcontrollers, and what it emulates, run under emulation here, wherever the others run.
     threads : int
         Of each run.
     rank : {"latency", "fidelity", "size"}
@@ -148,18 +149,19 @@ def compare(
         Seconds after which the device counts as lost.
     """
     rows = [Row(one["name"], one["target"], one["bytes"]) for one in content["artifacts"]]
-    there = [index for index, one in enumerate(content["artifacts"]) if one["kind"] != "package"]
+    here = [index for index, one in enumerate(content["artifacts"]) if _is_emulated(one, device)]
+    there = [index for index in range(len(rows)) if index not in here]
     told, lost = dict[int, dict[str, Any]](), ""
+    words = ("--threads", str(threads), "--only", ",".join(map(str, there)))
     try:
-        for line in device.lines(folder, ("--threads", str(threads)), timeout):
+        for line in device.lines(folder, words, timeout):
             told[line["artifact"]] = line
     except DeviceError as error:
         lost = f"{device.name} was lost: {error}"
     for index in there:
         rows[index] = _seen(rows[index], told.get(index, {}), lost)
-    for index, one in enumerate(content["artifacts"]):
-        if one["kind"] == "package":
-            rows[index] = _emulated(rows[index], folder, one, content["labels"])
+    for index in here:
+        rows[index] = _emulated(rows[index], folder, content["artifacts"][index], content["labels"])
     rows += [Row(str(one.output), "", failure=one.reason, failed=True) for one in failed]
     ranked = sorted(rows, key=_KEYS[rank])
     return Compared(tuple(ranked), len(content["labels"]), threads, device.name)
@@ -184,19 +186,29 @@ def _judged(row: Row, told: Mapping[str, Any]) -> Row:
     return replace(row, sqnr=ratios if row.target != "float" else None, accuracy=told["accuracy"])
 
 
+def _is_emulated(packed: Mapping[str, Any], device: Device) -> bool:
+    """Tell whether an artifact runs under emulation on this side."""
+    return packed["kind"] == "package" or (device.emulated != "" and packed.get("architecture") == device.emulated)
+
+
 def _emulated(row: Row, folder: Path, packed: Mapping[str, Any], labels: list[int | None]) -> Row:
-    """Judge a package by its C on this machine, and count its instructions; the row says why there are none."""
+    """Judge a package by its C on this machine, a library as it is emulated, and count instructions.
+
+    The row says why there are none.
+    """
     output = folder / packed["folder"]
     try:
         _, backend = find_target(packed["target"])
         row = _judged(row, runner.fidelity(backend.open(output, (packed["entry"],)), folder, labels))
     except QcompileError as error:
         return replace(row, failure=f"{error.fact}; {error.remedy}", failed=True)
-    if packed["target"] not in MACHINES:
+    library = packed["kind"] != "package"
+    if not library and packed["target"] not in MACHINES:
         return replace(row, failure=f"no emulator has a {packed['target']}")
     try:
         [sample, *_] = runner.samples_of(folder / "inputs.npz")
-        return replace(row, instructions=run_package(output, [sample]).instructions)
+        counted = instructions(output, sample) if library else run_package(output, [sample]).instructions
+        return replace(row, instructions=counted)
     except TargetError as error:
         return replace(row, failure=error.fact)
 

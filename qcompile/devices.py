@@ -23,6 +23,8 @@ from qcompile.core.errors import UsageError
 
 #: Seconds without an answer after which a connection counts as lost, and tries before that.
 ALIVE, TRIES = 5, 3
+#: What emulates which architecture.
+EMULATORS = {"qemu-aarch64": "aarch64"}
 
 
 class Device(Protocol):
@@ -31,6 +33,11 @@ class Device(Protocol):
     @property
     def name(self) -> str:
         """How the user named it."""
+        ...
+
+    @property
+    def emulated(self) -> str:
+        """Architecture that is emulated on this side, whatever runs elsewhere; none where it is empty."""
         ...
 
     def lines(self, folder: Path, words: Sequence[str], timeout: float) -> Iterator[dict[str, Any]]:
@@ -50,9 +57,10 @@ class DeviceError(Exception):
 
 @dataclass(frozen=True)
 class Local:
-    """The machine that qcompile runs on."""
+    """The machine that qcompile runs on, and what is emulated there."""
 
     name: str = "local"
+    emulated: str = ""
 
     def lines(self, folder: Path, words: Sequence[str], timeout: float) -> Iterator[dict[str, Any]]:
         """Run it here; see `Device`."""
@@ -75,6 +83,11 @@ class Ssh:
     host: str
     port: int | None
     python: str
+
+    @property
+    def emulated(self) -> str:
+        """Nothing: libraries run there."""
+        return ""
 
     @property
     def name(self) -> str:
@@ -100,18 +113,20 @@ class Ssh:
 
 
 def parse_device(text: str, python: str) -> Device:
-    """Read ``local`` or ``ssh://user@host:port``.
+    """Read ``local``, ``qemu-aarch64`` or ``ssh://user@host:port``.
 
     Raises
     ------
     UsageError
-        If it is neither, or ssh is not installed.
+        If it is none of these, or ssh is not installed.
     """
     if text == "local":
         return Local()
+    if text in EMULATORS:
+        return Local(text, EMULATORS[text])
     parts = urlsplit(text)
     if parts.scheme != "ssh" or not parts.hostname or parts.path not in ("", "/"):
-        raise UsageError(f"--on {text}", "is no device", "give local, or ssh://user@host or ssh://user@host:port")
+        raise UsageError(f"--on {text}", "is no device", "give local, qemu-aarch64, or ssh://user@host:port")
     if shutil.which("ssh") is None:
         raise UsageError(f"--on {text}", "ssh is not installed here", "install openssh-client")
     return Ssh(f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname, parts.port, python)

@@ -1,6 +1,6 @@
 """Run a bundle's artifacts where it lies, side by side; needs Python and NumPy, and onnxruntime for ONNX models.
 
-    python3 runner.py [--threads N] [--seconds S]
+    python3 runner.py [--threads N] [--seconds S] [--only 0,2]
 
 Each artifact has a process of its own, so that one that is killed takes no other along. They run in turns, the same
 input in each round, so that what else the device does falls on all alike. A line of JSON is printed for each once it is
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--child", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--only", type=lambda text: [int(part) for part in text.split(",")])
     words = parser.parse_args()
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
@@ -177,7 +178,7 @@ def main() -> None:
     alive: list[Child] = []
     threading.Thread(target=watch, args=(alive,), daemon=True).start()
     for index, artifact in enumerate(bundle["artifacts"]):
-        if artifact["kind"] != "package":
+        if artifact["kind"] != "package" and (words.only is None or index in words.only):
             children[index] = Child(index, words.threads)
             alive.append(children[index])
             tell(index, children[index])

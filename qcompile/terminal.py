@@ -187,9 +187,9 @@ def show_comparison(console: Console, found: Compared) -> None:
     """Print artifacts side by side, then why some rows are not whole."""
     threads = "one thread" if found.threads == 1 else f"{found.threads} threads"
     title = f"on {found.samples} samples, {threads}, {found.device}"
-    table = _table(title, "", "size", "SQNR\ndB", "right", "median\nms", "p90\nms",
-                   "of\nfloat", "load\nms", "memory", "instruc-\ntions")  # fmt: skip
-    table.padding = (0, 1, 0, 0)
+    table = _table(title, "", "size", "SQNR\ndB", "acc.", "median\nms", "p90\nms",
+                   "of\nfloat", "load\nms", "memory", "in-\nstruc-\ntions")  # fmt: skip
+    table.padding, table.show_edge, table.pad_edge = (0, 1, 0, 0), False, False
     for column in table.columns:
         column.no_wrap = True
     reference = next((row.latency.median for row in found.rows if row.target == "float" and row.latency), None)

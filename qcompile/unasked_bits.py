@@ -10,7 +10,7 @@ from qcompile.core.plan import QuantPlan
 from qcompile.options import Options
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.read_plan import is_quantized
-from qcompile.weight_losses import Planned, takes_four
+from qcompile.weight_losses import FOUR, Planned, packable, takes_four
 
 #: Without a budget, what the file of a model of so many bytes or more is to take at most, in parts of float's: a
 #: quarter, and what goes with codes.
@@ -22,11 +22,17 @@ def above_a_quarter(
 ) -> bool:
     """Tell whether a large model's file is above a quarter of float's with eight bits, and nobody said what it may be.
 
-    Scales, biases and what spoils the outputs in eight bits take bytes too.
+    Scales, biases and what spoils the outputs in eight bits take bytes too. Where four bits are stored as eight, they
+    are no remedy.
     """
     free = options.weights == "auto" and not (options.max_size or options.max_bops or options.min_fidelity)
     large = calibration.float_bytes >= LARGE
-    return free and large and written_bytes(canonical, planned({}), backend) > QUARTER * calibration.float_bytes
+    if not (free and large):
+        return False
+    eight = written_bytes(canonical, planned({}), backend)
+    if eight <= QUARTER * calibration.float_bytes:
+        return False
+    return written_bytes(canonical, planned(dict.fromkeys(packable(canonical, planned), FOUR)), backend) < eight
 
 
 def short_of_flash(canonical: ir.Model, planned: Planned, backend: Backend, options: Options) -> int | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 
-from qcompile import unasked_bits
+from qcompile import Options, unasked_bits
 from qcompile.allocation import UNPACKING, Program, Widths
 from qcompile.core import packing
 from qcompile.weight_losses import EIGHT, FOUR, Tried, in_four
@@ -111,3 +112,15 @@ def test_a_file_that_is_larger_than_reckoned_takes_fewer_bits_but_not_all(monkey
 def test_a_budget_that_all_weights_fit_has_one_choice(program):
     (only,) = [one for one in program().proposals(size({})) if not names(one)]
     assert only == program().proposals(size({}))[0]
+
+
+@pytest.mark.parametrize(("four", "above"), [(0.2, True), (0.5, False)])
+def test_four_bits_are_no_remedy_where_they_are_stored_as_eight(monkeypatch: pytest.MonkeyPatch, four, above):
+    """A file is twice what a quarter is, and with four bits of the weight less than that, or as much."""
+    whole = unasked_bits.LARGE
+    sizes = {(): 0.5 * whole, ("w",): four * whole}
+    monkeypatch.setattr(unasked_bits, "written_bytes", lambda model, plan, backend: sizes[tuple(plan)])
+    monkeypatch.setattr(unasked_bits, "packable", lambda model, planned: {"w": 1})
+    calibration, model, backend = SimpleNamespace(float_bytes=whole), None, None
+    given: Any = (model, calibration, dict, backend, Options("cpu"))
+    assert unasked_bits.above_a_quarter(*given) == above

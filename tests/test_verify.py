@@ -109,3 +109,20 @@ def test_measures_against_their_definitions() -> None:
     assert measures["cosine"] == pytest.approx(np.mean(cosine), abs=1e-6)
     assert measures["relative_error"] == pytest.approx(np.abs(y - z).max() / np.abs(y).max(), abs=1e-6)
     assert measures["top1"] == np.mean(y.argmax(1) == z.argmax(1))
+
+
+@pytest.mark.parametrize("places", [[], [5], [verify.PIECE + 3, 3 * verify.PIECE + 1]])
+@pytest.mark.parametrize("alike", [True, False])
+def test_large_tensors_are_compared_as_small_ones_are(places, alike):
+    random = np.random.default_rng(0)
+    y = random.normal(size=(3 * verify.PIECE + 7,)).astype(np.float32)
+    z = y + random.normal(size=y.size).astype(np.float32) / 100
+    y[places], z[places] = np.inf, (np.inf if alike else np.nan)
+    found = verify.Comparison()
+    found.add(y, z)
+    kept = np.isfinite(y)
+    one, other = y[kept].astype(np.float64), z[kept].astype(np.float64)
+    assert found.broken == (bool(places) and not alike)
+    assert found.signal == pytest.approx(one @ one) and found.noise == pytest.approx(np.sum((one - other) ** 2))
+    assert found.cosines == [pytest.approx(one @ other / np.sqrt((one @ one) * (other @ other)), abs=1e-12)]
+    assert (found.largest, found.peak) == (np.abs(one - other).max(), np.abs(one).max())

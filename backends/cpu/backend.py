@@ -106,7 +106,7 @@ class CpuBackend(Unbounded):
         operations = lower(model, self._floats).operations
         weighted = [part for part in operations if isinstance(part, Conv | Dense | FloatDense)]
         tables = sum(part.table.nbytes for part in operations if isinstance(part, Gather))
-        return tables + sum(part.weights.nbytes + 6 * part.bias.nbytes for part in weighted)
+        return tables + sum(stored_bytes(part) + 6 * part.bias.nbytes for part in weighted)
 
     @property
     def _floats(self) -> frozenset[str]:
@@ -138,6 +138,13 @@ class CpuBackend(Unbounded):
         return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
 
 
+def stored_bytes(part: Conv | Dense | FloatDense) -> int:
+    """Return the bytes of a layer's weights in the library: two of four bits to a byte, but for depthwise ones."""
+    depthwise = isinstance(part, Conv) and part.groups > 1 and part.weights.shape[-1] == 1
+    in_halves = part.bits == 4 and not depthwise and not isinstance(part, FloatDense)
+    return part.weights.nbytes // 2 if in_halves else part.weights.nbytes
+
+
 def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     """Write a network's library, header, description and session, and return their names.
 
@@ -154,7 +161,8 @@ def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     if network.processor.emulated:
         alone = (f"{name}_runner",)
         executable.write(objects, network, name, folder / alone[0])
-    (folder / f"{name}.h").write_text(library.header(program, name, network.layout.workspace), encoding="utf-8")
+    text = library.header(program, name, network.layout.workspace, network.processor.tiles)
+    (folder / f"{name}.h").write_text(text, encoding="utf-8")
     (folder / DESCRIPTION).write_text(json.dumps(describe(network, name), indent=1) + "\n", encoding="utf-8")
     session = files("qcompile.backends.cpu") / SESSION
     (folder / SESSION).write_text(session.read_text(encoding="utf-8"), encoding="utf-8")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
+import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.cpu.session import DESCRIPTION, InferenceSession
+from qcompile.backends.mcu.emulate import counted, counter
 from qcompile.core.errors import TargetError, VerificationError
 
 Array = npt.NDArray[Any]
 PACKAGE = "qemu-user"
 #: Bytes in front of outputs: when the run began and ended.
 TIMES = 32
+#: What `runner_aarch64.s` does around the network.
+AROUND = {"_start", "take", "give", "clock", "leave"}
 
 
 def emulator(architecture: str) -> str:
@@ -58,13 +63,10 @@ class EmulatedSession(InferenceSession):
     def __init__(self, folder: Path, words: Sequence[str] = ()) -> None:
         self._described(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
         about, pipe = self.about, subprocess.PIPE
-        command = [
-            emulator(about["architecture"]),
-            "-cpu",
-            about["emulated"],
-            *words,
-            str(folder / about["executable"]),
-        ]
+        program = folder / about["executable"]
+        if not os.access(program, os.X_OK):
+            program.chmod(0o755)  # a bundle keeps no modes
+        command = [emulator(about["architecture"]), "-cpu", about["emulated"], *words, str(program)]
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=-1)
         self._process, self._run, self._run_floats = process, b"\0", b"\1"
         self.close = weakref.finalize(self, _end, process)
@@ -82,12 +84,34 @@ class EmulatedSession(InferenceSession):
             array[...] = np.frombuffer(content[: array.nbytes], array.dtype).reshape(array.shape)
             content = content[array.nbytes :]
 
+    def run_quantized(self, feeds: Mapping[str, Array]) -> None:
+        """Run once from codes to codes."""
+        self.run_codes([self._codes(port, self._given(port, feeds)) for port in self.inputs])
+
     def _failed(self) -> None:
         assert self._process.stderr is not None
         said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         code = self._process.wait()
         fact = f"the emulated network left with {code}{f': {said[0]}' if said else ''}"
         raise VerificationError(self.about["executable"], fact, "report it with the model")
+
+
+def instructions(folder: Path, feeds: Mapping[str, Array]) -> int:
+    """Return how many instructions a network executes, from codes to codes; exact, and no time.
+
+    Raises
+    ------
+    TargetError
+        If the emulator or a compiler for its plugin is not installed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        counts = Path(scratch) / "counts.tsv"
+        # The emulator knows functions by name only where it writes a log.
+        words = ("-d", "plugin", "-D", os.devnull, "-plugin", f"{counter(Path(scratch))},out={counts}")
+        session = EmulatedSession(folder, words)
+        session.run_quantized(feeds)
+        session.close()
+        return sum(count for name, count in counted(counts).items() if name not in AROUND)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -46,7 +46,7 @@ def write(objects: Sequence[Object], network: Network, name: str, file: Path) ->
         for stem, floats in library.RUNS.items()
     }
     around = native.compile_object(functions, network.processor.machine)
-    library.linked([*objects, around], file, network.processor, ["-static", "-e", "_start"])
+    library.linked([*objects, around], file, network.processor, ["-static", "-S", "-e", "_start"])
     file.chmod(0o755)
 
 

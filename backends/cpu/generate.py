@@ -10,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.cpu import generate_floats as floats
+from qcompile.backends.cpu.layer_forms import form
 from qcompile.backends.cpu.layout import Layout, extents, strides
 from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.float_operations import Dequantize, FloatDense
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import aarch64_linear, codes, depthwise, shares, windows
+from qcompile.backends.tvm.schedules import codes, depthwise, shares, windows
 from qcompile.backends.tvm.schedules import x86_float_kernels as float_kernels
 from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import Aarch64
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
 from qcompile.core.errors import TargetError
 
 Array = npt.NDArray[Any]
-
-
 #: Elements that kernels know.
 TYPES = ("int8", "float32", "int64")
 
@@ -147,20 +147,26 @@ def _linear(
         saturates=network.processor.saturates(even),
     )  # fmt: skip
     processor = network.processor
-    kernels: Any = aarch64_linear if isinstance(processor, Aarch64) else linear
-    tile = kernels.choose_tile(shape, processor)
-    loop, iterations = shares.of_linear(shape, tile, processor)
+    shape = replace(shape, nibbles=_in_nibbles(network, operation))
+    pack, kernel, tile, cost = form(shape, processor)
+    loop, iterations = shares.of_linear(shape, tile, processor, cost)
     shape = replace(shape, shared=loop)
     scaling = [np.broadcast_to(n, operation.bias.shape)[channels] for n in floats.scaling(operation.requantize)]
     numbers = (_stored_bias(network, operation.bias[channels], weights), *scaling)
-    packed, table = kernels.pack(shape, tile, processor, weights, numbers)
+    packed, table = pack(shape, tile, processor, weights, numbers)
     first = places[1] * network.tensor(operation.output).bits // 8
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
         *_table(network, operation), network.at(operation.output, first),
     ]  # fmt: skip
-    name = network.add(kernels.linear_kernel, (shape, tile, processor), given, operation.name, iterations)
+    name = network.add(kernel, (shape, tile, processor), given, operation.name, iterations)
     network.tiles[name] = tile
+
+
+def _in_nibbles(network: Network, operation: Any) -> bool:
+    """Tell whether weights stay two to a byte, which kernels do whose sums become codes."""
+    elsewhere = isinstance(network.processor, Aarch64) or isinstance(operation, FloatDense)
+    return bool(operation.bits == nibbles.BITS and not elsewhere)
 
 
 def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Windows:

@@ -17,6 +17,7 @@ from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_products as products
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Rounding, high_word
 from qcompile.backends.tvm.schedules.x86 import OFFSET, X86
+from qcompile.backends.tvm.schedules.x86_cycles import choose_tile
 from qcompile.backends.tvm.schedules.x86_float_kernels import Read
 from qcompile.backends.tvm.schedules.x86_floats import Stored
 
@@ -149,7 +150,7 @@ def _matmul(network: Network, operation: ops.MatMul) -> None:
         1, m, n, ((1, 0), (1, 0)), k, 0, steps[0][-2], 0, steps[2][-2], rounding,
         saturates=isinstance(processor, X86) and not processor.instruction, reals=reals,
     )  # fmt: skip
-    tile = linear.choose_tile(shape, processor)
+    tile = choose_tile(shape, processor)
     multiplier, shift = (int(array[0]) for array in scaling(step))
     shift -= 32 if rounding.high_word else 0
     packed = products.Packed(

@@ -31,10 +31,10 @@ void ${name}_run_floats(void *workspace, $floats);
 
 typedef struct ${name} ${name};
 
-/* Return an instance that so many threads run, or NULL where there is no memory, or no such number of threads. */
+${allow}/* Return an instance that so many threads run, or NULL where there is no memory, or no such number of threads$refused. */
 static inline ${name} *${name}_create(int threads)
 {
-    size_t bytes = (${macro}_WORKSPACE_BYTES + ${macro}_ALIGNMENT - 1) / ${macro}_ALIGNMENT * ${macro}_ALIGNMENT;
+${ask}    size_t bytes = (${macro}_WORKSPACE_BYTES + ${macro}_ALIGNMENT - 1) / ${macro}_ALIGNMENT * ${macro}_ALIGNMENT;
     void *workspace = aligned_alloc(${macro}_ALIGNMENT, bytes);
     if (workspace && ${name}_start(workspace, threads)) {
         free(workspace);

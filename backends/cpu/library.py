@@ -30,8 +30,20 @@ LINKERS = ("ld", "ld.lld", "cc", "gcc", "clang")
 #: What links for another one, and what brings it.
 CROSS_LINKERS, CROSS_PACKAGE = {"aarch64": ("ld.lld", "aarch64-linux-gnu-ld")}, {"aarch64": "lld"}
 #: The same bytes whenever it is linked, and nothing visible but the functions of the header.
-FLAGS = ("--build-id=none", "--strip-all", "--gc-sections", "-z,noexecstack")
+FLAGS = ("--build-id=none", "--gc-sections", "-z,noexecstack")
 
+#: How a process asks Linux for the tiles of AMX: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+ALLOW = """\
+/* Ask the system for the tiles of AMX, once in a process in front of the first run; tell whether they may be used.
+   ${name}_create does it. */
+static inline int ${name}_allow(void)
+{
+    long result = 158;
+    __asm__ volatile("syscall" : "+a"(result) : "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    return result == 0;
+}
+
+"""
 
 #: What runs a network, and whether its inputs and outputs are floats.
 RUNS = {"run": False, "run_floats": True}
@@ -59,8 +71,10 @@ def compiled(network: Network, name: str) -> tuple[Object, ...]:
     machine = network.processor.machine
     # Their calls of the ports' kernels are kernels too, so they come first.
     runs = {f"{name}_{stem}": _run(network, name, stem) for stem in RUNS}
-    run = native.compile_object(runs | {f"{name}_part": _part(network, name)}, machine)
-    return native.compile_object(network.kernels, machine), run, pool.compiled(name, machine)
+    steps = phases(network.calls)
+    run = native.compile_object(runs | {f"{name}_step": _step(network, steps, name)}, machine)
+    shared = [step[-1].shared > 0 for step in steps]
+    return native.compile_object(network.kernels, machine), run, pool.compiled(name, shared, machine)
 
 
 def _run(network: Network, name: str, stem: str) -> Function:
@@ -74,8 +88,8 @@ def _run(network: Network, name: str, stem: str) -> Function:
     def body(buffers: Any) -> None:
         known = {port.name: buffers[argument] for port, argument in zip(ports, arguments, strict=True)}
         known["workspace"] = buffers["workspace"]
-        # Other threads wake up while inputs are taken in.
-        _of_pool(name, "wake", known)
+        if any(call.shared for call in network.calls):
+            _of_pool(name, "wake", known)  # while inputs are taken in
         _call_all(taken, known)
         _of_pool(name, "compute", known)
         _call_all(made, known)
@@ -87,8 +101,8 @@ def _run(network: Network, name: str, stem: str) -> Function:
     return native.function(f"{name}_{stem}", {"workspace": "uint8"} | dict(zip(arguments, kinds, strict=True)), body)
 
 
-def _part(network: Network, name: str) -> Function:
-    """Return what each thread does: the kernels, or its part of them. Arguments: the workspace, thread, threads."""
+def _step(network: Network, steps: Sequence[Sequence[Call]], name: str) -> Function:
+    """Return one share of one step. Arguments: the workspace, which step, which share, and of how many."""
     tvm = load_tvm()
     data = np.frombuffer(bytes(network.constants) or bytes(1), np.uint8)
 
@@ -99,25 +113,28 @@ def _part(network: Network, name: str) -> Function:
             pointer = tvm.ir.PointerType(tvm.ir.PrimType("uint8"))
             start = ir.bind(ir.call_extern(pointer, native.CONSTANTS))
             known = {"constants": ir.decl_buffer((native.EXTENT,), "uint8", data=start), **buffers}
-            _call_phases(phases(network.calls), known, name)
+            _one_of(steps, known)
 
-    return native.function(f"{name}_part", {"workspace": "uint8"}, body, ("thread", "threads"))
+    return native.function(f"{name}_step", {"workspace": "uint8"}, body, ("step", "share", "shares"))
 
 
-def _call_phases(groups: Sequence[Sequence[Call]], buffers: Mapping[str, Any], name: str) -> None:
-    """Emit the calls of all groups, for the thread that is asked for; what a thread does first for itself goes here."""
+def _one_of(steps: Sequence[Sequence[Call]], buffers: Mapping[str, Any], first: int = 0) -> None:
+    """Emit the step that is asked for, found by halves."""
     ir = native.builder()
-    threaded = any(group[-1].shared for group in groups)
-    for group in groups:
-        if threaded:
-            _of_pool(name, "wait", buffers)
-        alone, shared = ([call for call in group if bool(call.shared) == kind] for kind in (False, True))
+    if len(steps) > 1:
+        half = len(steps) // 2
+        with ir.If(buffers["step"] < first + half):
+            with ir.Then():
+                _one_of(steps[:half], buffers, first)
+            with ir.Else():
+                _one_of(steps[half:], buffers, first + half)
+        return
+    for step in steps:
+        alone, shared = ([call for call in step if bool(call.shared) == kind] for kind in (False, True))
         if alone:
-            with ir.If(buffers["thread"] == 0), ir.Then():
+            with ir.If(buffers["share"] == 0), ir.Then():
                 _call_all(alone, buffers)
         _call_all(shared, buffers)
-    if threaded:
-        _of_pool(name, "wait", buffers)
 
 
 def _of_pool(name: str, stem: str, buffers: Mapping[str, Any]) -> None:
@@ -131,8 +148,8 @@ def _call_all(calls: Sequence[Call], buffers: Mapping[str, Any]) -> None:
     for call in calls:
         given = [ir.address_of(buffers[kind][at]) for kind, at in call.arguments]
         if call.shared:
-            ends = (buffers["thread"], buffers["thread"] + 1)
-            given += [ir.truncdiv(call.shared * end, buffers["threads"]) for end in ends]
+            ends = (buffers["share"], buffers["share"] + 1)
+            given += [ir.truncdiv(call.shared * end, buffers["shares"]) for end in ends]
         ir.evaluate(ir.call_extern("void", call.kernel, *given))
 
 
@@ -168,7 +185,7 @@ def link(objects: Sequence[Object], name: str, library: Path, processor: Process
         visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in EXPORTS)}; local: *; }};\n")
         words = [f"--version-script={visible}", f"-soname={library.name}", *processor.linked]
         words = words if _is_plain(linker(processor.architecture)[0]) else [f"-Wl,{word}" for word in words]
-        linked(objects, library, processor, ["-shared", *words])
+        linked(objects, library, processor, ["-shared", "-s", *words])
 
 
 def linked(objects: Sequence[Object], file: Path, processor: Processor, words: Sequence[str]) -> None:
@@ -193,8 +210,8 @@ def linked(objects: Sequence[Object], file: Path, processor: Processor, words: S
         raise VerificationError("shared library", fact, "report it with the model")
 
 
-def header(program: Program, name: str, workspace: int) -> str:
-    """Return ``NAME.h``."""
+def header(program: Program, name: str, workspace: int, tiles: bool = False) -> str:
+    """Return ``NAME.h``; with `tiles`, its ``NAME_create`` asks the system for those of AMX."""
     template = Path(__file__).with_name("header.h").read_text(encoding="utf-8")
     macro, ports = name.upper(), []
     for group, kind in ((program.inputs, "INPUT"), (program.outputs, "OUTPUT")):
@@ -204,7 +221,7 @@ def header(program: Program, name: str, workspace: int) -> str:
             )
     return Template(template).substitute(
         name=name, macro=macro, ports="\n".join(ports), workspace=workspace, alignment=ALIGNMENT,
-        threads=THREADS,
+        threads=THREADS, **asking(name, tiles),
         codes=", ".join(_parameters(program, "int8_t")), floats=", ".join(_parameters(program, "float")),
     )  # fmt: skip
 
@@ -220,6 +237,17 @@ def _parameters(program: Program, codes: str) -> list[str]:
         for port, name in zip(ports, stems(stem, ports), strict=True):
             found.append(f"{prefix}{C_TYPES.get(program.tensors[port.tensor].dtype, codes)} *{name}")
     return found
+
+
+def asking(name: str, tiles: bool) -> dict[str, str]:
+    """Return what a header says of the system's leave to use tiles: nothing where none are used."""
+    if not tiles:
+        return dict.fromkeys(("allow", "refused", "ask"), "")
+    return {
+        "allow": Template(ALLOW).substitute(name=name),
+        "refused": ", the system keeps the tiles of AMX to itself",
+        "ask": f"    if (!{name}_allow()) return NULL;\n",
+    }
 
 
 def stems(stem: str, ports: Sequence[Port]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What threads do at one time, and where they wait for one another."""
+"""The steps of a run: what threads do at one time, and where they wait for one another."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ BY_CHANNELS = ("linear", "depthwise")
 def phases(calls: Sequence[Call]) -> list[list[Call]]:
     """Return calls in groups: within one, no thread waits for another.
 
-    One group is calls of the first thread alone; or calls that all threads share and that write channels of their own,
-    with what the first thread can do at the same time in front of them.
+    One group is calls that one thread does; or calls that all threads share and that write channels of their own, with
+    what one of them can do at the same time in front of them.
     """
     found: list[list[Call]] = []
     for call in calls:

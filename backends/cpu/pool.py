@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from qcompile.backends.cpu.layout import POOL, THREADS
@@ -21,9 +23,24 @@ def text_of(machine: Machine) -> Path:
     return HERE / f"pool.{machine.triple.split('-')[0]}.ll"
 
 
-def compiled(name: str, machine: Machine) -> Object:
-    """Return the machine code of the pool that runs ``NAME_part``."""
-    return native.from_text(text_of(machine).read_text(encoding="utf-8").replace(f"@{STEM}", f"@{name}_"))
+def compiled(name: str, shared: Sequence[bool], machine: Machine) -> Object:
+    """Return the machine code of the pool that runs ``NAME_step``.
+
+    Parameters
+    ----------
+    name : str
+        The network's.
+    shared : sequence of bool
+        Of each step, whether threads share it.
+    machine : Machine
+    """
+    text = re.sub(
+        rf"^@{STEM}(steps|shared) = external .*\n", "", text_of(machine).read_text("utf-8"), flags=re.MULTILINE
+    )
+    bytes_ = "".join(f"\\0{int(each)}" for each in shared)
+    text += f"@{STEM}steps = internal constant i32 {len(shared)}\n"
+    text += f'@{STEM}shared = internal constant [{len(shared)} x i8] c"{bytes_}"\n'
+    return native.from_text(text.replace(f"@{STEM}", f"@{name}_"))
 
 
 def command(architecture: str) -> list[str]:

@@ -3,6 +3,13 @@
 // clock, 8 bytes each) and all outputs; and so on, until its input ends.
 .text
 .globl _start
+.type _start, %function
+.type take, %function
+.type give, %function
+.type clock, %function
+.type leave, %function
+.type memcpy, %function
+.type memset, %function
 _start:
 adrp x1, kind
 add x1, x1, :lo12:kind

@@ -24,6 +24,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 DESCRIPTION = "network.json"
+#: What the system calls AMX, and how a process asks for its registers: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+TILES, ASK = "amx_tile", (158, 0x1023, 18)
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class InferenceSession:
     Raises
     ------
     OSError
-        If this machine is of another kind, lacks instructions that the library is made of, or gives no such number of
-        threads.
+        If this machine is of another kind, lacks instructions that the library is made of or leave of its system to use
+        them, or gives no such number of threads.
     """
 
     def __init__(self, folder: str | Path, threads: int = 1) -> None:
@@ -115,6 +117,8 @@ class InferenceSession:
             raise OSError(f"{folder}: the library is for {about['architecture']}, and this is {platform.machine()}")
         if missing := absent(about["instructions"]):
             raise OSError(f"{folder}: this processor has no {missing[0]}, which the library is made of")
+        if TILES in about["instructions"] and not tiles_allowed():
+            raise OSError(f"{folder}: the system does not let this process use the tiles of AMX (arch_prctl)")
         self._described(about)
         library = ctypes.CDLL(str((folder / about["library"]).absolute()))
         run, run_floats = library[f"{about['name']}_run"], library[f"{about['name']}_run_floats"]
@@ -222,3 +226,11 @@ def absent(instructions: Sequence[str]) -> list[str]:
         return []
     known = set(flags[1].split()) if flags else set()
     return [name for name in instructions if known and name not in known]
+
+
+def tiles_allowed() -> bool:
+    """Ask the system for the tiles of AMX, for the whole process, and tell whether it lets it have them."""
+    try:
+        return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, ASK)) == 0)
+    except (OSError, AttributeError):
+        return False

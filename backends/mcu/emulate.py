@@ -118,15 +118,36 @@ def emulate(
         machine = MACHINES[processor] if isinstance(processor, str) else processor
         headers = [] if include is None else [f"-I{include.absolute()}"]
         program = _linked(sources, machine, [*(compiler or (GCC, *machine.flags)), *headers], here, folder)
-        plugin = folder / "count.so"
-        _call(["gcc", "-O2", "-shared", "-fPIC", str(here / "count_instructions.c"), "-o", str(plugin)])
+        plugin = counter(folder)
         for file, content in given.items():
             (folder / file).write_bytes(content)
         before = set(folder.iterdir())
         status = _executed(program, machine, plugin, folder, timeout)
-        counted = dict(line.rsplit("\t", 1) for line in (folder / "counts.tsv").read_text().splitlines())
+        counts = counted(folder / "counts.tsv")
         written = {path.name: path.read_bytes() for path in set(folder.iterdir()) - before if path.name != "counts.tsv"}
-        return Run(status, written, {name: int(count) for name, count in counted.items()}, _sizes(program))
+        return Run(status, written, counts, _sizes(program))
+
+
+def counter(folder: Path) -> Path:
+    """Compile QEMU's plugin that counts instructions into a folder; its argument ``out`` is where it writes them.
+
+    Raises
+    ------
+    TargetError
+        If there is no compiler.
+    """
+    if shutil.which("gcc") is None:
+        raise TargetError("count instructions", "needs gcc", "apt-get install gcc libc6-dev")
+    plugin = folder / "count.so"
+    with as_file(files("qcompile.backends.mcu") / "emulation") as here:
+        _call(["gcc", "-O2", "-shared", "-fPIC", str(here / "count_instructions.c"), "-o", str(plugin)])
+    return plugin
+
+
+def counted(file: Path) -> dict[str, int]:
+    """Return executed instructions by function, as the plugin wrote them."""
+    rows = (line.rsplit("\t", 1) for line in file.read_text().splitlines())
+    return {name: int(count) for name, count in rows}
 
 
 def _linked(sources: Sequence[Path], machine: Machine, compiler: Sequence[str], here: Path, folder: Path) -> Path:

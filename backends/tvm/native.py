@@ -71,11 +71,14 @@ class Machine:
     features : tuple of str
         With a sign in front.
     triple : str
+    options : tuple of str
+        What LLVM is told on its command line.
     """
 
     cpu: str
     features: tuple[str, ...] = ()
     triple: str = "x86_64-unknown-linux-gnu"
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def compile_object(functions: Mapping[str, Function], machine: Machine) -> Objec
     tvm = load_tvm()
     tirx = tvm.tirx.transform
     settings = {"kind": "llvm", "mcpu": machine.cpu, "mattr": list(machine.features), "mtriple": machine.triple}
+    settings |= {"cl-opt": list(machine.options)} if machine.options else {}
     target = tvm.target.Target(settings)
     steps = [
         tirx.BindTarget(target.with_host(target)), tirx.FlattenBuffer(), tirx.NarrowDataType(32),
@@ -140,8 +144,8 @@ def constants(data: npt.NDArray[np.uint8]) -> str:
     Functions that TVM takes in as text are expanded where they are called, so they cannot be what a library exports;
     what they refer to stays.
     """
-    text = "".join(f"\\{byte:02X}" for byte in data.tobytes())
+    text = data.tobytes().hex("\\")
     return (
-        f'@qc_data = internal constant [{len(data)} x i8] c"{text}", align 64\n'
+        f'@qc_data = internal constant [{len(data)} x i8] c"\\{text}", align 64\n'
         f"define ptr @{CONSTANTS}() {{\n  ret ptr @qc_data\n}}\n"
     )

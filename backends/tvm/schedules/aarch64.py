@@ -104,7 +104,9 @@ class Aarch64(Processor):
 
 
 def _processor(name: str, features: Sequence[str], flags: Sequence[str], emulated: str, instruction: str) -> Aarch64:
-    machine = Machine("generic", ("+neon", *features), "aarch64-unknown-linux-gnu")
+    # Loads of two pixels that lie side by side would become one of four registers in a row, and others move for those.
+    options = ("-disable-interleaved-load-combine:bool=1",)
+    machine = Machine("generic", ("+neon", *features), "aarch64-unknown-linux-gnu", options)
     return Aarch64(name, machine, ("asimd", *flags), 4, 32, instruction, emulated=emulated)
 
 

@@ -36,8 +36,20 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
         for rows in range(1, min(shape.rows, room) + 1)
         if (rows == 1 or columns == shape.columns) and rows * columns * (count + 1) + 2 <= room
     ]
-    counted = _of_matrices if processor.instruction == MATRIX else _of_dots
-    return min(tiles, key=lambda tile: (_instructions(shape, tile, vectors, counted), tile.vectors, tile.columns))
+    ways = (_of_dots, _of_matrices) if processor.instruction == MATRIX else (_of_dots,)
+
+    def least(tile: Tile) -> tuple[float, int, int]:
+        return min(_instructions(shape, tile, vectors, way) for way in ways), tile.vectors, tile.columns
+
+    return min(tiles, key=least)
+
+
+def multiplies_matrices(shape: Linear, tile: Tile, processor: Processor) -> bool:
+    """Tell whether products of matrices take fewer instructions; they waste what pieces lack to eight codes."""
+    if processor.instruction != MATRIX:
+        return False
+    vectors = -(-shape.outputs // processor.lanes)
+    return _instructions(shape, tile, vectors, _of_matrices) < _instructions(shape, tile, vectors, _of_dots)
 
 
 #: Instructions of one vector behind its sums, and of one tile around them.
@@ -94,7 +106,7 @@ def pack(
     Where matrices are multiplied, weights are [block][tap][eight codes][vector][lane][code].
     """
     packed, table = linear.pack(shape, tile, processor, weights, numbers)
-    if processor.instruction != MATRIX:
+    if not multiplies_matrices(shape, tile, processor):
         return packed, table
     lanes, vectors = processor.lanes, -(-shape.outputs // processor.lanes)
     room = [(0, vectors * lanes - shape.outputs), (0, 0), (0, octets_of(shape) * EIGHT - shape.length)]
@@ -108,7 +120,7 @@ def pack(
 
 def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) -> Function:
     """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
-    kind = MatrixEmitter if processor.instruction == MATRIX else DotEmitter
+    kind = MatrixEmitter if multiplies_matrices(shape, tile, processor) else DotEmitter
     return linear.linear_kernel(name, shape, tile, processor, kind)
 
 

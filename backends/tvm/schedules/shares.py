@@ -6,16 +6,18 @@ kernel serves any number of threads, and the thread's results are where they wou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from qcompile.backends.tvm.schedules.vectors import COLUMNS, FOUR, OUTPUTS, ROWS, Processor
 from qcompile.backends.tvm.schedules.windows import Windows
-from qcompile.backends.tvm.schedules.x86_linear import EPILOGUE, Linear, Tile, cycles, widths
+from qcompile.backends.tvm.schedules.x86_cycles import EPILOGUE, cycles
+from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile, widths
 
 #: Cycles from which on a kernel is shared; docs/targets/cpu-tvm.md has why.
-WORTH = 6000
+WORTH = 4000
 #: Numbers of threads that parts should be even for.
 COMMON = (2, 4)
 #: Bytes in a cycle that come from where another processor had them.
@@ -52,7 +54,9 @@ def _steps(count: int, step: int) -> list[int]:
     return [step] * whole + [rest] * bool(rest)
 
 
-def of_linear(shape: Linear, tile: Tile, processor: Processor) -> tuple[str, int]:
+def of_linear(
+    shape: Linear, tile: Tile, processor: Processor, cycles: Callable[[Linear, Any, int], float] = cycles
+) -> tuple[str, int]:
     """Return the loop of a dense layer or convolution, and its iterations."""
     vectors = -(-shape.outputs // processor.lanes)
     weights = vectors * processor.lanes * shape.depth * FOUR

@@ -57,6 +57,8 @@ class Processor(ABC):
         LLVM's name of the dot product, but for its types; empty where there is none.
     permutes : bool
         Whether a layer looks its codes up in a table before it stores them.
+    tiles : bool
+        Whether it multiplies whole tiles (AMX); see `x86_amx.py`.
     linked : tuple of str
         What the linker is told beside what it always is.
     emulated : str
@@ -70,6 +72,7 @@ class Processor(ABC):
     registers: int
     instruction: str
     permutes: bool = False
+    tiles: bool = False
     linked: tuple[str, ...] = ()
     emulated: str = ""
 

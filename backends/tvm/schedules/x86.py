@@ -6,7 +6,7 @@ Codes are stored 128 above the program's, from 0 to 255: `vpdpbusd` multiplies u
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -90,9 +90,13 @@ AVX512_VNNI = X86(
     ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"), 16, 32,
     "llvm.x86.avx512.vpdpbusd", permutes=True,
 )  # fmt: skip
+AMX = replace(
+    AVX512_VNNI, name="amx", machine=Machine("icelake-server", ("-prefer-256-bit", "+amx-tile", "+amx-int8")),
+    flags=(*AVX512_VNNI.flags, "amx_tile", "amx_int8"), tiles=True,
+)  # fmt: skip
 AVX_VNNI = X86("avx-vnni", Machine("alderlake"), ("avx2", "fma", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
 AVX2 = X86("avx2", Machine("haswell"), ("avx2", "fma"), 8, 16, "")
-PROCESSORS = {processor.name: processor for processor in (AVX512_VNNI, AVX_VNNI, AVX2)}
+PROCESSORS = {processor.name: processor for processor in (AMX, AVX512_VNNI, AVX_VNNI, AVX2)}
 
 #: By lanes, what adds products of codes and weights in pairs to 16 bits, and pairs of 16 bits to 32.
 PAIRS = {
@@ -171,6 +175,9 @@ def joined(processor: Processor, four: Sequence[Any], low: int, high: int) -> An
     ir, lanes = builder(), processor.lanes
     words, codes = PACKS[lanes]
     halves = [ir.call_llvm_pure_intrin(f"int16x{2 * lanes}", words, *four[at : at + 2]) for at in (0, 2)]
+    if low > 0 and high < (1 << 8) - 1:  # as codes of 8 bits, both bounds are a pattern that LLVM 22 never ends on
+        bounds = [all_lanes(bound, "int16", 2 * lanes) for bound in (low, high)]
+        halves, low, high = [ir.max(ir.min(half, bounds[1]), bounds[0]) for half in halves], 0, (1 << 8) - 1
     whole = ir.call_llvm_pure_intrin(f"uint8x{4 * lanes}", codes, *halves)
     if high < (1 << 8) - 1:
         whole = ir.min(whole, all_lanes(high, "uint8", 4 * lanes))

@@ -56,6 +56,8 @@ class Linear:
         Whether codes go through a table at the end.
     saturates : bool
         See `Processor.saturates`.
+    nibbles : bool
+        Whether weights are stored in four bits; see `x86_nibbles.py`.
     shared : str
         The loop that threads share: `vectors.ROWS`, `vectors.COLUMNS`, `vectors.OUTPUTS`, or none.
     reals : tuple of float, optional
@@ -74,6 +76,7 @@ class Linear:
     rounding: Rounding
     looked_up: bool = False
     saturates: bool = False
+    nibbles: bool = False
     shared: str = ""
     reals: Bounds | None = None
 
@@ -105,50 +108,8 @@ class Tile:
     vectors: int
 
 
-def choose_tile(shape: Linear, processor: Processor) -> Tile:
-    """Return the tile that is expected to take fewest cycles."""
-    vectors = -(-shape.outputs // processor.lanes)
-    # A short sum is unrolled, and its weights want registers too.
-    room = processor.registers - (SPARED if shape.depth < SHORT else 1)
-    # Without the instruction, a product, sums of pairs and ones have registers; weights have two where they are split.
-    room, each = (room, 1) if processor.instruction else (min(room, processor.registers - 3), 1 + shape.saturates)
-    tiles = [
-        Tile(rows, columns, count)
-        for count in (1, 2, 4)
-        if count <= vectors or count == 1
-        for columns in range(1, min(shape.columns, room) + 1)
-        for rows in range(1, min(shape.rows, room) + 1)
-        if (rows == 1 or columns == shape.columns) and rows * columns * count + count * each + 1 <= room
-    ]
-    return min(tiles, key=lambda tile: (cycles(shape, tile, vectors), tile.vectors, tile.columns))
-
-
 #: Outputs of a channel, and bytes of a block's weights, at which the next block's are fetched ahead.
 FEW, MANY = 256, 4096
-#: Groups of four codes below which a sum is short, and registers that are left to others then.
-SHORT, SPARED = 8, 8
-#: Cycles until a sum can be added to again, and what one vector of codes takes behind its sum.
-LATENCY, EPILOGUE = 5, 8
-
-
-def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
-    """Return what so many vectors of channels are expected to take."""
-
-    def parts(count: int, step: int) -> list[tuple[int, int]]:
-        whole, rest = divmod(count, step)
-        return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
-
-    total = 0.0
-    for (i, rows), (j, columns), (k, count) in (
-        (row, column, block)
-        for row in parts(shape.rows, tile.rows)
-        for column in parts(shape.columns, tile.columns)
-        for block in parts(vectors, tile.vectors)
-    ):
-        sums = rows * columns * count
-        each = max(sums / 2, (rows * columns + count) / 2, LATENCY)
-        total += i * j * k * (shape.depth * each + EPILOGUE * sums + 10)
-    return total
 
 
 def widths(vectors: int, step: int) -> list[int]:
@@ -183,7 +144,8 @@ def pack(
 
     Parameters
     ----------
-    weights : ndarray of int8, shape (outputs, taps, length)
+    weights : ndarray of int8, shape (outputs, taps, length or less)
+        What is not there is zero.
     numbers : tuple of ndarray, shape (outputs,)
         Biases, multipliers and shifts; where floats come out, biases and scales as the bits of int32.
 
@@ -194,7 +156,7 @@ def pack(
     ndarray of int32
     """
     lanes, places = processor.lanes, order(shape, tile, processor)
-    room = [(0, places.size - shape.outputs), (0, 0), (0, shape.quads * FOUR - shape.length)]
+    room = [(0, places.size - shape.outputs), (0, 0), (0, shape.quads * FOUR - weights.shape[2])]
     wide = np.pad(weights, room)[places].reshape(-1, lanes, weights.shape[1], shape.quads, FOUR)
     parts, first = [], 0
     for count in widths(len(wide), tile.vectors):
@@ -344,9 +306,14 @@ class Emitter:
         return 1 < shape.rows * shape.columns <= FEW and shape.depth * count * self.processor.lanes * FOUR >= MANY
 
     def finish(
-        self, sums: Any, block: tuple[Any, int, int], origin: tuple[Any, Any], pixels: list[tuple[int, int]]
+        self,
+        sums: Any,
+        block: tuple[Any, int, int],
+        origin: tuple[Any, Any],
+        pixels: list[tuple[int, int]],
+        begin: Any = 0,
     ) -> None:
-        """Emit what is behind the sums: as many pixels at once as make four vectors."""
+        """Emit what is behind the sums, which `begin` in their buffer: as many pixels at once as make four vectors."""
         shape, lanes = self.shape, self.processor.lanes
         first, count, left = block
         if shape.reals is not None:
@@ -357,7 +324,7 @@ class Emitter:
             some = list(enumerate(pixels))[start : start + together]
             four = [
                 self.processor.scaled(
-                    load(sums, (p * count + v) * lanes, lanes),
+                    load(sums, begin + (p * count + v) * lanes, lanes),
                     self.scaling.of(first + v),
                     shape.rounding,
                 )

@@ -92,7 +92,8 @@ def test_a_program_in_c_runs_it_by_its_header(tmp_path):
 def test_padding_is_written_around_the_map_rather_than_copied():
     network = library.network_of(wide(np.random.default_rng(1), 16, 16, 3), VNNI)
     assert not [call for call in network.calls if call.kernel.startswith("gather")]
-    assert [call.kernel.split("_")[0] for call in network.calls] == ["fill"] * 3 + ["linear"]
+    kinds = [call.kernel.split("_")[0] for call in network.calls]
+    assert kinds[:3] == ["fill"] * 3 and kinds[3:] in (["linear"], ["nibbles"])
 
 
 def test_a_table_is_part_of_the_layer_in_front_unless_that_is_read_otherwise_too():

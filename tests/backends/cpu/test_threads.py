@@ -50,18 +50,21 @@ def check(program, folder, draws=3):
 @pytest.mark.parametrize("seed", range(24))
 def test_any_number_of_threads_equals_the_interpreter(load, tmp_path, seed):
     program = random_program(seed, wide=False)
-    load(program, list(PROCESSORS)[seed % 3])
+    load(program, list(PROCESSORS)[seed % len(PROCESSORS)])
     check(program, tmp_path)
 
 
 @pytest.mark.usefixtures("everything_shared")
+@pytest.mark.parametrize("processor", ["avx512-vnni", "amx"])
 @pytest.mark.parametrize("loop", [ROWS, COLUMNS, OUTPUTS])
 @pytest.mark.parametrize(
     ("channels", "outputs", "size", "stride", "groups", "side"),
     [(17, 200, 1, 1, 1, (7, 7)), (32, 70, 3, 1, 1, (9, 11)), (64, 330, 1, 1, 1, (1, 1)), (8, 24, 3, 1, 2, (6, 6)),
      (150, 150, 3, 1, 150, (9, 11)), (96, 96, 5, 2, 96, (14, 15))],
 )  # fmt: skip
-def test_whichever_loop_is_shared(load, tmp_path, monkeypatch, loop, channels, outputs, size, stride, groups, side):
+def test_whichever_loop_is_shared(
+    load, tmp_path, monkeypatch, loop, processor, channels, outputs, size, stride, groups, side
+):
     def picked(axes):
         costs, _ = axes.get(loop, ((), 0))
         return (loop, len(costs)) if len(costs) > 1 else ("", 0)
@@ -69,7 +72,7 @@ def test_whichever_loop_is_shared(load, tmp_path, monkeypatch, loop, channels, o
     monkeypatch.setattr(shares, "chosen", picked)
     random = np.random.default_rng(channels)
     program = with_table(wide(random, channels, outputs, size, stride, groups, side), random)
-    load(program)
+    load(program, processor)
     check(program, tmp_path)
 
 

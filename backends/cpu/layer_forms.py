@@ -1,0 +1,27 @@
+"""Which kernel a dense layer or convolution has: tiles, vectors with weights of four or eight bits, or those of ARM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompile.backends.tvm.schedules import aarch64_linear
+from qcompile.backends.tvm.schedules import x86_amx as amx
+from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
+from qcompile.backends.tvm.schedules.aarch64 import Aarch64
+from qcompile.backends.tvm.schedules.vectors import Processor
+from qcompile.backends.tvm.schedules.x86_cycles import choose_tile, cycles
+
+
+def form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.Tile, Any]:
+    """Return what packs a layer's weights, what computes it, its tile, and what counts its cycles."""
+    block = amx.choose_block(shape, processor) if processor.tiles and shape.reals is None else None
+    if block:
+        return amx.pack, amx.tiles_kernel, block, amx.cycles
+    if isinstance(processor, Aarch64):
+        arm = aarch64_linear
+        return arm.pack, arm.linear_kernel, arm.choose_tile(shape, processor), cycles
+    tile = choose_tile(shape, processor)
+    if shape.nibbles:
+        return nibbles.pack, nibbles.nibbles_kernel, tile, cycles
+    return linear.pack, linear.linear_kernel, tile, cycles

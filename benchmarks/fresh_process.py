@@ -1,0 +1,151 @@
+"""What loading a network takes, and the most memory that one run does, each in a process that did nothing before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Processes of each kind, in turns; the median of loading and the most of memory count.
+PROCESSES = 9
+
+#: Load a library as a program in C does, and run it once.
+IN_C = r"""
+#define _POSIX_C_SOURCE 200809L
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return 1e3 * (double)time.tv_sec + 1e-6 * (double)time.tv_nsec;
+}
+
+int main(int count, char **words) /* library, start, run_floats, bytes of workspace, input and output */
+{
+    if (count != 7)
+        return 1;
+    double began = now();
+    void *library = dlopen(words[1], RTLD_NOW);
+    if (!library)
+        return 2;
+    int (*start)(void *, int);
+    void (*run)(void *, const void *, void *);
+    *(void **)&start = dlsym(library, words[2]);
+    *(void **)&run = dlsym(library, words[3]);
+    size_t bytes[3];
+    for (int i = 0; i < 3; i++)
+        bytes[i] = ((size_t)atoll(words[4 + i]) + 63) / 64 * 64;
+    void *workspace = aligned_alloc(64, bytes[0]);
+    if (start(workspace, 1))
+        return 3;
+    double took = now() - began;
+    float *in = aligned_alloc(64, bytes[1]), *out = aligned_alloc(64, bytes[2]);
+    memset(in, 0, bytes[1]);
+    run(workspace, in, out);
+    char line[256];
+    long peak = 0;
+    FILE *status = fopen("/proc/self/status", "r");
+    while (fgets(line, sizeof line, status))
+        sscanf(line, "VmHWM: %ld", &peak);
+    printf("{\"load_ms\": %.3f, \"peak_kb\": %ld}\n", took, peak);
+    return 0;
+}
+"""
+
+#: The same from Python; NumPy is there before, as every caller has it.
+IN_PYTHON = """
+import json, re, sys, time
+import numpy as np
+kind, path, shape = sys.argv[1], sys.argv[2], json.loads(sys.argv[4])
+if kind == "library":
+    sys.path.insert(0, path)
+    from session import InferenceSession
+    began = time.perf_counter()
+    session = InferenceSession(path)
+elif kind == "onnxruntime":
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    began = time.perf_counter()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+else:
+    began, session = time.perf_counter(), None
+took = 1e3 * (time.perf_counter() - began)
+feeds = {sys.argv[3]: np.zeros(shape, np.float32)}
+if session is not None:
+    session.run(None, feeds)
+peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+print(json.dumps({"load_ms": took, "peak_kb": peak}))
+"""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a kind of process took.
+
+    Parameters
+    ----------
+    load_ms : float
+        Median.
+    peak_mb : float
+        The most resident memory of the whole process (VmHWM), the most of all processes, in 1024 · 1024 bytes.
+    """
+
+    load_ms: float
+    peak_mb: float
+
+
+def compare(library: Path, model: Path) -> dict[str, Taken]:
+    """Return what a library takes in C and in Python, onnxruntime in Python, and Python with NumPy alone.
+
+    Parameters
+    ----------
+    library : Path
+        A folder of `cpu:tvm`, with one input and one output.
+    model : Path
+        What onnxruntime loads.
+    """
+    about = json.loads((library / "network.json").read_text(encoding="utf-8"))
+    (port,), (made,) = about["inputs"], about["outputs"]
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "load.c", Path(folder) / "load"
+        source.write_text(IN_C, encoding="utf-8")
+        compiler = shutil.which("cc") or shutil.which("gcc") or "clang-19"
+        subprocess.run([compiler, "-O1", "-o", program, source, "-ldl"], check=True)
+        sizes = (about["workspace_bytes"], 4 * _elements(port["shape"]), 4 * _elements(made["shape"]))
+        names = [f"{about['name']}_{stem}" for stem in ("start", "run_floats")]
+        shape = [port["name"], json.dumps(port["shape"])]
+        script = [sys.executable, "-c", IN_PYTHON]
+        commands = {
+            "C": [str(program), str((library / about["library"]).resolve()), *names, *map(str, sizes)],
+            "Python": [*script, "library", str(library.resolve()), *shape],
+            "onnxruntime": [*script, "onnxruntime", str(model.resolve()), *shape],
+            "nothing": [*script, "nothing", "", *shape],
+        }
+        seen: dict[str, list[dict[str, float]]] = {kind: [] for kind in commands}
+        for _ in range(PROCESSES):
+            for kind, words in commands.items():
+                done = subprocess.run(words, capture_output=True, text=True, check=True)
+                seen[kind].append(json.loads(done.stdout))
+    return {
+        kind: Taken(statistics.median(each["load_ms"] for each in of), max(each["peak_kb"] for each in of) / 1024)
+        for kind, of in seen.items()
+    }
+
+
+def _elements(shape: list[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
