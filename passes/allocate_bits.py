@@ -68,7 +68,11 @@ def allocate_bits(
         low, high = narrow.get(name, Clip(observers[name])).bounds(statistics.histograms[name], dtype)
         if name in scores:
             high = max(high, min(-low, high + HEADROOM))
-        scale, zero_point = numerics.affine_scale([low], [high], dtype)
+        if name in placement.symmetric:
+            high = max(abs(low), abs(high))
+            scale, zero_point = numerics.symmetric_scale([high], dtype), np.zeros(1, np.int64)
+        else:
+            scale, zero_point = numerics.affine_scale([low], [high], dtype)
         tensors[name] = TensorQuant(Role.ACTIVATION, dtype, (float(scale[0]),), (int(zero_point[0]),))
     for name, source in placement.same_scale.items():
         tensors[name] = tensors[source]

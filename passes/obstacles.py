@@ -22,6 +22,18 @@ def linear_obstacle(node: ir.Node) -> str:
     return _gemm_obstacle(node) or _bias_obstacle(node, weight)
 
 
+def multiplies_activations(node: ir.Node) -> bool:
+    """Tell whether a MatMul has no constant operand, in floats."""
+    values = list(node.inputs)
+    return node.op_type == "MatMul" and all(
+        value is not None
+        and structure.is_float32(value)
+        and structure.constant_tensor(value) is None
+        and not value.is_initializer()
+        for value in values
+    )
+
+
 def integer_obstacle(node: ir.Node) -> str:
     """Return why a linear operator cannot compute in integers, though its weights can be stored so; or nothing."""
     weight = structure.constant_tensor(node.inputs[structure.WEIGHT_INPUT]) if node.op_type == "MatMul" else None

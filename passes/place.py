@@ -14,7 +14,13 @@ import onnx_ir as ir
 from qcompile.core.plan import OpPlan, Precision
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
-from qcompile.passes.obstacles import integer_obstacle, linear_obstacle, lookup_obstacle, stored_obstacle
+from qcompile.passes.obstacles import (
+    integer_obstacle,
+    linear_obstacle,
+    lookup_obstacle,
+    multiplies_activations,
+    stored_obstacle,
+)
 from qcompile.passes.read_plan import is_quantized, read_ops
 
 #: A table with fewer rows costs more in scales and nodes than its codes save.
@@ -37,6 +43,8 @@ class Placement:
         Those of `activations` whose range may be taken when the model runs.
     wide : frozenset of str
         Nodes in float whose weights are stored in the target's wider type.
+    symmetric : frozenset of str
+        Those of `activations` whose codes are around zero: their kernel multiplies them as it does weights.
     """
 
     ops: Mapping[str, OpPlan]
@@ -44,6 +52,7 @@ class Placement:
     same_scale: Mapping[str, str]
     dynamic: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
+    symmetric: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,8 @@ class _Placer:
     def _linear_obstacle(self, node: ir.Node, fewest_weights: int) -> str:
         """Return why a linear operator is not quantized, beside and behind those that were taken in."""
         if reason := linear_obstacle(node):
-            return reason
+            rule = self.target.ops[node.op_type]
+            return "" if rule.activations and multiplies_activations(node) and self.activations else reason
         value = node.inputs[structure.WEIGHT_INPUT]
         weight = structure.constant_tensor(value)
         assert value is not None and weight is not None
@@ -299,16 +309,24 @@ class _Placer:
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
                 self._take(node, rule)
                 taken.append(node)
-        if self.target.integer_only:
-            return  # nothing there would take what is given back
         for node in reversed(taken):
             name = structure.node_name(node)
+            # What has no float takes nothing back; where there is some, codes of what floats alone read are noise.
+            if self.target.integer_only and (node.op_type not in self.target.floats or self.ends(node)):
+                continue
             behind = [n for n, source in self.absorbed.items() if source is node]
             value = node.outputs[0] if not behind else structure.readers(node.outputs[0])[0].outputs[0]
             if not self.wants_codes(value):
                 for activation in behind:
                     del self.absorbed[activation]
                 self.ops[name] = OpPlan(node.op_type, Precision.FLOAT, "no integer operator reads its result")
+
+    def ends(self, node: ir.Node) -> bool:
+        """Tell whether a result, or what an absorbed activation makes of it, leaves the model."""
+        behind = [
+            reader for reader in structure.readers(node.outputs[0]) if structure.node_name(reader) in self.absorbed
+        ]
+        return any(value.is_graph_output() for each in (node, *behind) for value in each.outputs)
 
     def extend_backward(self, nodes: list[ir.Node]) -> None:
         """Take in operators that move codes where all their readers take codes."""
@@ -351,7 +369,10 @@ class _Placer:
                 own[output] = False
         found = {value: dynamic for value, dynamic in own.items() if value not in same}
         dynamic = frozenset(value for value, dynamic in found.items() if dynamic)
-        return Placement(ops, tuple(found), same, dynamic, self.wide(ops))
+        second = {structure.name_of(structure.input_of(node, 1)) for node in nodes
+                  if self.is_integer(node) and multiplies_activations(node)}  # fmt: skip
+        symmetric = frozenset(same.get(value, value) for value in second)
+        return Placement(ops, tuple(found), same, dynamic, self.wide(ops), symmetric)
 
     def wide(self, ops: Mapping[str, OpPlan]) -> frozenset[str]:
         """Return the operators with wide weights."""

@@ -19,6 +19,7 @@ from qcompile.backends.cpu.emulate import EmulatedSession, emulator
 from qcompile.backends.cpu.layout import ALIGNMENT
 from qcompile.backends.cpu.network import Network
 from qcompile.backends.cpu.session import DESCRIPTION, InferenceSession, absent, is_here
+from qcompile.backends.integer.float_operations import FloatDense, Gather
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.operations import Conv, Dense
 from qcompile.backends.integer.program import Port, Program
@@ -88,7 +89,7 @@ class CpuBackend(Unbounded):
         TargetError
             If an operator has no integer form, or no kernel.
         """
-        program = lower(model)
+        program = lower(model, target.floats)
         name, processor = identifier(program.name), _processor(target)
         network = library.network_of(program, processor)
         written = write(network, name, folder)
@@ -102,8 +103,15 @@ class CpuBackend(Unbounded):
 
     def size(self, model: ir.Model) -> int:
         """Return the bytes of constants that `lower` would write, but for rounding up to whole vectors."""
-        weighted = [part for part in lower(model).operations if isinstance(part, Conv | Dense)]
-        return sum(stored_bytes(part) + 6 * part.bias.nbytes for part in weighted)
+        operations = lower(model, self._floats).operations
+        weighted = [part for part in operations if isinstance(part, Conv | Dense | FloatDense)]
+        tables = sum(part.table.nbytes for part in operations if isinstance(part, Gather))
+        return tables + sum(stored_bytes(part) + 6 * part.bias.nbytes for part in weighted)
+
+    @property
+    def _floats(self) -> frozenset[str]:
+        """Return what any of the targets takes in float: what an operator is stored in does not depend on that."""
+        return frozenset().union(*(target.floats for target in self.targets()))
 
     def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
         """Return nothing: no table prices these kernels yet."""
@@ -130,10 +138,11 @@ class CpuBackend(Unbounded):
         return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
 
 
-def stored_bytes(part: Conv | Dense) -> int:
+def stored_bytes(part: Conv | Dense | FloatDense) -> int:
     """Return the bytes of a layer's weights in the library: two of four bits to a byte, but for depthwise ones."""
     depthwise = isinstance(part, Conv) and part.groups > 1 and part.weights.shape[-1] == 1
-    return part.weights.nbytes // 2 if part.bits == 4 and not depthwise else part.weights.nbytes
+    in_halves = part.bits == 4 and not depthwise and not isinstance(part, FloatDense)
+    return part.weights.nbytes // 2 if in_halves else part.weights.nbytes
 
 
 def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
@@ -203,7 +212,7 @@ def _port(program: Program, port: Port) -> dict[str, Any]:
     tensor = program.tensors[port.tensor]
     return {
         "name": port.name, "shape": list(port.shape), "stored": list(tensor.shape), "axes": list(port.axes),
-        "scale": float(np.float32(tensor.scale)), "zero_point": tensor.zero_point,
+        "dtype": tensor.dtype, "scale": float(np.float32(tensor.scale)), "zero_point": tensor.zero_point,
         "offset": x86.OFFSET if port.unsigned else 0,
     }  # fmt: skip
 

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.backends.cpu import generate_floats as floats
 from qcompile.backends.cpu.layer_forms import form
 from qcompile.backends.cpu.layout import Layout, extents, strides
 from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer.float_operations import Dequantize, FloatDense
 from qcompile.backends.integer.program import Operation
 from qcompile.backends.tvm.schedules import codes, depthwise, shares, windows
+from qcompile.backends.tvm.schedules import x86_float_kernels as float_kernels
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import Aarch64
@@ -22,6 +25,8 @@ from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding,
 from qcompile.core.errors import TargetError
 
 Array = npt.NDArray[Any]
+#: Elements that kernels know.
+TYPES = ("int8", "float32", "int64")
 
 
 def generate(layout: Layout, processor: Processor) -> Network:
@@ -50,12 +55,19 @@ def generate(layout: Layout, processor: Processor) -> Network:
 
 def _require(network: Network, operation: Operation) -> None:
     for name in (*operation.inputs, operation.output):
-        if network.tensor(name).dtype != "int8":
+        if network.tensor(name).dtype not in TYPES:
             fact = f"has {network.tensor(name).dtype} activations, for which there is no kernel yet"
             raise TargetError(f"operator '{operation.name}'", fact, "leave its activations at 8 bits")
     if type(operation) not in GENERATORS:
         fact = f"{type(operation).__name__} has no kernel for this processor yet"
         raise TargetError(f"operator '{operation.name}'", fact, "choose --target cpu")
+
+
+def finishing(network: Network, step: ops.Requantize | Dequantize) -> dict[str, Any]:
+    """Return what a linear kernel's shape says of how sums end: rounding, or bounds of floats."""
+    if isinstance(step, Dequantize):
+        return {"rounding": Rounding(False, 0, 0, 0), "reals": (step.low, step.high)}
+    return {"rounding": rounding(network, step)}
 
 
 def rounding(network: Network, requantize: ops.Requantize) -> Rounding:
@@ -101,7 +113,7 @@ def _conv(network: Network, operation: ops.Conv) -> None:
         _linear(network, operation, shape, (weights[channels], channels), places)
 
 
-def _dense(network: Network, operation: ops.Dense) -> None:
+def _dense(network: Network, operation: ops.Dense | FloatDense) -> None:
     source, target = (network.tensor(name) for name in (operation.inputs[0], operation.output))
     depth, outputs = operation.weights.shape[1], operation.weights.shape[0]
     positions = target.size // outputs
@@ -120,7 +132,7 @@ def _dense(network: Network, operation: ops.Dense) -> None:
         depth,
         there.row,
         outputs,
-        rounding(network, operation.requantize),
+        **finishing(network, operation.requantize),
     )
     _linear(network, operation, shape, (operation.weights[:, None, :], slice(0, outputs)), (0, 0))
 
@@ -134,22 +146,27 @@ def _linear(
         shape, looked_up=operation.output in network.layout.tables,
         saturates=network.processor.saturates(even),
     )  # fmt: skip
-    processor, requantize = network.processor, operation.requantize
-    shape = replace(shape, nibbles=operation.bits == nibbles.BITS and not isinstance(processor, Aarch64))
+    processor = network.processor
+    shape = replace(shape, nibbles=_in_nibbles(network, operation))
     pack, kernel, tile, cost = form(shape, processor)
     loop, iterations = shares.of_linear(shape, tile, processor, cost)
     shape = replace(shape, shared=loop)
-    multiplier, shift = (
-        np.broadcast_to(n, operation.bias.shape)[channels] for n in (requantize.multiplier, requantize.shift)
-    )
-    numbers = (_stored_bias(network, operation.bias[channels], weights), multiplier, shift)
+    scaling = [np.broadcast_to(n, operation.bias.shape)[channels] for n in floats.scaling(operation.requantize)]
+    numbers = (_stored_bias(network, operation.bias[channels], weights), *scaling)
     packed, table = pack(shape, tile, processor, weights, numbers)
+    first = places[1] * network.tensor(operation.output).bits // 8
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),
-        *_table(network, operation), network.at(operation.output, places[1]),
+        *_table(network, operation), network.at(operation.output, first),
     ]  # fmt: skip
     name = network.add(kernel, (shape, tile, processor), given, operation.name, iterations)
     network.tiles[name] = tile
+
+
+def _in_nibbles(network: Network, operation: Any) -> bool:
+    """Tell whether weights stay two to a byte, which kernels do whose sums become codes."""
+    elsewhere = isinstance(network.processor, Aarch64) or isinstance(operation, FloatDense)
+    return bool(operation.bits == nibbles.BITS and not elsewhere)
 
 
 def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Windows:
@@ -305,8 +322,13 @@ def _gather(
 ) -> None:
     """Add a copy of elements along axes."""
     arguments = collapsed(shape, source[2], target[2])
-    given = [network.at(*source[:2]), network.at(*target[:2])]
-    network.add(codes.gather_kernel, arguments, given, operation.name)
+    tensors = [network.tensor(source[0]), network.tensor(target[0])]
+    given = [network.at(tensor.name, each[1] * (tensor.bits // 8))
+             for tensor, each in zip(tensors, (source, target), strict=True)]  # fmt: skip
+    if tensors[0].is_codes:
+        network.add(codes.gather_kernel, arguments, given, operation.name)
+    else:
+        network.add(float_kernels.move_kernel, (*arguments, tensors[0].dtype), given, operation.name)
 
 
 def _concat(network: Network, operation: ops.Concat) -> None:
@@ -372,4 +394,6 @@ GENERATORS: Mapping[type[Operation], Callable[[Network, Any], None]] = {
     ops.Slice: _slice,
     ops.Softmax: _softmax,
     ops.Transpose: _transpose,
+    FloatDense: _dense,
+    **floats.GENERATORS,
 }

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer.float_operations import MatMul
 from qcompile.backends.integer.memory import assign_offsets
 from qcompile.backends.integer.program import Operation, Program, Tensor
 
 #: Tensors begin at multiples of this many bytes: a line of the cache, and the widest register.
 ALIGNMENT = 64
+#: Outputs are packed in multiples of no more than this.
+LANES = 16
 #: Bytes behind the last tensor that kernels may read, and do nothing with.
 SLACK = 256
 #: Threads of an instance at most, and bytes in front of all tensors for them; see pool.c.
@@ -71,6 +74,8 @@ class Layout:
         Bytes.
     tables : mapping of str to Lookup
         By what an operation with weights writes, the table that its codes go through first.
+    scratch : int
+        Where in the workspace a product of two activations packs one of them.
     """
 
     program: Program
@@ -79,6 +84,7 @@ class Layout:
     margins: Mapping[str, Margin]
     workspace: int
     tables: Mapping[str, ops.Lookup] = field(default_factory=dict)
+    scratch: int = 0
 
     def at(self, name: str) -> int:
         """Return a tensor's first byte in the workspace."""
@@ -120,7 +126,17 @@ def lay_out(program: Program, joins: bool = False) -> Layout:
     plan = assign_offsets(_planned(replace(program, operations=kept), places), overlap=False, exact=False)
     offsets = {name: POOL + at for name, at in plan.offsets.items()}
     workspace = POOL + plan.arena_bytes + SLACK
-    return Layout(replace(program, operations=kept), places, offsets, margins, workspace, tables)
+    scratch = -(-workspace // ALIGNMENT) * ALIGNMENT
+    packed = max((_packed_bytes(part) for part in kept if isinstance(part, MatMul)), default=0)
+    kept_program = replace(program, operations=kept)
+    return Layout(kept_program, places, offsets, margins, scratch + packed if packed else workspace, tables, scratch)
+
+
+def _packed_bytes(part: MatMul) -> int:
+    """Return what the second matrix of a product takes, with biases and scales."""
+    deep, wide = part.extents[-2:]
+    lanes = -(-wide // LANES) * LANES
+    return lanes * (-(-deep // 4) * 4 + 3 * 4) + SLACK
 
 
 def with_tables(program: Program) -> tuple[Program, dict[str, ops.Lookup]]:
@@ -231,7 +247,7 @@ def _planned(program: Program, places: Mapping[str, Place]) -> Program:
 
 
 def strides(layout: Layout, tensor: Tensor) -> tuple[int, ...]:
-    """Return bytes from one element to the next along each axis."""
+    """Return how many elements, bytes of codes, are from one to the next along each axis."""
     if len(tensor.shape) == 4:
         place = layout.places[tensor.name]
         return tensor.shape[1] * place.row, place.row, place.column, 1

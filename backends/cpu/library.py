@@ -94,8 +94,11 @@ def _run(network: Network, name: str, stem: str) -> Function:
         _of_pool(name, "compute", known)
         _call_all(made, known)
 
-    kind = "float32" if floats else "uint8"
-    return native.function(f"{name}_{stem}", {"workspace": "uint8"} | dict.fromkeys(arguments, kind), body)
+    tensors = [program.tensors[port.tensor] for port in ports]
+    kinds = [
+        "float32" if floats and tensor.is_codes else "uint8" if tensor.is_codes else tensor.dtype for tensor in tensors
+    ]
+    return native.function(f"{name}_{stem}", {"workspace": "uint8"} | dict(zip(arguments, kinds, strict=True)), body)
 
 
 def _step(network: Network, steps: Sequence[Sequence[Call]], name: str) -> Function:
@@ -224,13 +227,24 @@ def header(program: Program, name: str, workspace: int, tiles: bool = False) -> 
             ports += _port(
                 f"{macro}_{kind}" + (str(index) if len(group) > 1 else ""), port, program.tensors[port.tensor]
             )
-    inputs, outputs = stems("in", program.inputs), stems("out", program.outputs)
     return Template(template).substitute(
         name=name, macro=macro, ports="\n".join(ports), workspace=workspace, alignment=ALIGNMENT,
         threads=THREADS, **asking(name, tiles),
-        codes=", ".join([f"const int8_t *{stem}" for stem in inputs] + [f"int8_t *{stem}" for stem in outputs]),
-        floats=", ".join([f"const float *{stem}" for stem in inputs] + [f"float *{stem}" for stem in outputs]),
+        codes=", ".join(_parameters(program, "int8_t")), floats=", ".join(_parameters(program, "float")),
     )  # fmt: skip
+
+
+#: What values that are no codes are in C.
+C_TYPES = {"float32": "float", "int64": "int64_t"}
+
+
+def _parameters(program: Program, codes: str) -> list[str]:
+    """Return a run's parameters behind the workspace, codes being of a type in C."""
+    found = []
+    for prefix, stem, ports in (("const ", "in", program.inputs), ("", "out", program.outputs)):
+        for port, name in zip(ports, stems(stem, ports), strict=True):
+            found.append(f"{prefix}{C_TYPES.get(program.tensors[port.tensor].dtype, codes)} *{name}")
+    return found
 
 
 def asking(name: str, tiles: bool) -> dict[str, str]:
@@ -251,6 +265,13 @@ def stems(stem: str, ports: Sequence[Port]) -> list[str]:
 
 def _port(stem: str, port: Port, tensor: Tensor) -> list[str]:
     stored, given = ("x".join(map(str, shape)) for shape in (tensor.shape, port.shape))
+    if not tensor.is_codes:
+        kind = C_TYPES[tensor.dtype]
+        return [
+            f"/* '{port.name}': {given} of {kind}, as the model has it */",
+            f"#define {stem}_BYTES {tensor.nbytes}",
+            "",
+        ]
     ordered = port.axes == tuple(range(len(port.axes)))
     order = "" if ordered else f", the model's {given} with axes in the order {port.axes}"
     minus = "; the model's own codes less 128" if port.unsigned else ""

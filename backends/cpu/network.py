@@ -15,6 +15,7 @@ from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.schedules import codes
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules.vectors import Processor
+from qcompile.backends.tvm.schedules.x86_float_kernels import move_kernel
 
 Array = npt.NDArray[Any]
 #: Where an argument points to: the workspace, the constants, or an input or output by its name; and at which byte.
@@ -107,6 +108,11 @@ class Network:
         tensor = self.tensor(port.tensor)
         here, there = self.at(port.tensor), (port.name, 0)
         given = [there, here] if into else [here, there]
+        if not tensor.is_codes:
+            shape = tuple(port.shape[axis] for axis in port.axes)
+            model = tuple(row_major(port.shape)[axis] for axis in port.axes)
+            axes = collapsed(shape, *((model, row_major(shape)) if into else (row_major(shape), model)))
+            return self.call(move_kernel, (*axes, tensor.dtype), given, port.name)
         if codes_:
             rows, columns, channels = extents(tensor)
             width, step = columns * channels, self.layout.places[port.tensor].row

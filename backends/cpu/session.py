@@ -40,6 +40,8 @@ class Port:
     stored : tuple of int
         As codes are stored: the model's axes in the order `axes`, then reshaped.
     axes : tuple of int
+    dtype : str
+        ``int8`` of codes; ``float32`` and ``int64`` are handed over as they are.
     scale : float
     zero_point : int
     offset : int
@@ -50,11 +52,20 @@ class Port:
     shape: tuple[int, ...]
     stored: tuple[int, ...]
     axes: tuple[int, ...]
+    dtype: str
     scale: float
     zero_point: int
     offset: int
 
-    type = "tensor(float)"
+    @property
+    def type(self) -> str:
+        """The type of its values, as onnxruntime has it."""
+        return "tensor(int64)" if self.dtype == "int64" else "tensor(float)"
+
+    @property
+    def is_codes(self) -> bool:
+        """Whether it has codes."""
+        return self.dtype == "int8"
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> Port:
@@ -69,8 +80,14 @@ class Port:
         codes = (array.astype(np.int16) - self.offset).astype(np.int8)
         return np.ascontiguousarray(codes.reshape(self.shape).transpose(self.axes).reshape(self.stored))
 
+    def empty(self) -> Array:
+        """Return room for an output's codes as stored, or its floats in the model's order."""
+        return np.empty(self.stored if self.is_codes else self.shape, self.dtype)
+
     def give(self, codes: Array) -> npt.NDArray[np.float32]:
-        """Return the floats that codes as stored stand for."""
+        """Return the floats that an output is, or its codes as stored stand for."""
+        if not self.is_codes:
+            return np.asarray(codes, np.float32)
         ordered = codes.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
         real: npt.NDArray[np.float32] = (ordered.astype(np.int32) - self.zero_point).astype(np.float32)
         return np.ascontiguousarray(real * np.float32(self.scale))
@@ -146,24 +163,24 @@ class InferenceSession:
             If an input is missing or has another shape.
         """
         given = [self._given(port, feeds) for port in self.inputs]
-        if all(array.dtype.kind == "f" for array in given):
+        pairs = list(zip(self.inputs, given, strict=True))
+        if all(array.dtype.kind == "f" or not port.is_codes for port, array in pairs):
             made = [np.empty(port.shape, np.float32) for port in self.outputs]
-            self._call(self._run_floats, [np.ascontiguousarray(array, np.float32) for array in given], made)
+            real = [np.ascontiguousarray(array, np.float32 if port.is_codes else port.dtype) for port, array in pairs]
+            self._call(self._run_floats, real, made)
         else:
-            codes = [np.empty(port.stored, np.int8) for port in self.outputs]
-            self._call(
-                self._run, [self._codes(port, array) for port, array in zip(self.inputs, given, strict=True)], codes
-            )
+            codes = [port.empty() for port in self.outputs]
+            self._call(self._run, [self._codes(port, array) for port, array in pairs], codes)
             made = [port.give(array) for port, array in zip(self.outputs, codes, strict=True)]
         found = {port.name: array for port, array in zip(self.outputs, made, strict=True)}
         return [found[name] for name in (names or found)]
 
-    def run_codes(self, inputs: Sequence[Array]) -> list[npt.NDArray[np.int8]]:
-        """Return outputs' codes for inputs' codes, both as the library stores them."""
-        made = [np.empty(port.stored, np.int8) for port in self.outputs]
-        given = [np.ascontiguousarray(array, np.int8) for array in inputs]
+    def run_codes(self, inputs: Sequence[Array]) -> list[Array]:
+        """Return outputs' codes for inputs' codes, both as the library stores them; what has no codes as it is."""
+        made = [port.empty() for port in self.outputs]
+        given = [np.ascontiguousarray(array, port.dtype) for port, array in zip(self.inputs, inputs, strict=True)]
         for port, array in zip(self.inputs, given, strict=True):
-            if array.shape != port.stored:
+            if array.shape != (port.stored if port.is_codes else port.shape):
                 raise ValueError(f"input '{port.name}' has codes of shape {array.shape}, not {port.stored}")
         self._call(self._run, given, made)
         return made
@@ -182,6 +199,8 @@ class InferenceSession:
 
     @staticmethod
     def _codes(port: Port, array: Array) -> Array:
+        if not port.is_codes:
+            return np.ascontiguousarray(array, port.dtype)
         if array.dtype.kind != "f":
             return port.take(array)
         codes = np.rint(array.astype(np.float32) / np.float32(port.scale)) + port.zero_point

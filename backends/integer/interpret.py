@@ -1,4 +1,4 @@
-"""Run an integer program in NumPy: the specification that every kernel is equal to, bit by bit."""
+"""Run an integer program in NumPy: the specification that every kernel is equal to, bit by bit, but for floats."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.backends.integer import interpret_floats, storage
 from qcompile.backends.integer import operations as ops
-from qcompile.backends.integer import storage
+from qcompile.backends.integer.float_operations import FloatDense
 from qcompile.backends.integer.program import Operation, Port, Program, Strips, Tensor
 from qcompile.core import numerics
 
@@ -63,7 +64,9 @@ def random_codes(program: Program, random: np.random.Generator) -> dict[str, Arr
 def quantize_input(program: Program, port: Port, real: npt.NDArray[Any]) -> Array:
     """Return the codes of an input as stored, from the model's own floats or codes."""
     tensor = program.tensors[port.tensor]
-    if real.dtype.kind == "f":
+    if not tensor.is_codes:
+        codes = np.asarray(real, tensor.dtype)
+    elif real.dtype.kind == "f":
         scale, zero_point = np.asarray(np.float32(tensor.scale)), np.array(tensor.zero_point)
         codes = numerics.quantize(np.asarray(real, np.float32), scale, zero_point, tensor.dtype)
     else:
@@ -76,6 +79,8 @@ def dequantize_output(program: Program, port: Port, codes: Array) -> npt.NDArray
     """Return the floats that an output's codes stand for, of the model's shape."""
     tensor = program.tensors[port.tensor]
     ordered = codes.reshape([port.shape[axis] for axis in port.axes]).transpose(np.argsort(port.axes))
+    if not tensor.is_codes:
+        return np.asarray(ordered, np.float32)
     return numerics.dequantize(ordered, np.asarray(np.float32(tensor.scale)), np.array(tensor.zero_point))
 
 
@@ -83,8 +88,7 @@ def _offset(port: Port, tensor: Tensor) -> int:
     return 1 << (tensor.bits - 1) if port.unsigned else 0
 
 
-def _requantized(accumulator: Array, step: ops.Requantize) -> Array:
-    return numerics.requantize(accumulator, step.multiplier, step.shift, step.zero_point, step.low, step.high)
+_requantized = interpret_floats.finished
 
 
 def windows_of(x: Array, window: ops.Window, outside: int) -> Array:
@@ -118,7 +122,7 @@ def _conv(operation: ops.Conv, inputs: list[Array], output: Tensor) -> Array:
     return _requantized(sums + operation.bias, operation.requantize)
 
 
-def _dense(operation: ops.Dense, inputs: list[Array], output: Tensor) -> Array:
+def _dense(operation: ops.Dense | FloatDense, inputs: list[Array], output: Tensor) -> Array:
     del output
     flat = inputs[0].reshape(-1, operation.weights.shape[1]).astype(np.float64)
     sums = (flat @ operation.weights.T.astype(np.float64)).astype(np.int64)
@@ -220,4 +224,6 @@ KERNELS: Mapping[type[Operation], Callable[[Any, list[Array], Tensor], Array]] =
     ops.Softmax: _softmax,
     ops.Transpose: _transpose,
     ops.View: _view,
+    FloatDense: _dense,
+    **interpret_floats.KERNELS,
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.integer import ports
+from qcompile.backends.integer.islands import Islands
 from qcompile.backends.integer.join_tables import join_tables
 from qcompile.backends.integer.lower_affine import is_affine, lower_affine
 from qcompile.backends.integer.lower_elementwise import (
@@ -19,6 +20,7 @@ from qcompile.backends.integer.lower_elementwise import (
     lower_mul,
     lower_softmax,
 )
+from qcompile.backends.integer.lower_floats import Known, Rows, is_float, real, stored
 from qcompile.backends.integer.lower_linear import lower_conv, lower_gemm, lower_matmul
 from qcompile.backends.integer.lower_moves import (
     lower_concat,
@@ -42,8 +44,7 @@ from qcompile.core.errors import TargetError
 from qcompile.passes import structure
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
 
-Known = Codes | Pending
-Rule = Callable[[Writer, ir.Node, list[Codes]], Known | list[Codes]]
+Rule = Callable[[Writer, ir.Node, list[Codes]], Codes | Pending | list[Codes]]
 
 RULES: dict[str, Rule] = {
     "Add": lower_add,
@@ -74,13 +75,15 @@ NO_FORM = "docs/integer-kernels.md lists what has one; replace it in the model"
 QUANTIZE_IT = "quantize every activation: give --data, and keep nothing in float"
 
 
-def lower(model: ir.Model) -> Program:
+def lower(model: ir.Model, floats: Collection[str] = ()) -> Program:
     """Return the integer program of a QDQ model.
 
     Parameters
     ----------
     model : onnx_ir.Model
         As `InsertQdq` writes it, or another tool's Q/DQ. Left alone.
+    floats : collection of str
+        Operators that the target takes in float.
 
     Raises
     ------
@@ -89,7 +92,7 @@ def lower(model: ir.Model) -> Program:
         and what would help.
     """
     static = with_batch_of_one(model)
-    lowering = _Lowering(static)
+    lowering = _Lowering(static, floats)
     for value in static.graph.inputs:
         lowering.take_input(value)
     for node in static.graph:
@@ -122,15 +125,20 @@ def with_batch_of_one(model: ir.Model) -> ir.Model:
 class _Lowering:
     """The state of one lowering: what is known of each float value so far."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, floats: Collection[str] = ()) -> None:
         self.model = model
         self.writer = Writer()
         self.known: dict[ir.Value, Known] = {}
+        self.islands = Islands(self.writer, self.known, floats, {*RULES, *FUNCTIONS}) if floats else None
         self.inputs: list[Port] = []
 
     def take_input(self, value: ir.Value) -> None:
         """Give an input the codes that the model rounds it to first: the rounding is the caller's."""
-        if value.uses() and (taken := ports.input_port(self.writer, value)) is not None:
+        if not value.uses():
+            return
+        taken = self.islands.input_port(value) if self.islands is not None else None
+        taken = taken or ports.input_port(self.writer, value)
+        if taken is not None:
             self.known[value] = taken[0]
             self.inputs.append(taken[1])
 
@@ -143,6 +151,8 @@ class _Lowering:
                 self.known[node.outputs[0]] = self.dequantized(node)
         elif any(structure.is_float32(value) for value in node.outputs) or self._reads_known(node):
             self.compute(node)
+            if self.islands is not None:
+                self.islands.keep_shared(node)
 
     def _reads_known(self, node: ir.Node) -> bool:
         return any(value in self.known for value in node.inputs if value is not None)
@@ -154,14 +164,20 @@ class _Lowering:
         if known is None:
             refuse(node, f"quantizes '{value.name}', which is no activation", "fold constants first")
         name = str(node.outputs[0].name)
+        if is_float(known):
+            return stored(self.writer, real(self.writer, known, node), grid, name)
         if isinstance(known, Pending):
             return known.settle(grid, name)
+        assert isinstance(known, Codes)
         return self.writer.on_grid(known, grid, name, node)
 
     def dequantized(self, node: ir.Node) -> Codes:
         """Return what a DequantizeLinear makes of codes: mostly what they were made of."""
         value = structure.input_of(node, 0)
-        codes, grid = self.known.get(value), ports.grid_of(node)
+        codes = self.known.get(value)
+        if self.islands is not None and isinstance(codes, Rows):
+            return self.islands.dequantized_rows(node, codes)
+        grid = ports.grid_of(node)
         if not isinstance(codes, Codes):
             refuse(node, f"reads '{value.name}', which is not made of codes", QUANTIZE_IT)
         if codes.grid.same(grid):
@@ -175,6 +191,8 @@ class _Lowering:
         if node.domain not in ("", "ai.onnx"):
             refuse(node, f"is of the domain {node.domain}", "only standard ONNX operators have an integer form")
         self._require_shapes(node)
+        if self.islands is not None and self.islands.take(node):
+            return
         if structure.is_standard(node, "Dropout") and len(node.inputs) > 2:
             refuse(node, "drops values at random", "export the model for inference")
         value = node.inputs[0] if node.inputs else None
@@ -225,7 +243,7 @@ class _Lowering:
             if isinstance(known, Pending):
                 fact = f"reads '{value.name}' in float, the result of {known.node.op_type} '{known.node.name}'"
                 refuse(node, fact, QUANTIZE_IT)
-            if known is not None:
+            if isinstance(known, Codes):
                 found.append(known if node.op_type in TAKES_MAPS else self.writer.settled(known))
             elif structure.produced_by(value, "DequantizeLinear") is None:
                 refuse(node, f"reads '{value.name}' in float", QUANTIZE_IT)
@@ -243,6 +261,8 @@ class _Lowering:
 
     def _output(self, value: ir.Value) -> Port:
         known, producer = self.known.get(value), value.producer()
+        if self.islands is not None:
+            known = self.islands.output(value)
         if known is None or producer is None:
             fact = "is a constant or an input handed through"
             raise TargetError(f"output '{value.name}'", fact, "remove it from the model's outputs")
@@ -251,9 +271,10 @@ class _Lowering:
                 fact = f"leaves the model in float as '{value.name}'"
                 refuse(known.node, fact, "quantize its result: a QuantizeLinear and DequantizeLinear behind it")
             known = known.settle(known.natural, str(value.name))
-        elif known.levels is not None:
+        elif isinstance(known, Codes) and known.levels is not None:
             grid = self._natural(producer, known)
             known = self.writer.on_grid(known, grid, str(value.name), producer)
+        assert isinstance(known, Codes)
         known = self.writer.settled(known)
         unsigned = value.dtype in (ir.DataType.UINT8, ir.DataType.UINT16)
         return Port(str(value.name), known.tensor, known.shape, known.order, unsigned)

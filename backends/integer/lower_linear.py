@@ -8,11 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.backends.integer.bounds import require_no_wrap
+from qcompile.backends.integer.bounds import LARGEST, largest_sums, require_no_wrap
+from qcompile.backends.integer.float_operations import Dequantize, FloatDense
 from qcompile.backends.integer.lower_windows import require_map, window_of
 from qcompile.backends.integer.operations import Conv, Dense, Requantize
 from qcompile.backends.integer.values import (
+    FLOAT,
     Codes,
+    Factors,
     Grid,
     Pending,
     Writer,
@@ -178,15 +181,7 @@ def _dense(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> Pending:
-    x = writer.plain(value, node)
-    if x.map is not None:
-        places = np.arange(matrix.shape[1]).reshape(x.map.shape).transpose(x.map.order).ravel()
-        matrix = matrix[:, places]
-    rank = len(x.shape)
-    if not moves_last(x):
-        x = writer.arranged(x, tuple(range(rank)))
-    elif x.order[-1] != rank - 1:
-        x = writer.arranged(x, (*(axis for axis in x.order if axis != rank - 1), rank - 1))
+    x, matrix = _rows(writer, writer.plain(value, node), matrix)
     shape = (*x.shape[:-1], len(matrix))
     scale = weights.per(len(matrix)) * np.float64(x.grid.scale) * alpha
     if np.any(scale <= 0.0):
@@ -195,13 +190,44 @@ def _dense(
     bias = _bias(node, len(matrix), scale, beta) - x.grid.zero_point * codes.astype(np.int64).sum(1)
     require_no_wrap(node, codes, bias, x.grid)
 
-    def finish(grid: Grid, low: int, high: int, name: str) -> str:
-        output = writer.add_tensor(name, tuple(shape[axis] for axis in x.order), grid)
-        step = requantize(scale / grid.scale, grid, low, high, node)
-        narrow = bias.astype(np.int32)
-        return writer.write(Dense(node.name or name, (x.tensor,), output, codes, narrow, step, weights.bits))
+    def pending(scale: npt.NDArray[np.float64], bias: npt.NDArray[np.int64]) -> Pending:
+        stored, narrow = tuple(shape[axis] for axis in x.order), bias.astype(np.int32)
 
-    return Pending(node, shape, x.order, finish)
+        def finish(grid: Grid, low: int, high: int, name: str) -> str:
+            output = writer.add_tensor(name, stored, grid)
+            step = requantize(scale / grid.scale, grid, low, high, node)
+            return writer.write(Dense(node.name or name, (x.tensor,), output, codes, narrow, step, weights.bits))
+
+        def finish_real(low: float, high: float, name: str) -> str:
+            output = writer.add_tensor(name, stored, FLOAT)
+            step = Dequantize(scale.astype(np.float32), low, high)
+            return writer.write(FloatDense(node.name or name, (x.tensor,), output, codes, narrow, step, weights.bits))
+
+        def affine(factor: Factors, summand: Factors) -> Pending | None:
+            """Fold a factor into the scale and a summand into the bias, where both hold them."""
+            if factor.size not in (1, len(codes)) or summand.size not in (1, len(codes)) or factor.min() <= 0.0:
+                return None
+            scaled = scale * factor.reshape(-1)
+            more = np.rint(summand.reshape(-1) / scaled) + bias
+            sums = largest_sums(codes, more, x.grid.low, x.grid.high)
+            return pending(scaled, more.astype(np.int64)) if sums.max(initial=0) <= LARGEST else None
+
+        return Pending(node, shape, x.order, finish, finish_real=finish_real, affine=affine)
+
+    return pending(scale, bias)
+
+
+def _rows(writer: Writer, x: Codes, matrix: npt.NDArray[np.int8]) -> tuple[Codes, npt.NDArray[np.int8]]:
+    """Return a value with its last axis stored last, and weights in the order in which a map is stored."""
+    if x.map is not None:
+        places = np.arange(matrix.shape[1]).reshape(x.map.shape).transpose(x.map.order).ravel()
+        matrix = matrix[:, places]
+    rank = len(x.shape)
+    if not moves_last(x):
+        x = writer.arranged(x, tuple(range(rank)))
+    elif x.order[-1] != rank - 1:
+        x = writer.arranged(x, (*(axis for axis in x.order if axis != rank - 1), rank - 1))
+    return x, matrix
 
 
 def moves_last(x: Codes) -> bool:

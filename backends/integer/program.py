@@ -16,6 +16,9 @@ import numpy as np
 
 from qcompile.core import numerics
 
+#: Types of tensors that are no codes.
+PLAIN = ("float32", "int64")
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -27,7 +30,8 @@ class Tensor:
     shape : tuple of int
         As it is stored: [1, H, W, C] of a map.
     dtype : str
-        ``int8``, ``int16``, or ``int4``: two codes a byte, the first in its low half, rows of whole bytes.
+        ``int8``, ``int16``, or ``int4``: two codes a byte, the first in its low half, rows of whole bytes. Of what is
+        no codes, where a target has floats: ``float32``, or an input's ``int64``; their scale is 1.
     scale : float
         A float32.
     zero_point : int
@@ -45,9 +49,14 @@ class Tensor:
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
+    def is_codes(self) -> bool:
+        """Whether its elements are codes, and no floats nor an input's integers."""
+        return self.dtype not in PLAIN
+
+    @property
     def bits(self) -> int:
-        """Bits that a code is stored in: 4, 8 or 16."""
-        return numerics.bits_of(self.dtype)
+        """Bits that an element is stored in: 4, 8 or 16 of a code."""
+        return numerics.bits_of(self.dtype) if self.is_codes else 8 * np.dtype(self.dtype).itemsize
 
     @property
     def array_dtype(self) -> str:

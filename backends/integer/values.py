@@ -16,6 +16,7 @@ from qcompile.core import numerics
 from qcompile.core.errors import TargetError
 
 FloatArray = npt.NDArray[np.float32]
+Factors = npt.NDArray[np.float64]
 
 
 def refuse(node: ir.Node, fact: str, remedy: str) -> NoReturn:
@@ -67,6 +68,10 @@ class Grid:
         """Return what each code of int8 stands for, shape (256,)."""
         codes = np.arange(-128, 128)
         return numerics.dequantize(codes, np.asarray(np.float32(self.scale)), np.array(self.zero_point))
+
+
+#: What is said of floats that are stored as they are.
+FLOAT = Grid(1.0, 0, "float32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +127,11 @@ class Pending:
         Bounds by a Relu or Clip behind it.
     natural : Grid, optional
         What is right for its range, where that is known.
+    finish_real : callable, optional
+        Given lowest and highest value, and a name, writes the operation with floats for a result.
+    affine : callable, optional
+        Given a factor and a summand per channel of the last axis, returns the same result times the one plus the other,
+        or None.
     """
 
     node: ir.Node
@@ -131,6 +141,14 @@ class Pending:
     low: float = -np.inf
     high: float = np.inf
     natural: Grid | None = None
+    finish_real: Callable[[float, float, str], str] | None = None
+    affine: Callable[[Factors, Factors], Pending | None] | None = None
+
+    def settle_real(self, name: str) -> Codes:
+        """Write the operation with floats for a result."""
+        if self.finish_real is None:
+            refuse(self.node, "leaves its result in float", "quantize it: it has a kernel for codes alone")
+        return Codes(self.finish_real(self.low, self.high, name), self.shape, self.order, FLOAT)
 
     def clipped(self, low: float, high: float) -> Pending:
         """Return it between narrower bounds."""

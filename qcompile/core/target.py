@@ -52,6 +52,9 @@ class OpRule:
     dynamic : bool
         The integer kernel also reads codes whose range is taken when the model runs, and leaves in float then.
 
+    activations : bool
+        The integer kernel also multiplies two activations, the second with codes around zero.
+
     `quantized_output`, `fuses` and `dynamic` follow from the capabilities of the target's cost table where it
     has them.
     """
@@ -62,6 +65,7 @@ class OpRule:
     weight_only: bool = False
     fewest_weights: int = 0
     dynamic: bool = False
+    activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,10 @@ class Target:
         What its kernels take; without it whatever can be integers is. In the file, the table's name in ``costs/``.
         See `with_costs`.
     integer_only : bool
-        It has no float: every operator that can be integers becomes them, the first and the last included.
+        Every operator that can be integers becomes them, the first and the last included, since there is no float
+        but for what `floats` lists.
+    floats : tuple of str
+        Operators with kernels in float, where everything else is integers.
     timed_here : bool
         Its artifact runs on this machine, so that it can be timed, although it has no float.
     settings : mapping
@@ -118,6 +125,7 @@ class Target:
     ops: Mapping[str, OpRule]
     costs: CostTable | None = None
     integer_only: bool = False
+    floats: tuple[str, ...] = ()
     timed_here: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     deployed_opset: int | None = None
@@ -146,6 +154,7 @@ class Target:
             table = tomllib.loads(source.read_text(encoding="utf-8"))
             rules = {op_type: _rule(rule) for op_type, rule in table.pop("ops").items()}
             named = table.pop("costs", None)
+            table["floats"] = tuple(table.get("floats", ()))
             target = cls(ops=rules, **table)
             return target if costs is None or named is None else target.with_costs(_costs(costs / named))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -271,3 +271,14 @@ def test_an_activation_has_four_bits_where_it_is_asked_for(
     assert four[name].scale[0] * 15 < 40.0 / 2 < eight[name].scale[0] * 255
     assert {other for other in eight if eight[other] != four[other]} == {name}
     assert plan.tensors.keys() == four.keys()
+
+
+def test_codes_that_a_kernel_multiplies_by_lie_around_zero(eager: Target, model_of: Build) -> None:
+    model = model_of("(float[2,4,4] x, float[2,4,4] u) => (float[2,4,4] y) { [product] y = MatMul (x, u) }")
+    products = OpRule(OpKind.LINEAR, quantized_output=False, activations=True)
+    target = replace(eager, ops={**eager.ops, "MatMul": products}, activation_dtype="int8", integer_only=True)
+    placement = place(model, target, True, True)
+    seen = Statistics({name: histogram_of(-1.0, 4.0) for name in placement.activations})
+    tensors = allocate_bits(model, placement, seen, target, dict.fromkeys("xu", Observer.MINMAX)).tensors
+    assert (tensors["u"].scale[0], tensors["u"].zero_point[0]) == (np.float32(4.0 / 127), 0)
+    assert (tensors["x"].scale[0], tensors["x"].zero_point[0]) == (np.float32(5.0 / 255), -77)

@@ -94,8 +94,8 @@ AMX = replace(
     AVX512_VNNI, name="amx", machine=Machine("icelake-server", ("-prefer-256-bit", "+amx-tile", "+amx-int8")),
     flags=(*AVX512_VNNI.flags, "amx_tile", "amx_int8"), tiles=True,
 )  # fmt: skip
-AVX_VNNI = X86("avx-vnni", Machine("alderlake"), ("avx2", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
-AVX2 = X86("avx2", Machine("haswell"), ("avx2",), 8, 16, "")
+AVX_VNNI = X86("avx-vnni", Machine("alderlake"), ("avx2", "fma", "avx_vnni"), 8, 16, "llvm.x86.avx512.vpdpbusd")
+AVX2 = X86("avx2", Machine("haswell"), ("avx2", "fma"), 8, 16, "")
 PROCESSORS = {processor.name: processor for processor in (AMX, AVX512_VNNI, AVX_VNNI, AVX2)}
 
 #: By lanes, what adds products of codes and weights in pairs to 16 bits, and pairs of 16 bits to 32.

@@ -32,6 +32,7 @@ from qcompile.backends.tvm.schedules.vectors import (
     store,
     within,
 )
+from qcompile.backends.tvm.schedules.x86_epilogues import Bounds, store_pixels
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Linear:
         Whether weights are stored in four bits; see `x86_nibbles.py`.
     shared : str
         The loop that threads share: `vectors.ROWS`, `vectors.COLUMNS`, `vectors.OUTPUTS`, or none.
+    reals : tuple of float, optional
+        Bounds of the floats that sums become in place of codes; then steps of the output are floats.
     """
 
     rows: int
@@ -75,6 +78,7 @@ class Linear:
     saturates: bool = False
     nibbles: bool = False
     shared: str = ""
+    reals: Bounds | None = None
 
     @property
     def quads(self) -> int:
@@ -117,9 +121,11 @@ def widths(vectors: int, step: int) -> list[int]:
 def order(shape: Linear, tile: Tile, processor: Processor) -> npt.NDArray[np.intp]:
     """Return which channel each lane of each vector has, so that `Processor.joined` puts them in a row.
 
-    Four neighbours of each vector of a block stand behind one another, then the next four.
+    Four neighbours of each vector of a block stand behind one another, then the next four. Floats need none of that.
     """
     lanes, found, first = processor.lanes, [], 0
+    if shape.reals is not None:
+        return np.arange(-(-shape.outputs // lanes) * lanes)
     for count in widths(-(-shape.outputs // lanes), tile.vectors):
         lane, vector = np.arange(lanes), np.arange(count)[:, None]
         found.append((first + lane // FOUR * (FOUR * count) + FOUR * vector + lane % FOUR).reshape(-1))
@@ -141,7 +147,7 @@ def pack(
     weights : ndarray of int8, shape (outputs, taps, length or less)
         What is not there is zero.
     numbers : tuple of ndarray, shape (outputs,)
-        Biases, multipliers and shifts.
+        Biases, multipliers and shifts; where floats come out, biases and scales as the bits of int32.
 
     Returns
     -------
@@ -157,6 +163,8 @@ def pack(
         parts.append(wide[first : first + count].transpose(2, 3, 0, 1, 4).reshape(-1))
         first += count
     permuted = tuple(np.pad(array, room[0], mode="edge")[places] for array in numbers)
+    if shape.reals is not None:
+        return np.concatenate(parts), np.stack([array.astype(np.int32) for array in permuted])
     return np.concatenate(parts), scaling_table(processor, permuted, shape.rounding)
 
 
@@ -194,7 +202,7 @@ class Scaling:
         half = self.lanes // 2
 
         def read(kind: str, odd: int | None) -> Any:
-            start = (1 if kind == "multiplier" else 2) * self.width + vector * self.lanes
+            start = (1 if kind in ("multiplier", "scale") else 2) * self.width + vector * self.lanes
             return (
                 load(self.channels, start, self.lanes) if odd is None else load(self.channels, start + odd * half, half)
             )
@@ -219,14 +227,16 @@ def linear_kernel(
             left = min(shape.outputs - first * lanes, count * lanes)
             within(span, index, partial(emitter.block, first, count, left))
 
-    return function(name, arguments(shape.looked_up, processor), body, SPAN if shape.shared else ())
+    return function(
+        name, arguments(shape.looked_up, processor, shape.reals is not None), body, SPAN if shape.shared else ()
+    )
 
 
-def arguments(looked_up: bool, processor: Processor) -> dict[str, str]:
+def arguments(looked_up: bool, processor: Processor, reals: bool = False) -> dict[str, str]:
     """Return what a kernel with weights takes, and of which type."""
-    table = {"table": processor.codes} if looked_up else {}
     codes = processor.codes
-    return {"input": codes, "weights": "int8", "channels": "int32", **table, "output": codes}
+    table = {"table": codes} if looked_up else {}
+    return {"input": codes, "weights": "int8", "channels": "int32", **table, "output": "float32" if reals else codes}
 
 
 class Emitter:
@@ -306,6 +316,9 @@ class Emitter:
         """Emit what is behind the sums, which `begin` in their buffer: as many pixels at once as make four vectors."""
         shape, lanes = self.shape, self.processor.lanes
         first, count, left = block
+        if shape.reals is not None:
+            store_pixels(self, sums, block, origin, pixels)
+            return
         together = FOUR // count
         for start in range(0, len(pixels), together):
             some = list(enumerate(pixels))[start : start + together]

@@ -1,0 +1,179 @@
+"""From operations in float, and products of two activations, to kernels and their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.backends.cpu.layout import strides
+from qcompile.backends.cpu.network import Argument, Network, row_major
+from qcompile.backends.integer import float_operations as ops
+from qcompile.backends.integer.program import Operation
+from qcompile.backends.tvm.schedules import x86_float_kernels as kernels
+from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import x86_products as products
+from qcompile.backends.tvm.schedules.vectors import FOLDED, Rounding, high_word
+from qcompile.backends.tvm.schedules.x86 import OFFSET, X86
+from qcompile.backends.tvm.schedules.x86_cycles import choose_tile
+from qcompile.backends.tvm.schedules.x86_float_kernels import Read
+from qcompile.backends.tvm.schedules.x86_floats import Stored
+
+Array = npt.NDArray[Any]
+#: Floats behind a constant that a kernel may read, and do nothing with.
+BEHIND = 16
+
+
+def scaling(step: Any) -> tuple[Array, Array]:
+    """Return multipliers and shifts, or scales as the bits of int32 and nothing."""
+    if isinstance(step, ops.Dequantize):
+        return step.scale.view(np.int32), np.zeros_like(step.scale, np.int32)
+    return step.multiplier, step.shift
+
+
+def _steps(axes: Sequence[int | None], of: Sequence[int]) -> tuple[int, ...]:
+    return tuple(0 if axis is None else of[axis] for axis in axes)
+
+
+def _constant(network: Network, values: Array) -> Argument:
+    return network.constant(np.pad(np.asarray(values, np.float32).reshape(-1), (0, BEHIND)))
+
+
+def _leaves(network: Network, operation: ops.FloatOperation) -> tuple[list[Stored], list[Argument]]:
+    """Return how an expression's inputs are stored, and where."""
+    found, places = [], []
+    for leaf in operation.leaves:
+        if leaf.values is not None:
+            found.append(Stored("float32", _steps(leaf.axes, row_major(leaf.values.shape))))
+            places.append(_constant(network, leaf.values))
+            continue
+        tensor = network.tensor(operation.inputs[leaf.source])
+        steps = _steps(leaf.axes, strides(network.layout, tensor))
+        codes = ("uint8", steps, leaf.scale, leaf.zero_point + OFFSET)
+        found.append(Stored(*codes) if tensor.is_codes else Stored(tensor.dtype, steps))
+        places.append(network.at(tensor.name))
+    return found, places
+
+
+def _output(network: Network, name: str) -> Stored:
+    tensor = network.tensor(name)
+    steps = strides(network.layout, tensor)
+    if tensor.is_codes:
+        return Stored("uint8", steps, tensor.scale, tensor.zero_point + OFFSET)
+    return Stored(tensor.dtype, steps)
+
+
+def _joined(extents: Sequence[int], stored: Sequence[Stored], fixed: int = 0) -> tuple[tuple[int, ...], list[Stored]]:
+    """Return loops with axes joined that all go through as one, but for the last `fixed` ones."""
+    axes = [(extent, [each.steps[axis] for each in stored]) for axis, extent in enumerate(extents)]
+    outer, last = axes[: len(axes) - fixed], axes[len(axes) - fixed :]
+    found: list[tuple[int, list[int]]] = []
+    for extent, steps in (axis for axis in outer if axis[0] > 1):
+        if found and all(a == extent * b for a, b in zip(found[-1][1], steps, strict=True)):
+            found[-1] = found[-1][0] * extent, steps
+        else:
+            found.append((extent, steps))
+    found = [*(found or ([] if last else [(1, [0] * len(stored))])), *last]
+    made = [
+        Stored(each.dtype, tuple(steps[place] for _, steps in found), each.scale, each.zero_point)
+        for place, each in enumerate(stored)
+    ]
+    return tuple(extent for extent, _ in found), made
+
+
+def _read(network: Network, operation: ops.FloatOperation, fixed: int) -> tuple[Read, Stored, list[Argument]]:
+    """Return what an operation reads, what it writes, and where both are."""
+    leaves, places = _leaves(network, operation)
+    output = _output(network, operation.output)
+    extents, stored = _joined(network.tensor(operation.output).shape, [*leaves, output], fixed)
+    places.append(network.at(operation.output))
+    return Read(extents, tuple(stored[:-1]), operation.expression), stored[-1], places
+
+
+def _pointwise(network: Network, operation: ops.Pointwise) -> None:
+    read, output, places = _read(network, operation, 0)
+    network.add(kernels.pointwise_kernel, (read, output, network.processor), places, operation.name)
+
+
+def _normalize(network: Network, operation: ops.Normalize) -> None:
+    read, output, places = _read(network, operation, 1)
+    numbers = [_constant(network, array) for array in (operation.weight, operation.bias)]
+    arguments = (read, output, operation.epsilon, operation.centred, network.processor)
+    network.add(kernels.normalize_kernel, arguments, [*places[:-1], *numbers, places[-1]], operation.name)
+
+
+def _softmax(network: Network, operation: ops.FloatSoftmax) -> None:
+    read, output, places = _read(network, operation, 1)
+    network.add(kernels.softmax_rows_kernel, (read, output, network.processor), places, operation.name)
+
+
+def _reduce(network: Network, operation: ops.Reduce) -> None:
+    leaves, places = _leaves(network, operation)
+    output = _output(network, operation.output)
+    shape = network.tensor(operation.output).shape
+    gone = len(operation.extents)
+    ended = Stored(output.dtype, output.steps or (1,), output.scale, output.zero_point)
+    read = Read((*shape, *operation.extents), tuple(leaves), operation.expression)
+    arguments = (read, gone, ended, operation.kind, operation.factor, network.processor)
+    network.add(kernels.reduce_kernel, arguments, [*places, network.at(operation.output)], operation.name)
+
+
+def _gather(network: Network, operation: ops.Gather) -> None:
+    table, indices = operation.table, network.tensor(operation.inputs[0])
+    kept = np.pad(table.reshape(-1), (0, BEHIND))
+    given = [
+        network.at(indices.name), network.constant(kept), _constant(network, operation.scale),
+        network.at(operation.output),
+    ]  # fmt: skip
+    arguments = (indices.size, *table.shape, str(table.dtype), network.processor)
+    network.add(kernels.rows_kernel, arguments, given, operation.name)
+
+
+def _matmul(network: Network, operation: ops.MatMul) -> None:
+    """Pack one second matrix after the other, and multiply it at once, while it is near."""
+    *batch, m, k, n = operation.extents
+    names = (*operation.inputs, operation.output)
+    # Axes of a, b and the output as (batch, rows, columns).
+    steps = [_steps(axes, strides(network.layout, network.tensor(name)))
+             for axes, name in zip(operation.axes, names, strict=True)]  # fmt: skip
+    processor, step = network.processor, operation.requantize
+    rounding, reals = Rounding(False, 0, 0, 0), None
+    if isinstance(step, ops.Dequantize):
+        reals = step.low, step.high
+    else:
+        high = high_word(step.shift.tolist())
+        folded = high and int(step.shift.max()) <= 32 + FOLDED
+        rounding = Rounding(high, step.zero_point + OFFSET, step.low + OFFSET, step.high + OFFSET, folded)
+    shape = linear.Linear(
+        1, m, n, ((1, 0), (1, 0)), k, 0, steps[0][-2], 0, steps[2][-2], rounding,
+        saturates=isinstance(processor, X86) and not processor.instruction, reals=reals,
+    )  # fmt: skip
+    tile = choose_tile(shape, processor)
+    multiplier, shift = (int(array[0]) for array in scaling(step))
+    shift -= 32 if rounding.high_word else 0
+    packed = products.Packed(
+        shape, tile, steps[1][-2], steps[1][-1], operation.zero_point + OFFSET, (multiplier, shift)
+    )
+    table = network.constant(products.tables(packed, processor))
+    scratch = network.layout.scratch
+    weights, channels = ("workspace", scratch), ("workspace", scratch + packed.weight_bytes(processor))
+    size = network.tensor(operation.output).bits // 8
+    for index in np.ndindex(*batch):
+        at = [sum(i * each for i, each in zip(index, side[:-2], strict=True)) for side in steps]
+        network.add(products.pack_kernel, (packed, processor),
+                    [network.at(names[1], at[1]), table, weights, channels], operation.name)  # fmt: skip
+        given = [network.at(names[0], at[0]), weights, channels, network.at(names[2], at[2] * size)]
+        kernel = network.add(linear.linear_kernel, (shape, tile, processor), given, operation.name)
+        network.tiles[kernel] = tile
+
+
+GENERATORS: Mapping[type[Operation], Callable[[Network, Any], None]] = {
+    ops.FloatSoftmax: _softmax,
+    ops.Gather: _gather,
+    ops.MatMul: _matmul,
+    ops.Normalize: _normalize,
+    ops.Pointwise: _pointwise,
+    ops.Reduce: _reduce,
+}

@@ -1,0 +1,196 @@
+"""What stays in float is lowered beside integers where a target allows it, and refused by name where not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from qcompile.backends.integer import float_operations as ops
+from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
+from qcompile.backends.integer.lower import lower
+from qcompile.backends.integer.operations import Dense
+from qcompile.core.errors import TargetError
+
+FLOATS = (
+    "Add", "Cast", "Clip", "Div", "Equal", "Erf", "Gather", "LayerNormalization", "Mul", "Pow", "ReduceL2",
+    "ReduceMean", "Relu", "Sigmoid", "Softmax", "Sqrt", "Sub", "Where",
+)  # fmt: skip
+HEAD = '<ir_version: 10, opset_import: ["": 21]>\n'
+#: Codes of x (scale 1/32) and a dense layer of it.
+LAYER = """
+    s = Constant<value = float {0.03125}>()  z = Constant<value = int8 {0}>()
+    qx = QuantizeLinear(x, s, z)  dx = DequantizeLinear(qx, s, z)
+    sw = Constant<value = float {0.02}>()
+    dw = DequantizeLinear(w, sw)
+    m = MatMul(dx, dw)
+"""
+WEIGHTS = np.random.default_rng(0).integers(-127, 128, (8, 8)).astype(np.int8)
+
+
+def model_of(body, inputs="float[1,4,8] x", outputs="float[1,4,8] y", **constants):
+    text = f"{HEAD} g ({inputs}) => ({outputs}) {{ {body} }}"
+    model = onnx.parser.parse_model(text)
+    given = {"w": WEIGHTS} | constants
+    read = {name for node in model.graph.node for name in node.input}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in given.items() if k in read)
+    _lift(model.graph)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def _lift(graph):
+    """Make initializers of constants, as canonicalizing does."""
+    for node in [node for node in graph.node if node.op_type == "Constant"]:
+        (given,) = node.attribute
+        array = onnx.numpy_helper.to_array(given.t) if given.HasField("t") else np.float32(given.f)
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), node.output[0]))
+        graph.node.remove(node)
+
+
+def agree(model, feeds, tolerance):
+    """Hold the interpreter's outputs to ONNX Runtime's without optimizations, and return the program."""
+    program = lower(ir.from_proto(model), FLOATS)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    expected = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feeds)
+    found = interpret(program, {p.name: quantize_input(program, p, feeds[p.name]) for p in program.inputs})
+    for port, wanted in zip(program.outputs, expected, strict=True):
+        assert np.abs(wanted).max() > 0.0
+        real = dequantize_output(program, port, found[port.name])
+        np.testing.assert_allclose(real, wanted, atol=tolerance * np.abs(wanted).max())
+    return program
+
+
+def x(shape=(1, 4, 8)):
+    return {"x": np.random.default_rng(1).normal(size=shape).astype(np.float32)}
+
+
+def kinds(program):
+    return [type(operation) for operation in program.operations]
+
+
+def test_a_dense_layer_leaves_in_float_with_bias_and_factor_folded():
+    bias = np.random.default_rng(2).normal(size=8).astype(np.float32)
+    body = LAYER + "b = Add(m, bias)  two = Constant<value = float {2.0}>()  y = Div(b, two)"
+    program = agree(model_of(body, bias=bias), x(), 1e-4)
+    assert kinds(program) == [ops.FloatDense]
+
+
+def test_a_residual_and_a_norm_are_one_operation_and_codes_are_made_of_floats_at_once():
+    gamma, beta = np.random.default_rng(3).normal(1, 0.2, (2, 8)).astype(np.float32)
+    body = LAYER + (
+        "r = Add(m, x)  n = LayerNormalization<axis = -1, epsilon = 0.00001>(r, gamma, beta)\n"
+        "so = Constant<value = float {0.05}>()  q = QuantizeLinear(n, so, z)  d = DequantizeLinear(q, so, z)\n"
+        "m2 = MatMul(d, dw)  y = Add(m2, n)"
+    )
+    program = agree(model_of(body, gamma=gamma, beta=beta), x(), 2e-2)
+    assert kinds(program) == [
+        ops.Pointwise,
+        ops.FloatDense,
+        ops.Normalize,
+        ops.Pointwise,
+        ops.FloatDense,
+        ops.Pointwise,
+    ]
+
+
+def test_gelu_is_written_as_codes():
+    body = LAYER + (
+        "r = Constant<value = float {1.41421356}>()  one = Constant<value = float {1.0}>()\n"
+        "h = Div(m, r)  e = Erf(h)  p = Add(e, one)  g = Mul(m, p)\n"
+        "so = Constant<value = float {0.05}>()  q = QuantizeLinear(g, so, z)  d = DequantizeLinear(q, so, z)\n"
+        "y = MatMul(d, dw)"
+    )
+    program = agree(model_of(body), x(), 2e-2)
+    assert kinds(program)[-2:] == [ops.Pointwise, ops.FloatDense]
+    assert program.tensors[program.operations[-2].output].dtype == "int8"
+
+
+ATTENTION = """
+    s = Constant<value = float {0.03125}>()  z = Constant<value = int8 {0}>()  low = Constant<value = int8 {-128}>()
+    qx = QuantizeLinear(x, s, z)  dx = DequantizeLinear(qx, s, z)
+    sw = Constant<value = float {0.02}>()  dw = DequantizeLinear(w, sw)
+    sk = Constant<value = float {0.08}>()
+    shape = Constant<value = int64[4] {1, 4, 2, 4}>()  flat = Constant<value = int64[3] {1, 4, 8}>()
+    k0 = MatMul(dx, dw)  k1 = Reshape(k0, shape)  k2 = Transpose<perm = [0, 2, 3, 1]>(k1)
+    kq = QuantizeLinear(k2, sk, ZERO)  k = DequantizeLinear(kq, sk, ZERO)
+    v0 = Reshape(dx, shape)  v1 = Transpose<perm = [0, 2, 1, 3]>(v0)  v2 = QuantizeLinear(v1, s, z)
+    v = DequantizeLinear(v2, s, z)
+    a0 = MatMul(v, k)  half = Constant<value = float {0.5}>()  a1 = Mul(a0, half)
+    f = Cast<to = 1>(mask)  one = Constant<value = float {1.0}>()  far = Constant<value = float {-10000.0}>()
+    g = Sub(one, f)  u = Mul(g, far)  a2 = Add(a1, u)
+    p = Softmax<axis = -1>(a2)
+    sp = Constant<value = float {0.00392157}>()  pq = QuantizeLinear(p, sp, low)  pd = DequantizeLinear(pq, sp, low)
+    c = MatMul(pd, v)  c1 = Transpose<perm = [0, 2, 1, 3]>(c)  y = Reshape(c1, flat)
+"""
+WITH_MASK = "float[1,4,8] x, int64[1,1,1,4] mask"
+
+
+def test_an_attention_multiplies_codes_and_moves_nothing():
+    feeds = x() | {"mask": np.array([[[[1, 1, 1, 0]]]])}
+    program = agree(model_of(ATTENTION.replace("ZERO", "z"), WITH_MASK), feeds, 2e-2)
+    assert ops.FloatSoftmax in kinds(program)
+    assert kinds(program).count(ops.MatMul) == 2
+    assert "Transpose" not in {kind.__name__ for kind in kinds(program)}
+    assert Dense in kinds(program), "the keys leave their layer as codes"
+    assert [program.tensors[port.tensor].dtype for port in program.inputs] == ["int8", "int64"]
+
+
+def test_a_second_matrix_with_a_zero_point_is_refused():
+    with pytest.raises(TargetError, match="zero point"):
+        lower(ir.from_proto(model_of(ATTENTION.replace("ZERO", "low"), WITH_MASK)), FLOATS)
+
+
+def test_rows_of_a_table_are_dequantized_by_the_lookup():
+    table, scale = np.random.default_rng(4).integers(-127, 128, (50, 8)).astype(np.int8), np.full(8, 0.02, np.float32)
+    body = "r = Gather(table, ids)  d = DequantizeLinear<axis = 2>(r, scale)  y = Mul(d, d)"
+    program = agree(
+        model_of(body, "int64[1,4] ids", table=table, scale=scale), {"ids": np.array([[0, 49, 7, 7]])}, 1e-6
+    )
+    assert kinds(program) == [ops.Gather, ops.Pointwise]
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize(("kind", "axes"), [("ReduceMean", "1"), ("ReduceL2", "2"), ("ReduceMean", "0, 1, 2")])
+def test_reductions_keep_or_drop_their_axes(kind, axes, keep):
+    gone = [int(axis) for axis in axes.split(", ")]
+    shape = [1 if axis in gone else n for axis, n in enumerate((1, 4, 8)) if keep or axis not in gone]
+    body = f"a = Constant<value = int64[{len(gone)}] {{{axes}}}>()  y = {kind}<keepdims = {keep}>(x, a)"
+    agree(model_of(body, outputs=f"float[{','.join(map(str, shape))}] y"), x(), 1e-6)
+
+
+def test_what_has_no_kernel_in_float_is_refused_by_name():
+    model = model_of("y = Elu(x)")
+    with pytest.raises(TargetError, match="Elu"):
+        lower(ir.from_proto(model), FLOATS)
+    with pytest.raises(TargetError, match="Softmax"):
+        lower(ir.from_proto(model_of("y = Softmax(x)")), ("Add",))
+
+
+def test_products_in_float_are_refused():
+    with pytest.raises(TargetError, match=r"MatMul.*float"):
+        lower(
+            ir.from_proto(model_of("t = Transpose<perm = [0, 2, 1]>(x)  y = MatMul(x, t)", outputs="float[1,4,4] y")),
+            FLOATS,
+        )
+
+
+def test_a_target_without_floats_goes_on_refusing_them():
+    body = LAYER + "n = Softmax(m)  y = Add(n, m)"
+    with pytest.raises(TargetError):
+        lower(ir.from_proto(model_of(body)))
+
+
+def test_what_depends_on_one_code_alone_is_a_table():
+    body = (
+        "s = Constant<value = float {0.03125}>()  z = Constant<value = int8 {0}>()\n"
+        "qx = QuantizeLinear(x, s, z)  dx = DequantizeLinear(qx, s, z)\n"
+        "r = Constant<value = float {1.41421356}>()  one = Constant<value = float {1.0}>()\n"
+        "h = Div(dx, r)  e = Erf(h)  p = Add(e, one)  g = Mul(dx, p)\n"
+        "so = Constant<value = float {0.02}>()  q = QuantizeLinear(g, so, z)  y = DequantizeLinear(q, so, z)"
+    )
+    program = agree(model_of(body), x(), 1e-6)
+    assert [kind.__name__ for kind in kinds(program)] == ["Lookup"]
