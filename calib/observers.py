@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -143,9 +143,20 @@ def value_range(histogram: Histogram, observer: Observer, dtype: str) -> tuple[f
     dtype : str
         The integer type that the codes will have.
     """
-    if not histogram.counts.size:
+    if not histogram.counts.size or histogram.exponent is None:
         return 0.0, 0.0
-    return _CHOICES[observer](histogram, dtype)
+    ends = np.array([histogram.low, histogram.high, histogram.mean_low, histogram.mean_high])
+    place = (histogram.exponent, histogram.start)
+    return _chosen(observer, dtype, ends.tobytes(), place, histogram.counts.tobytes())
+
+
+@lru_cache(maxsize=1024)
+def _chosen(observer: Observer, dtype: str, ends: bytes, place: tuple[int, int], counts: bytes) -> tuple[float, float]:
+    """Return a range once for histograms of the same content: each plan that is tried asks for all of them again."""
+    low, high, mean_low, mean_high = np.frombuffer(ends).tolist()
+    bins = np.frombuffer(counts, np.int64)
+    seen = Histogram(bins.size, low, high, mean_low, mean_high, exponent=place[0], start=place[1], counts=bins)
+    return _CHOICES[observer](seen, dtype)
 
 
 def expected_error(histogram: Histogram, low: float, high: float, dtype: str) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Self, TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -242,13 +243,16 @@ class Pipeline:
 
 def _archive(arrays: dict[str, IntArray]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, *arrays.values(), names=np.array(list(arrays), np.str_))
+    types = np.array([array.dtype.name for array in arrays.values()], np.str_)
+    np.savez(buffer, *arrays.values(), names=np.array(list(arrays), np.str_), types=types)
     return buffer.getvalue()
 
 
 def _arrays(content: bytes) -> dict[str, IntArray]:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-        return {str(name): archive[f"arr_{index}"] for index, name in enumerate(archive["names"])}
+        # NumPy reads codes of four bits as bytes without a type.
+        kinds = [np.dtype(getattr(ml_dtypes, str(kind), str(kind))) for kind in archive["types"]]
+        return {str(name): archive[f"arr_{index}"].view(kinds[index]) for index, name in enumerate(archive["names"])}
 
 
 def _by_bits(arrays: dict[str, IntArray]) -> dict[int, dict[str, IntArray]]:
