@@ -22,7 +22,7 @@ def rivals(shape: Shape) -> dict[str, Callable[[int], Run]]:
     if shape.bits == 4:
         return {"NBits": partial(built, shape, four_bits)}
     if not shape.size:
-        return {"": partial(built, shape, product)}
+        return {"MatMul": partial(built, shape, product)}
     return {"NCHW": partial(built, shape, partial(convolution, last=False)),
             "NHWC": partial(built, shape, partial(convolution, last=True))}  # fmt: skip
 

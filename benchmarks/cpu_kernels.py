@@ -180,7 +180,7 @@ def main() -> None:
         kernels.append(calls[-1].kernel.rsplit("_", 1)[0])
         gops = 2e-3 * shape.products / row.ours[0]
         print(f"{row.ratio:6.2f}x {row.ours[0]:9.2f} {row.theirs[0]:9.2f} us {gops:6.0f} GOPS {kernels[-1]:10} "
-              f"{row.form:5} {shape.label}", flush=True)  # fmt: skip
+              f"{row.form:6} {shape.label}", flush=True)  # fmt: skip
     if not options.only:
         PAGE.write_text(page(rows, options.processor, kernels), encoding="utf-8")
 

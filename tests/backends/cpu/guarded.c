@@ -41,6 +41,10 @@ static struct instance begin(int place, int threads)
         between(SIZE(_WORKSPACE_BYTES), place), between(SIZE(_INPUT_BYTES), place), between(SIZE(_OUTPUT_BYTES), place),
         between(SIZE(_INPUT_BYTES) * sizeof(float), place), between(SIZE(_OUTPUT_BYTES) * sizeof(float), place),
     };
+#ifdef TILES
+    if (!NET(_allow)())
+        exit(5);
+#endif
     if (NET(_start)(one.workspace, threads))
         exit(4);
     return one;

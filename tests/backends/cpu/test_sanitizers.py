@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C c
 def guarded(folder, name, samples):
     """Compile guarded.c for a library, run it over samples and return its outputs."""
     macros = [f'-DHEADER="{name}.h"', f"-DSTEM={name}", f"-DMACRO={name.upper()}"]
-    macros += ["-DTILES"] if f"{name}_allow(" in (folder / f"{name}.h").read_text() else []
+    macros += ["-DTILES"] * (f"{name}_allow(" in (folder / f"{name}.h").read_text())
     words = [*GCC, "-fsanitize=address,undefined", *macros, f"-I{folder}", str(HERE / "guarded.c"), f"-L{folder}"]
     subprocess.run([*words, f"-l{name}", "-Wl,-rpath,$ORIGIN", "-o", "guarded"], cwd=folder, check=True)
     given = np.ascontiguousarray(samples, np.float32).tobytes()
