@@ -15,7 +15,7 @@ from qcompile.backends.tvm.schedules.x86_cycles import choose_tile, cycles
 
 def form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.Tile, Any]:
     """Return what packs a layer's weights, what computes it, its tile, and what counts its cycles."""
-    block = amx.choose_block(shape, processor) if processor.tiles and shape.reals is None else None
+    block = amx.choose_block(shape, processor) if processor.tiles else None
     if block:
         return amx.pack, amx.tiles_kernel, block, amx.cycles
     if isinstance(processor, Aarch64):

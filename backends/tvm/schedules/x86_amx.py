@@ -154,7 +154,8 @@ def tiles_kernel(name: str, shape: linear.Linear, block: Block, processor: Proce
         emitter = _Emitter(whole(shape, block), block, processor, buffers)
         emitter.all()
 
-    return function(name, linear.arguments(shape.looked_up, processor), body, SPAN if shape.shared else ())
+    given = linear.arguments(shape.looked_up, processor, shape.reals is not None)
+    return function(name, given, body, SPAN if shape.shared else ())
 
 
 class _Emitter(linear.Emitter):

@@ -47,13 +47,25 @@ def store_reals(
 
 
 def store_pixels(
-    emitter: Any, sums: Any, block: tuple[Any, int, int], origin: tuple[Any, Any], pixels: Sequence[tuple[int, int]]
-) -> None:
-    """Emit the floats of a tile of `x86_linear`: a block's first vector, its vectors, and the channels that it has."""
+    emitter: Any, sums: tuple[Any, Any], block: tuple[Any, int, int], origin: tuple[Any, Any],
+    pixels: Sequence[tuple[int, int]],
+) -> None:  # fmt: skip
+    """Emit the floats of a tile of `x86_linear`.
+
+    Parameters
+    ----------
+    emitter : x86_linear.Emitter
+    sums : tuple
+        Their buffer, and where they begin in it.
+    block : tuple
+        Its first vector, its vectors, and the channels that it has.
+    origin, pixels : tuple and sequence of tuple of int
+        Row and column of the tile, and of its pixels within.
+    """
     shape, lanes, (first, count, left) = emitter.shape, emitter.processor.lanes, block
     for p, (i, j) in enumerate(pixels):
         at = (origin[0] + i) * shape.output_row + (origin[1] + j) * shape.output_column + first * lanes
-        held = [load(sums, (p * count + v) * lanes, lanes) for v in range(count)]
+        held = [load(sums[0], sums[1] + (p * count + v) * lanes, lanes) for v in range(count)]
         scales = [emitter.scaling.of(first + v)("scale", None) for v in range(count)]
         output = emitter.buffers["output"], at
         store_reals(emitter.processor, held.__getitem__, scales.__getitem__, shape.reals, output, count, left)

@@ -317,7 +317,7 @@ class Emitter:
         shape, lanes = self.shape, self.processor.lanes
         first, count, left = block
         if shape.reals is not None:
-            store_pixels(self, sums, block, origin, pixels)
+            store_pixels(self, (sums, begin), block, origin, pixels)
             return
         together = FOUR // count
         for start in range(0, len(pixels), together):

@@ -16,7 +16,7 @@ from qcompile.backends.integer.operations import Requantize
 from qcompile.backends.integer.program import Port, Program, Tensor
 from qcompile.core import numerics
 
-PROCESSORS = ("avx512-vnni", "avx-vnni", "avx2")
+PROCESSORS = ("avx512-vnni", "avx-vnni", "avx2", "amx")
 #: What one rounding to float32 takes, relatively.
 HALF = 2.0**-24
 
