@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def artifact(tmp_path_factory) -> Path:
     models = Path(__file__).parents[2] / "models"
     output = tmp_path_factory.mktemp("page") / "out"
     words = [
-        "qcompile", str(models / "resnet8.onnx"), "--target", "cpu", "--costs", "none", "-q", "-o", str(output),
+        sys.executable, "-m", "qcompile", str(models / "resnet8.onnx"), "--target", "cpu", "--costs", "none", "-q", "-o", str(output),
         "--data", str(models / "resnet8_calib.npz"), "--eval", str(models / "resnet8_eval.npz"),
         "--smoothing", "none", "--rotation", "none",
     ]  # fmt: skip
