@@ -25,8 +25,8 @@ def artifact(tmp_path_factory) -> Path:
     models = Path(__file__).parents[2] / "models"
     output = tmp_path_factory.mktemp("page") / "out"
     words = [
-        sys.executable, "-m", "qcompile", str(models / "resnet8.onnx"), "--target", "cpu", "--costs", "none", "-q", "-o", str(output),
-        "--data", str(models / "resnet8_calib.npz"), "--eval", str(models / "resnet8_eval.npz"),
+        sys.executable, "-m", "qcompile", str(models / "resnet8.onnx"), "--target", "cpu", "--costs", "none", "-q",
+        "-o", str(output), "--data", str(models / "resnet8_calib.npz"), "--eval", str(models / "resnet8_eval.npz"),
         "--smoothing", "none", "--rotation", "none",
     ]  # fmt: skip
     subprocess.run(words, check=True)
