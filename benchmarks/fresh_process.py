@@ -16,12 +16,14 @@ PROCESSES = 9
 
 #: Load a library as a program in C does, and run it once.
 IN_C = r"""
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 static double now(void)
 {
@@ -35,6 +37,9 @@ int main(int count, char **words) /* library, start, run_floats, bytes of worksp
     if (count != 7)
         return 1;
     double began = now();
+#if defined(__x86_64__)
+    syscall(SYS_arch_prctl, 0x1023, 18); /* what NAME_allow asks for, in vain where there is no AMX */
+#endif
     void *library = dlopen(words[1], RTLD_NOW);
     if (!library)
         return 2;

@@ -23,11 +23,12 @@ def above_a_quarter(
     """Tell whether a large model's file is above a quarter of float's with eight bits, and nobody said what it may be.
 
     Scales, biases and what spoils the outputs in eight bits take bytes too. Where four bits are stored as eight, they
-    are no remedy.
+    are no remedy; where kernels take them as they are, constants of integers are beside the weights, a few hundredths
+    that are not worth decibels.
     """
     free = options.weights == "auto" and not (options.max_size or options.max_bops or options.min_fidelity)
     large = calibration.float_bytes >= LARGE
-    if not (free and large):
+    if not (free and large) or takes_four(canonical, planned):
         return False
     eight = written_bytes(canonical, planned({}), backend)
     if eight <= QUARTER * calibration.float_bytes:

@@ -121,6 +121,9 @@ def test_four_bits_are_no_remedy_where_they_are_stored_as_eight(monkeypatch: pyt
     sizes = {(): 0.5 * whole, ("w",): four * whole}
     monkeypatch.setattr(unasked_bits, "written_bytes", lambda model, plan, backend: sizes[tuple(plan)])
     monkeypatch.setattr(unasked_bits, "packable", lambda model, planned: {"w": 1})
+    monkeypatch.setattr(unasked_bits, "takes_four", lambda model, planned: False)
     calibration, model, backend = SimpleNamespace(float_bytes=whole), None, None
     given: Any = (model, calibration, dict, backend, Options("cpu"))
     assert unasked_bits.above_a_quarter(*given) == above
+    monkeypatch.setattr(unasked_bits, "takes_four", lambda model, planned: True)
+    assert not unasked_bits.above_a_quarter(*given), "kernels take four bits as they are"

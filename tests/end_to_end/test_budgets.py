@@ -87,6 +87,17 @@ def small_is_large(monkeypatch):
     return count
 
 
+def test_kernels_that_take_four_bits_get_none_unasked(qcompile, resnet8, small_is_large, tmp_path):
+    """A library has constants beside its weights: a few hundredths of the bytes are not worth decibels."""
+    pytest.importorskip("tvm")
+    small_is_large(0.1)
+    model, calibration, evaluation = resnet8
+    words = ("--target", "cpu:tvm-avx2", "--data", calibration, "--eval", evaluation, "-q", "-o", tmp_path / "out")
+    assert qcompile(model, *words, "--smoothing", "none", "--rotation", "none").code == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert {op["weight_bits"] for op in report["operators"]} <= {8.0, None}
+
+
 def test_a_large_model_takes_a_quarter_of_floats_bytes(compiled, small_is_large):
     whole = compiled("eight")
     limit = whole["size"]["ratio"] - 0.01
