@@ -17,6 +17,7 @@ from qcompile.backends.tvm.native import builder
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules.aarch64 import MATRIX, NEON, REGISTER
 from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, load, nested
+from qcompile.backends.tvm.schedules.x86_cycles import tiles_of
 from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile
 
 #: Codes of a row that `smmla` multiplies.
@@ -73,19 +74,10 @@ def _of_matrices(shape: Linear, pixels: int, count: int) -> float:
 
 
 def _instructions(shape: Linear, tile: Tile, vectors: int, counted: Callable[[Linear, int, int], float]) -> float:
-    def parts(count: int, step: int) -> list[tuple[int, int]]:
-        whole, rest = divmod(count, step)
-        return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
-
     total = 0.0
-    for (i, rows), (j, columns), (k, count) in (
-        (row, column, block)
-        for row in parts(shape.rows, tile.rows)
-        for column in parts(shape.columns, tile.columns)
-        for block in parts(vectors, tile.vectors)
-    ):
+    for times, rows, columns, count in tiles_of(shape, tile, vectors):
         pixels = rows * columns
-        total += i * j * k * (counted(shape, pixels, count) + EPILOGUE * pixels * count + AROUND)
+        total += times * (counted(shape, pixels, count) + EPILOGUE * pixels * count + AROUND)
     return total
 
 

@@ -117,15 +117,9 @@ def _regions(shape: linear.Linear, block: Block, vectors: int) -> Iterator[tuple
     """Yield vectors, rows and columns of blocks that are alike, and how many of them there are."""
     counts = linear.widths(vectors, block.vectors)
     for count in dict.fromkeys(counts):
-        for down, rows in _parts(shape.rows, block.rows):
-            for across, columns in _parts(shape.columns, block.columns):
+        for down, rows in x86_cycles.parts(shape.rows, block.rows):
+            for across, columns in x86_cycles.parts(shape.columns, block.columns):
                 yield count, (rows, columns), counts.count(count) * down * across
-
-
-def _parts(count: int, step: int) -> list[tuple[int, int]]:
-    """Return how many steps of which size make a count."""
-    whole, rest = divmod(count, step)
-    return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
 
 
 def pack(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile
 
@@ -32,21 +34,25 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
     return min(tiles, key=lambda tile: (cycles(shape, tile, vectors), tile.vectors, tile.columns))
 
 
+def parts(count: int, step: int) -> list[tuple[int, int]]:
+    """Return how many steps of which size make a count."""
+    whole, rest = divmod(count, step)
+    return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
+
+
+def tiles_of(shape: Linear, tile: Tile, vectors: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield how many tiles there are of each size, and its rows, columns and vectors."""
+    for down, rows in parts(shape.rows, tile.rows):
+        for across, columns in parts(shape.columns, tile.columns):
+            for blocks, count in parts(vectors, tile.vectors):
+                yield down * across * blocks, rows, columns, count
+
+
 def cycles(shape: Linear, tile: Tile, vectors: int) -> float:
     """Return what so many vectors of channels are expected to take."""
-
-    def parts(count: int, step: int) -> list[tuple[int, int]]:
-        whole, rest = divmod(count, step)
-        return [(whole, step)] * bool(whole) + [(1, rest)] * bool(rest)
-
     total = 0.0
-    for (i, rows), (j, columns), (k, count) in (
-        (row, column, block)
-        for row in parts(shape.rows, tile.rows)
-        for column in parts(shape.columns, tile.columns)
-        for block in parts(vectors, tile.vectors)
-    ):
+    for times, rows, columns, count in tiles_of(shape, tile, vectors):
         sums = rows * columns * count
         each = max((sums + UNPACKED * count * shape.nibbles) / 2, (rows * columns + count) / 2, LATENCY)
-        total += i * j * k * (shape.depth * each + EPILOGUE * sums + 10)
+        total += times * (shape.depth * each + EPILOGUE * sums + 10)
     return total
