@@ -7,7 +7,7 @@ bits, normal numbers from 2^-14 to 65504, and below 2^-14 steps of 2^-24.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -24,6 +24,11 @@ from qcompile.passes import structure
 HEAVY = ("Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
 #: Attributes that name the element type of a result.
 TYPE_ATTRIBUTES = ("dtype", "to", "output_dtype")
+
+NOTE = (
+    "float16 is computed in where values fit it by {where}, {headroom:g} times as large as they were: "
+    "what real inputs reach is not known; pass --data."
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,14 @@ class Halve(ir.passes.InPlacePass):
         How far beyond that values may be expected: the factor that 65504 must leave.
     has_kernel : callable, optional
         Tells whether the target computes a node in float16.
+    measured_on : str
+        Where `reach` is from, in words, if that is nothing to rely on: the report says it first.
     """
 
     reach: Mapping[str, float]
     headroom: float = 4.0
-    has_kernel: Callable[[ir.Node], bool] = lambda node: True
+    has_kernel: Callable[[ir.Node], bool] = field(default=lambda node: True, repr=False)
+    measured_on: str = ""
     effect: ClassVar[Effect] = Effect.LOSSY
 
     def call(self, model: ir.Model) -> Rewritten:
@@ -68,7 +76,8 @@ class Halve(ir.passes.InPlacePass):
             _Writer(model.graph, half, version).write()
         common_passes.RemoveUnusedNodesPass()(model)
         refusals = tuple(Refusal(structure.node_name(node), reason) for node, reason in reasons.items())
-        return Rewritten(model, bool(half), refusals)
+        notes = (NOTE.format(where=self.measured_on, headroom=self.headroom),) if half and self.measured_on else ()
+        return Rewritten(model, bool(half), refusals, notes)
 
     def _obstacle(self, node: ir.Node, known: Reach, version: int) -> str:
         """Return why a node is computed in float32, or nothing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from qcompile.backends.ort.kernel_table import schema_of
 from qcompile.passes import structure
 
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -110,9 +110,11 @@ def slots(node: ir.Node, version: int) -> Slots | None:
     version : int
         The opset.
     """
-    schema = _schema(node.op_type, version) if node.domain in ("", "ai.onnx") else None
+    schema = schema_of(node.op_type, version) if node.domain in ("", "ai.onnx") else None
     if schema is None:
         return None
+    if any(value is not None and value.name and value.type is None for value in (*node.inputs, *node.outputs)):
+        return None  # what is not known cannot be kept alike
     halvable = {found.type_param_str for found in schema.type_constraints
                 if "tensor(float16)" in found.allowed_type_strs}  # fmt: skip
     inputs = [index for index, value in enumerate(node.inputs)
@@ -124,14 +126,6 @@ def slots(node: ir.Node, version: int) -> Slots | None:
 
 def _is_single(value: ir.Value) -> bool:
     return value.dtype is SINGLE and (value.type is None or isinstance(value.type, ir.TensorType))
-
-
-@functools.cache
-def _schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
-    try:
-        return onnx.defs.get_schema(op_type, version)
-    except onnx.defs.SchemaError:
-        return None
 
 
 def _formal(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> str:
