@@ -55,6 +55,8 @@ class Lowered:
         What this machine's tools say of the artifact, JSON-ready.
     placement : tuple of Placed, optional
         Where each node runs, of what a device and its host run together; those first that the host is left with.
+    notes : tuple of str
+        What a user must know of it first.
     """
 
     files: tuple[str, ...]
@@ -63,6 +65,7 @@ class Lowered:
     bytes_by_cause: Mapping[str, int] | None = None
     measured: Mapping[str, Any] | None = None
     placement: tuple[Placed, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
