@@ -171,9 +171,12 @@ def _pack(folder: Path, output: Path, model: str, index: int) -> dict[str, Any]:
 
 
 def _architecture(artifact: Path) -> dict[str, str]:
-    """Return what kind of machine an artifact runs on, where it says so."""
+    """Return what kind of machine an artifact runs on, and what does so alone, where it says so."""
     try:
-        return {"architecture": json.loads((artifact / "network.json").read_text(encoding="utf-8"))["architecture"]}
+        about = json.loads((artifact / "network.json").read_text(encoding="utf-8"))
+        return {
+            key: str(about[key]) for key in ("architecture", "executable") if key == "architecture" or about.get(key)
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
