@@ -68,8 +68,8 @@ def cli() -> None:
 @cli.command("compile")
 @takes(
     "target", "data", "enlarge", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "board", "max_sram", "max_flash",
-    "min_fidelity", "pairs", "pareto", "recipe", "cache", "seed", "threads", "workers",
+    "no_added_nodes", "costs", "shape", "allow_ort_segments", "max_size", "max_bops", "max_latency", "board",
+    "max_sram", "max_flash", "min_fidelity", "pairs", "pareto", "recipe", "cache", "seed", "threads", "workers",
 )  # fmt: skip
 @click.option("--depfile", type=click.Path(path_type=Path), help="Write what was read, as make and ninja read it.")
 @click.option(
@@ -147,8 +147,8 @@ def plan_command(
 
 @cli.command("apply")
 @takes(
-    "target", "data", "eval", "output", "costs", "board", "max_sram", "max_flash", "min_fidelity", "recipe", "cache",
-    "seed", "threads",
+    "target", "data", "eval", "output", "costs", "allow_ort_segments", "board", "max_sram", "max_flash", "min_fidelity",
+    "recipe", "cache", "seed", "threads",
 )  # fmt: skip
 @click.option("--plan", required=True, type=click.Path(path_type=Path), help="What 'qcompile plan' wrote; edit it.")
 def apply_command(model: Path, plan: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:

@@ -66,6 +66,8 @@ def show_result(console: Console, result: CompileResult) -> None:
     console.print(_gains(report, measurements))
     if report["lengths"] is not None:
         console.print(_lengths(report["lengths"]))
+    if report["segments"] is not None:
+        console.print(_segments(report["segments"]))
     console.print(_operators(report))
     if report["refusals"]:
         console.print(_refusals(report))
@@ -132,6 +134,17 @@ def _lengths(lengths: Mapping[str, Any]) -> Table:
         told = lengths["fidelity"].get(size, {"samples": 0, "outputs": {}})
         ratios = [one["sqnr"] for one in told["outputs"].values() if not one["exact"] and one["sqnr"] is not None]
         table.add_row(size, str(told["samples"]), f"{min(ratios):.1f}" if ratios else "")
+    return table
+
+
+def _segments(segments: Sequence[Mapping[str, Any]]) -> Table:
+    """Show who runs each segment, its part of the work, and what forced one of ONNX Runtime."""
+    table = _table("segments, in the order in which they run", "", "runs on", "operators", "work", "forced by")
+    for index, segment in enumerate(segments):
+        forced = "; ".join(f"{one['node']} {one['reason']}" for one in segment["forced_by"][:2])
+        more = len(segment["forced_by"]) - 2
+        said = f"{forced}, and {more} more" if more > 0 else forced
+        table.add_row(str(index), segment["runs_on"], str(segment["operators"]), f"{segment['share']:.1%}", said)
     return table
 
 
