@@ -24,7 +24,7 @@ from qcompile.core.target import Target
 from qcompile.decision import calibrate, decide
 from qcompile.distributions import distributions
 from qcompile.equivalence import rewrite
-from qcompile.job import Job, Source
+from qcompile.job import Job, Source, one_blas_thread
 from qcompile.options import Options
 from qcompile.page import Page
 from qcompile.pareto import Front
@@ -59,6 +59,7 @@ class CompileResult:
     front: Mapping[str, Any] | None = None
 
 
+@one_blas_thread
 def compile(source: Source, options: Options, track: Track[Any] = untracked) -> CompileResult:
     """Compile a model for a target.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import onnx
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from qcompile import cache
 from qcompile.backends.base import Backend, find_target
@@ -26,6 +29,24 @@ from qcompile.pipeline import Pipeline
 WIDE = "16"
 #: Every form that a caller may have a model in.
 Source = str | Path | onnx.ModelProto | ir.Model
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_blas_thread(stage: Callable[P, R]) -> Callable[P, R]:
+    """Let NumPy and SciPy multiply in the thread that asks for it, while a stage runs.
+
+    Sums have one order then, whatever the number of cores; and matrices here are so small that a library's threads
+    wait for one another longer than they compute. What is independent runs in threads of ours.
+    """
+
+    @wraps(stage)
+    def alone(*given: P.args, **named: P.kwargs) -> R:
+        with threadpool_limits(1, user_api="blas"):
+            return stage(*given, **named)
+
+    return alone
 
 
 @dataclass(frozen=True)
