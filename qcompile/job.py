@@ -19,6 +19,7 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Rewritten, Track
 from qcompile.core.errors import UsageError
+from qcompile.core.lengths import Lengths
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence, gather
 from qcompile.options import NO_COSTS, Options
@@ -79,6 +80,12 @@ class Job:
         """The target with the memory that the options give it."""
         return with_limits(self.target, self.options)
 
+    def device_at(self, lengths: Lengths | None) -> Target:
+        """Return the same, knowing how inputs are padded to lengths."""
+        if lengths is None:
+            return self.device
+        return replace(self.device, settings={**self.device.settings, "lengths": lengths})
+
     @property
     def workers(self) -> Workers:
         """What runs trials."""
@@ -118,8 +125,9 @@ def chosen_target(options: Options) -> tuple[Target, Backend]:
 
 
 def with_limits(target: Target, options: Options) -> Target:
-    """Return a target whose settings hold what the options say of the device's memory."""
-    return replace(target, settings={**target.settings, **options.limits})
+    """Return a target whose settings hold what the options say of the device's memory, and of lengths."""
+    lengths = {} if options.lengths is None else {"lengths": options.lengths}
+    return replace(target, settings={**target.settings, **options.limits, **lengths})
 
 
 def take(source: Source) -> Rewritten:

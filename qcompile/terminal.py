@@ -64,6 +64,8 @@ def show_result(console: Console, result: CompileResult) -> None:
     for warning in warnings(report, measurements):
         console.print(f"[yellow]warning:[/] {_plain(warning)}", highlight=False)
     console.print(_gains(report, measurements))
+    if report["lengths"] is not None:
+        console.print(_lengths(report["lengths"]))
     console.print(_operators(report))
     if report["refusals"]:
         console.print(_refusals(report))
@@ -118,6 +120,18 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
             table.add_row(f"same argmax{label}", "", f"{agreeing}/{fidelity['samples']}", "")
     table.caption = f"on {report['data']['evaluated_on']}"
     table.caption_justify = "left"
+    return table
+
+
+def _lengths(lengths: Mapping[str, Any]) -> Table:
+    """Show each length with the samples that ran at it, and of these the least SQNR of an output."""
+    padding = lengths["padding"]
+    title = "lengths, and no others" if padding is None else f"lengths, shorter ones padded under '{padding['mask']}'"
+    table = _table(title, "length", "samples", "SQNR, dB")
+    for size in map(str, lengths["sizes"]):
+        told = lengths["fidelity"].get(size, {"samples": 0, "outputs": {}})
+        ratios = [one["sqnr"] for one in told["outputs"].values() if not one["exact"] and one["sqnr"] is not None]
+        table.add_row(size, str(told["samples"]), f"{min(ratios):.1f}" if ratios else "")
     return table
 
 
