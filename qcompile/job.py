@@ -95,6 +95,7 @@ class Job:
     def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:
         """Load what the options name."""
         target, backend = chosen_target(options)
+        options = fitting(options, target)
         backend.check(with_limits(target, options))
         taken = take(source)
         evidence = gather(taken.model, options)
@@ -122,6 +123,11 @@ def chosen_target(options: Options) -> tuple[Target, Backend]:
         return replace(target, costs=None), backend
     table = options.cost_table
     return (target if table is None else target.with_costs(table)), backend
+
+
+def fitting(options: Options, target: Target) -> Options:
+    """Return the options as a target has them: where it has no codes of activations, these stay in float."""
+    return options if target.activation_dtype else replace(options, activations="none")
 
 
 def with_limits(target: Target, options: Options) -> Target:

@@ -74,6 +74,20 @@ def show_result(console: Console, result: CompileResult) -> None:
     console.print(f"wrote {_plain(str(result.output))}/", highlight=False, soft_wrap=True)
 
 
+def _add_device(table: Table, placement: Mapping[str, Any] | None, measurements: Mapping[str, Any]) -> None:
+    """Tell what runs on a device, if there is one, and what it takes there once that was measured."""
+    if placement is None:
+        return
+    on_device, host = sum(placement["on_device"].values()), placement["on_host"]
+    reasons = "; ".join(sorted({one["reason"] for one in host}))
+    table.add_row("nodes on the device", "", f"{on_device} of {on_device + len(host)}", reasons)
+    if (seen := measurements.get("on_device")) is None:
+        table.add_row("latency there", "", "not measured here", "")
+    else:
+        ratio = f"{seen['ratio']:.2f}x"
+        table.add_row("latency there", f"{seen['float_ms']:.3g} ms", f"{seen['artifact_ms']:.3g} ms", ratio)
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
@@ -97,6 +111,7 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)
+    _add_device(table, report.get("placement"), measurements)
     if (device := measurements["device"]) is not None and device["compiler"]:
         stack = f"{device['stack_bytes']:,} of stack, by {device['compiler']}"
         table.add_row("code", "", _bytes(device["code_bytes"]), "")
