@@ -22,6 +22,22 @@ GROUP = "qcompile.backends"
 
 
 @dataclass(frozen=True)
+class Placed:
+    """Where one node runs.
+
+    Parameters
+    ----------
+    node, op_type : str
+    host : str
+        Why the host's processor runs it instead of the device; empty for the device.
+    """
+
+    node: str
+    op_type: str
+    host: str = ""
+
+
+@dataclass(frozen=True)
 class Lowered:
     """What a backend wrote.
 
@@ -39,6 +55,8 @@ class Lowered:
         What this machine's tools say of the artifact, JSON-ready.
     segments : tuple of mapping
         Of an artifact in segments, what the report says of each, JSON-ready.
+    placement : tuple of Placed, optional
+        Where each node runs, of what a device and its host run together; those first that the host is left with.
     """
 
     files: tuple[str, ...]
@@ -47,6 +65,7 @@ class Lowered:
     bytes_by_cause: Mapping[str, int] | None = None
     measured: Mapping[str, Any] | None = None
     segments: tuple[Mapping[str, Any], ...] = ()
+    placement: tuple[Placed, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +147,10 @@ class Backend(Protocol):
         """
         ...
 
+    def halvable(self, node: ir.Node, target: Target) -> bool:
+        """Tell whether the target computes a standard operator in float16, where its values fit that."""
+        ...
+
     def room(self, settings: Mapping[str, Any]) -> int | None:
         """Return the bytes that the device's memory leaves for constants, by its settings; None where nobody says."""
         ...
@@ -171,6 +194,11 @@ def require_no_segments(target: Target) -> None:
 
 class Unbounded:
     """What a backend says whose targets have all the memory that an artifact may want."""
+
+    def halvable(self, node: ir.Node, target: Target) -> bool:
+        """Tell that whatever has a type for it has a kernel for it."""
+        del node, target
+        return True
 
     def room(self, settings: Mapping[str, Any]) -> int | None:
         """Return nothing: files have no flash to fit."""

@@ -260,7 +260,7 @@ def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mappi
         placement = choose_operators(canonical, job.target, job.options, True, wishes)
         names = placement.activations
         return placement, pipeline.measure(
-            stage + turn, STATISTICS, lambda: collect(canonical, names, fitted(data), track)
+            stage + turn, STATISTICS, lambda: collect(canonical, names, fitted(data), track, workers.threads)
         )
 
     placement, statistics = seen(spared, "statistics")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import onnx
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from qcompile import cache
 from qcompile.backends.base import Backend, find_target
@@ -27,6 +30,24 @@ from qcompile.pipeline import Pipeline
 WIDE = "16"
 #: Every form that a caller may have a model in.
 Source = str | Path | onnx.ModelProto | ir.Model
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_blas_thread(stage: Callable[P, R]) -> Callable[P, R]:
+    """Let NumPy and SciPy multiply in the thread that asks for it, while a stage runs.
+
+    Sums have one order then, whatever the number of cores; and matrices here are so small that a library's threads
+    wait for one another longer than they compute. What is independent runs in threads of ours.
+    """
+
+    @wraps(stage)
+    def alone(*given: P.args, **named: P.kwargs) -> R:
+        with threadpool_limits(1, user_api="blas"):
+            return stage(*given, **named)
+
+    return alone
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,7 @@ class Job:
     def begin(cls, source: Source, options: Options, track: Track[Any]) -> Self:
         """Load what the options name."""
         target, backend = chosen_target(options)
+        options = fitting(options, target)
         backend.check(with_limits(target, options))
         taken = take(source)
         evidence = gather(taken.model, options)
@@ -101,6 +123,11 @@ def chosen_target(options: Options) -> tuple[Target, Backend]:
         return replace(target, costs=None), backend
     table = options.cost_table
     return (target if table is None else target.with_costs(table)), backend
+
+
+def fitting(options: Options, target: Target) -> Options:
+    """Return the options as a target has them: where it has no codes of activations, these stay in float."""
+    return options if target.activation_dtype else replace(options, activations="none")
 
 
 def with_limits(target: Target, options: Options) -> Target:

@@ -11,10 +11,11 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile import cache, timing
-from qcompile.backends.base import Lowered
+from qcompile.backends.base import Lowered, Placed
 from qcompile.core import model as models
 from qcompile.core.lengths import Lengths
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role
+from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.job import Job
 from qcompile.options import EXPECTED_SQNR
@@ -83,6 +84,8 @@ def build(
             for refusal in refusals
         ],
     }  # fmt: skip
+    if lowered.placement is not None:
+        content["placement"] = _placement(lowered.placement, target)
     content["warnings"] = [*(note for step in steps for note in step.notes), *_warnings(content, lowered)]
     return content
 
@@ -98,6 +101,13 @@ def _lengths(lengths: Lengths | None, proof: Proof) -> dict[str, Any] | None:
         },
         "fidelity": {str(size): _fidelity(proof.by_length[size]) for size in sorted(proof.by_length)},
     }  # fmt: skip
+
+
+def _placement(placed: Sequence[Placed], target: Target) -> dict[str, Any]:
+    """Return what runs where, what the host is left with by name and reason."""
+    host = [{"node": one.node, "op_type": one.op_type, "reason": one.host} for one in placed if one.host]
+    counts = Counter(one.op_type for one in placed if not one.host)
+    return {"device": target.device, "on_device": dict(sorted(counts.items())), "on_host": host}
 
 
 def _ranges(plan: QuantPlan) -> dict[str, int]:

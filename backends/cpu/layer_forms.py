@@ -16,6 +16,16 @@ from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.backends.tvm.schedules.x86_cycles import choose_tile, cycles
 
 
+def product_form(shape: linear.Linear, processor: Processor) -> tuple[Any, linear.Linear, linear.Tile, float]:
+    """Return what multiplies two activations: its emitter, the shape that it has, its tile, and the cycles."""
+    vectors = -(-shape.outputs // processor.lanes)
+    block = amx.choose_block(shape, processor) if processor.tiles else None
+    if block:
+        return amx.emit, amx.whole(shape, block), block, amx.cycles(shape, block, vectors)
+    tile = choose_tile(shape, processor)
+    return linear.emit, shape, tile, cycles(shape, tile, vectors)
+
+
 def form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.Tile, Any]:
     """Return what packs a layer's weights, what computes it, its tile, and what counts its cycles."""
     block = amx.choose_block(shape, processor) if processor.tiles else None

@@ -12,7 +12,7 @@ import pytest
 from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 from qcompile.backends.integer.lower import lower
-from qcompile.backends.integer.operations import Dense
+from qcompile.backends.integer.operations import Concat, Dense
 from qcompile.core.errors import TargetError
 
 FLOATS = (
@@ -194,3 +194,12 @@ def test_what_depends_on_one_code_alone_is_a_table():
     )
     program = agree(model_of(body), x(), 1e-6)
     assert [kind.__name__ for kind in kinds(program)] == ["Lookup"]
+
+
+def test_floats_are_joined_as_they_are_and_never_with_codes():
+    model = model_of("a = Sigmoid (x) b = Sub (a, x) y = Concat <axis = 1> (a, b)", outputs="float[1,8,8] y")
+    program = agree(model, x(), 1e-6)
+    assert Concat in kinds(program)
+    mixed = LAYER + "r = Sigmoid (m) one = Transpose <perm = [0, 1, 2]> (dx) y = Concat <axis = 1> (r, one)"
+    with pytest.raises(TargetError, match="joins floats and codes"):
+        lower(ir.from_proto(model_of(mixed, outputs="float[1,8,8] y")), FLOATS)
