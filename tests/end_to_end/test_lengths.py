@@ -26,7 +26,8 @@ WIDTH, WORDS = 32, 50
 #: One attention behind an embedding; what is pooled counts only what the mask leaves.
 ENCODER = """
 <ir_version: 10, opset_import: ["": 21]>
-encoder (int64[1,T] ids, int64[1,T] mask) => (float[1,T,32] hidden, float[1,32] pooled, int64[1,T] seen) <float bias = {FAR}> {
+encoder (int64[1,T] ids, int64[1,T] mask) => (float[1,T,32] hidden, float[1,32] pooled, int64[1,T] seen)
+<float bias = {FAR}> {
   [words] x = Gather (words, ids)
   [q] queries = MatMul (x, wq)
   [k] keys = MatMul (x, wk)
