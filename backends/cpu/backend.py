@@ -120,9 +120,7 @@ class CpuBackend(Unbounded):
     def _lower_segments(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write libraries, and ONNX models of what is between; one library where nothing is."""
         processor = _processor(target)
-        static, parts = cut(
-            model, target.floats, lambda part: library.network_of(lower(part, target.floats), processor)
-        )
+        static, parts = cut(model, target.floats, lambda program: library.network_of(program, processor))
         if len(parts) == 1:
             return self._lower(model, plan, target, folder)
         name, written, sizes = identifier(model.graph.name or "model"), list[str](), Counter[str]()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import onnx_ir as ir
 
 from qcompile.backends.cpu.network import Network
 from qcompile.backends.integer.fix_length import at_length
 from qcompile.backends.integer.float_operations import FloatDense, MatMul
-from qcompile.backends.integer.lower import RULES, with_batch_of_one
+from qcompile.backends.integer.lower import RULES, lower, with_batch_of_one
 from qcompile.backends.integer.lower_elementwise import FUNCTIONS
 from qcompile.backends.integer.operations import Conv, Dense
+from qcompile.backends.integer.program import Program
 from qcompile.backends.integer.values import shape_of
 from qcompile.core.errors import OperatorError, TargetError
 from qcompile.passes import structure
 
+Key = tuple[str, ...]
 #: What stands between codes and floats, and belongs to whatever is beside it.
 BETWEEN = ("QuantizeLinear", "DequantizeLinear")
 #: What is worth a library of its own.
@@ -50,11 +53,11 @@ class Segment:
 
 
 def cut(
-    model: ir.Model, floats: Collection[str], build: Callable[[ir.Model], Network]
+    model: ir.Model, floats: Collection[str], kernels: Callable[[Program], Network]
 ) -> tuple[ir.Model, tuple[Segment, ...]]:
     """Cut a QDQ model into segments, libraries as large as they can be.
 
-    An operator is left out of libraries once lowering refuses it by name, until everything else is lowered.
+    An operator is left out of libraries once it is refused by name, until everything else is lowered.
 
     Parameters
     ----------
@@ -62,8 +65,8 @@ def cut(
         Left alone.
     floats : collection of str
         Operators that have kernels in float.
-    build : callable
-        Makes the network of a segment, or raises.
+    kernels : callable
+        Returns the network of a program, or raises.
 
     Returns
     -------
@@ -81,46 +84,58 @@ def cut(
     known = {*RULES, *FUNCTIONS, *floats, *BETWEEN, "Identity", "Dropout", "BatchNormalization"}
     refused = {structure.node_name(node): NO_FORM for node in static.graph
                if not structure.is_standard(node, *known) and not _is_fixed(node)}  # fmt: skip
-    built: dict[tuple[str, ...], Network] = {}
+    programs: dict[Key, Program] = {}
+    networks: dict[Key, Network] = {}
     while True:
         segments = list(_segments(_apart(static, refused), refused))
-        if (failed := _first_refused(segments, build, built)) is not None:
-            refused |= failed
-            continue
-        lonely = [part for part in segments if part.operators in built and not _is_worth_it(built[part.operators])]
-        if not lonely:
+        covered = [part for part in segments if not part.forced]
+        more = (
+            _refused(covered, programs, lambda part: lower(part.model, floats))
+            or {name: TOO_LITTLE for part in covered if not _multiplies(programs[_key(part)]) for name in _names(part)}
+            or _refused(covered, networks, lambda part: kernels(programs[_key(part)]))
+        )
+        if not more:
             break
-        refused |= {name: TOO_LITTLE for part in lonely for name in part.operators}
-    if not built or all(part.operators not in built for part in segments):
+        refused |= more
+    if not covered:
         raise TargetError(model.graph.name or "model", "has no part that can be a library", "choose --target cpu")
-    return static, tuple(
-        Segment(part.model, part.operators, built.get(part.operators), {} if part.operators in built else
-                {name: refused[name] for name in part.operators if refused.get(name, TOO_LITTLE) != TOO_LITTLE})
-        for part in segments
-    )  # fmt: skip
+    return static, tuple(_told(part, networks.get(_key(part)), refused) for part in segments)
 
 
-def _first_refused(
-    segments: list[Segment], build: Callable[[ir.Model], Network], built: dict[tuple[str, ...], Network]
-) -> dict[str, str] | None:
-    """Build what is not built yet, and return what is refused first, with the reason."""
-    for part in segments:
-        if part.forced or part.operators in built:
+def _refused(parts: Sequence[Segment], made: dict[Key, Any], make: Callable[[Segment], Any]) -> dict[str, str]:
+    """Make of segments what was not made yet, and return what is refused first, with the reason."""
+    for part in parts:
+        if _key(part) in made:
             continue
         try:
-            built[part.operators] = build(part.model)
+            made[_key(part)] = make(part)
         except OperatorError as error:
-            names = {structure.node_name(node) for node in part.model.graph}
-            if error.operator in names:
-                return {error.operator: error.fact}
-            return dict.fromkeys(part.operators, error.fact)
+            names = _names(part)
+            return {error.operator: error.fact} if error.operator in names else dict.fromkeys(names, error.fact)
         except TargetError as error:
-            return dict.fromkeys(part.operators, f"{error.place} {error.fact}")
-    return None
+            return dict.fromkeys(_names(part), f"{error.place} {error.fact}")
+    return {}
 
 
-def _is_worth_it(network: Network) -> bool:
-    return any(isinstance(part, WORTH) for part in network.layout.program.operations)
+def _names(part: Segment) -> list[str]:
+    return [structure.node_name(node) for node in part.model.graph if not _is_fixed(node)]
+
+
+def _key(part: Segment) -> Key:
+    """Return what tells a segment from all others: its nodes, and what leaves it."""
+    return (*_names(part), *(str(value.name) for value in part.model.graph.outputs))
+
+
+def _told(part: Segment, network: Network | None, refused: Mapping[str, str]) -> Segment:
+    """Return a segment with its network, or with what forced it to have none."""
+    forced = {} if network is not None else {
+        name: refused[name] for name in part.operators if refused.get(name, TOO_LITTLE) != TOO_LITTLE
+    }  # fmt: skip
+    return replace(part, network=network, forced=forced)
+
+
+def _multiplies(program: Program) -> bool:
+    return any(isinstance(part, WORTH) for part in program.operations)
 
 
 def _is_fixed(node: ir.Node) -> bool:
@@ -230,8 +245,8 @@ def _segments(model: ir.Model, refused: Mapping[str, str]) -> Iterator[Segment]:
     for level in sorted(set(levels.values())):
         group = [node for node in kinds if levels[node] == level]
         names = tuple(structure.node_name(node) for node in group if not _is_between(node))
-        forced = {} if kinds[group[0]] else {name: refused.get(name, TOO_LITTLE) for name in names} or {"": TOO_LITTLE}
-        yield Segment(_extracted(model, group, readers), names or (f"level {level}",), None, forced)
+        forced = {} if kinds[group[0]] else {"": TOO_LITTLE}
+        yield Segment(_extracted(model, group, readers), names, None, forced)
 
 
 def _extracted(model: ir.Model, group: list[ir.Node], readers: Mapping[ir.Value, list[ir.Node]]) -> ir.Model:
