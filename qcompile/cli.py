@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from qcompile.core.contract import Track
     from qcompile.driver import CompileResult
 
-INTERRUPTED = 130
+#: Exit codes of a process that was ended by a signal: Ctrl-C's, and the one that build systems send.
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class DefaultToCompile(click.Group):
@@ -274,6 +276,7 @@ def main() -> None:
         # Libraries talk about their inner workings; what a user needs to know is in the report.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -301,3 +304,9 @@ def main() -> None:
         kind = f"{type(error).__name__}: {first_line(error)}"
         click.echo(f"error: internal error: {kind}; this is a bug, run again with --debug and report it", err=True)
         sys.exit(1)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as Ctrl-C does, so that what was begun is taken away."""
+    click.echo("terminated: nothing was written; run it again, with --cache to go on from here", err=True)
+    sys.exit(TERMINATED)

@@ -17,6 +17,7 @@ from qcompile.backends.ort.legalize.join_activations import JoinActivations
 from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
 from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
 from qcompile.backends.ort.legalize.pack_weights import PackWeights
+from qcompile.backends.ort.legalize.requantize_captured import RequantizeCaptured
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.store_halves import StoreHalves
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
@@ -35,6 +36,7 @@ RULES: tuple[ir.passes.PassBase, ...] = (
     UnpackBiases(),
     KeepFloatConvs(),
     HideSkipAdd(),
+    RequantizeCaptured(),
     PackWeights(),
     StoreHalves(),
     DropInferable(),
