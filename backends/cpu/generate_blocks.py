@@ -25,6 +25,9 @@ def _block_dense(network: Network, operation: ops.BlockDense) -> None:
     halves, bounds = block_dense.in_halves(operation.scale), (operation.low, operation.high)
     shape = block_dense.Blocks(rows, length, outputs, operation.block, operation.bits == 4, halves, bounds)
     tile = block_dense.choose_tile(shape, processor)
+    # Where another length of the network has the layer, weights are stored as it has them, once.
+    (wide,) = network.forms.setdefault((operation.output, "blocks"), (tile.vectors,))
+    tile = block_dense.choose_tile(shape, processor, wide)
     weights, scale = block_dense.pack(shape, tile, processor, operation.weights, operation.scale)
     room = -(-outputs // processor.lanes) * processor.lanes - outputs
     scratch = network.layout.scratch

@@ -44,7 +44,7 @@ def _steps(axes: Sequence[int | None], of: Sequence[int]) -> tuple[int, ...]:
 
 
 def _constant(network: Network, values: Array) -> Argument:
-    return network.constant(np.pad(np.asarray(values, np.float32).reshape(-1), (0, BEHIND)))
+    return network.constant(np.asarray(values, np.float32).reshape(-1), 4 * BEHIND)
 
 
 def _leaves(network: Network, operation: ops.FloatOperation) -> tuple[list[Stored], list[Argument]]:
@@ -152,9 +152,8 @@ def _reduce(network: Network, operation: ops.Reduce) -> None:
 
 def _gather(network: Network, operation: ops.Gather) -> None:
     table, indices = operation.table, network.tensor(operation.inputs[0])
-    kept = np.pad(table.reshape(-1), (0, BEHIND))
     given = [
-        network.at(indices.name), network.constant(kept), _constant(network, operation.scale),
+        network.at(indices.name), network.constant(table, BEHIND * table.itemsize), _constant(network, operation.scale),
         network.at(operation.output),
     ]  # fmt: skip
     _, iterations = shares.of_floats((indices.size,), -(-table.shape[1] // network.processor.lanes), STORED, True)

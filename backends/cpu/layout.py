@@ -22,8 +22,9 @@ ALIGNMENT = 64
 LANES = 16
 #: Bytes behind the last tensor that kernels may read, and do nothing with.
 SLACK = 256
-#: Threads of an instance at most, and bytes in front of all tensors for them; see pool.c.
-THREADS, POOL = 16, 2176
+#: Threads of an instance at most, bytes in front of all tensors for them, and which of these says what network is run;
+#: see pool.c.
+THREADS, POOL, NETWORK = 16, 2176, 4
 
 
 @dataclass(frozen=True)

@@ -104,15 +104,23 @@ def in_halves(scale: npt.NDArray[np.float32]) -> bool:
         return bool(np.array_equal(scale.astype(np.float16).astype(np.float32), scale))
 
 
-def choose_tile(shape: Blocks, processor: Processor) -> Tile:
-    """Return the tile that takes fewest cycles, of those whose sums, in both forms, and weights have registers."""
+def choose_tile(shape: Blocks, processor: Processor, wide: int = 0) -> Tile:
+    """Return the tile that takes fewest cycles, of those whose sums, in both forms, and weights have registers.
+
+    Parameters
+    ----------
+    shape : Blocks
+    processor : Processor
+    wide : int
+        How many vectors it has, where that is known.
+    """
     vectors = -(-shape.outputs // processor.lanes)
     tiles = [
         Tile(rows, 1, count)
         for count in (1, 2, 4)
-        if count <= vectors or count == 1
+        if count == wide or (not wide and (count <= vectors or count == 1))
         for rows in range(1, min(shape.rows, 8) + 1)
-        if 2 * rows * count + 2 * count + 1 <= processor.registers or rows == count == 1
+        if 2 * rows * count + 2 * count + 1 <= processor.registers or rows == 1
     ]
     return min(tiles, key=lambda tile: (cycles(shape, tile, processor, vectors), tile.vectors))
 

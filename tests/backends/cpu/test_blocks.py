@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,11 @@ from qcompile.backends.integer.interpret_floats import fused
 
 pytest.importorskip("tvm")
 
+from qcompile.backends.cpu.generate import generate
+from qcompile.backends.cpu.layout import lay_out
+from qcompile.backends.cpu.network import Network
 from qcompile.backends.tvm.schedules import shares
+from qcompile.backends.tvm.schedules.block_dense import Blocks, choose_tile
 from qcompile.backends.tvm.schedules.vectors import OUTPUTS, ROWS
 from qcompile.backends.tvm.schedules.x86 import PROCESSORS as KINDS
 
@@ -140,6 +145,19 @@ def test_a_product_in_float_is_near_float64():
     exact = a.astype(np.float64) @ b.astype(np.float64)
     bound = 80 * HALF * (np.abs(a).astype(np.float64) @ np.abs(b))
     assert np.all(np.abs(interpret(program, {"a": a, "b": b})["y"] - exact) <= bound)
+
+
+def test_another_length_stores_weights_once():
+    random = np.random.default_rng(0)
+    programs = [blocked(random, rows, 96, 100, 32, 4) for rows in (1, 40)]
+    programs[1] = replace(programs[1], operations=programs[0].operations)
+    tiles = [choose_tile(Blocks(rows, 96, 100, 32, True, False, ()), KINDS["avx512-vnni"]) for rows in (1, 40)]
+    assert tiles[0].vectors != tiles[1].vectors, "a layer that would be stored in two ways"
+    first, second = (lay_out(program) for program in programs)
+    made = generate(Network(first, KINDS["avx512-vnni"]))
+    size = len(made.constants)
+    another = generate(made.another(second, 40))
+    assert len(another.constants) == size and another.calls[-1].kernel != made.calls[-1].kernel
 
 
 @pytest.mark.parametrize("loop", [ROWS, OUTPUTS])
