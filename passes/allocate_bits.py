@@ -86,8 +86,10 @@ def allocate_bits(
             wide = all(structure.node_name(reader) in placement.wide for reader in structure.readers(value))
             dtype = target.wide_weight_dtype if wide else target.weight_dtype
             packed = bits.get(weight) == PACKED and dtype == target.weight_dtype
-            block = packing.BLOCK if packed and not target.narrow_weight_dtype else 0
-            dtype = target.narrow_weight_dtype or dtype if packed else dtype
+            # Operators in float take what a block has in common into its scale, and tables are rows of bytes.
+            in_blocks = not target.narrow_weight_dtype or op.precision is Precision.WEIGHT_ONLY
+            block = packing.BLOCK if packed and in_blocks else 0
+            dtype = target.narrow_weight_dtype or dtype if packed and not block else dtype
             quant = _weight_quant(node, value, axis, dtype, target.per_channel, tensors, block)
             if weight in tensors:
                 # Two operators share these weights, and either may need room for its bias.

@@ -149,8 +149,8 @@ def _given(model: ir.Model, options: Options) -> Evidence:
 
 def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset | None) -> Evidence:
     caveat = (
-        "No calibration data: weights are stored as int8, activations and arithmetic stay float. The file is smaller, "
-        "the model is not faster; pass --data for integer kernels."
+        "No calibration data: weights are stored as integers, activations stay float. The file is smaller, and a model "
+        "whose weights are unpacked at load is not faster; pass --data for integer kernels."
     )
     if evaluation is not None:
         return Evidence(evaluation, evaluation, f"{len(evaluation)} evaluation samples", False, caveat)
