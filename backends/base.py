@@ -57,6 +57,8 @@ class Lowered:
         Of an artifact in segments, what the report says of each, JSON-ready.
     placement : tuple of Placed, optional
         Where each node runs, of what a device and its host run together; those first that the host is left with.
+    notes : tuple of str
+        What a user must know of it first.
     """
 
     files: tuple[str, ...]
@@ -66,6 +68,7 @@ class Lowered:
     measured: Mapping[str, Any] | None = None
     segments: tuple[Mapping[str, Any], ...] = ()
     placement: tuple[Placed, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from qcompile.backends.base import Lowered, Subject, Unbounded, require_no_segme
 from qcompile.backends.ort.half_values import HALF, slots
 from qcompile.backends.ort.kernel_table import cuda_kernels, placements
 from qcompile.backends.ort.legalize import RULES_OF, legalize
+from qcompile.backends.ort.phones import lower as phones
+from qcompile.backends.ort.phones import mobile
 from qcompile.backends.ort.probe import executed, measure
 from qcompile.core import model as models
 from qcompile.core import runtime
@@ -67,12 +69,14 @@ class OrtBackend(Unbounded):
 
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""
-        path = folder / MODEL_FILE
+        if target.settings.get("provider") == mobile.PROVIDER:
+            return self._lower_mobile(model, plan, target, folder)
+        path, phone = folder / MODEL_FILE, phones.provider_of(target)
         provider = target.settings.get("provider", "cpu")
-        rules = RULES_OF[provider]
+        rules = RULES_OF.get(provider, ())
         # Where nodes run is told by types, which the last rule leaves out of the file.
-        legal = legalize(model, rules[:-1])
-        placed = () if provider == "cpu" else placements(legal, models.opset(legal), cuda_kernels())
+        legal = legalize(model, rules[:-1]) if phone is None else phone.legalized(model)
+        placed = placements(legal, models.opset(legal), cuda_kernels()) if provider == "cuda" else ()
         models.save(legalize(legal, rules[-1:]), path)
         written = tuple(sorted(file.name for file in folder.iterdir() if file.name.startswith(MODEL_FILE)))
         try:
@@ -81,10 +85,21 @@ class OrtBackend(Unbounded):
             # The model that came in did load: what does not is ours.
             raise VerificationError("artifact", error.fact, "report it with the model") from error
         kernels, refusals = _kernels(plan, target, executed)
+        if phone is not None:
+            return phones.lower(phone, legal, plan, target, kernels, written)
         return Lowered(written, kernels, refusals, placement=placed or None)
 
+    def _lower_mobile(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
+        """Write ``model.ort`` and what a runtime that is built for it alone must have."""
+        legal = legalize(model, mobile.RULES)
+        written, executed = mobile.write(legal, folder)
+        kernels, refusals = _kernels(plan, target, executed)
+        return Lowered(written, kernels, refusals, mobile.bytes_by_cause(legal, folder), notes=(mobile.NOTE,))
+
     def halvable(self, node: ir.Node, target: Target) -> bool:
-        """Tell whether the CUDA provider computes a node in float16, by the table of its kernels."""
+        """Tell whether a provider computes a node in float16: CUDA's by its table, CoreML's by its list."""
+        if phones.provider_of(target) is not None:
+            return phones.is_halvable(node)
         if target.settings.get("provider") != "cuda":
             return True
         places = slots(node, target.opset)
