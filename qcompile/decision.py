@@ -255,6 +255,7 @@ def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = Mapping
 def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mapping[str, Wish], turn: str) -> _Measured:
     data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
     among, workers, fitted = job.options.observers, job.workers, job.evidence.fitted
+    symmetric = job.target.symmetric
 
     def seen(wishes: Mapping[str, Wish], stage: str) -> tuple[Placement, Statistics]:
         placement = choose_operators(canonical, job.target, job.options, True, wishes)
@@ -276,7 +277,7 @@ def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mappi
         f"observers{turn}",
         CHOICE,
         lambda: choose_observers(
-            canonical, rounded, statistics, readers, among, dtype, data, track, workers, dynamic, fitted
+            canonical, rounded, statistics, readers, among, dtype, data, track, workers, dynamic, fitted, symmetric
         ),
     )
     return _Measured(spared, statistics, choice)

@@ -29,6 +29,8 @@ class OpKind(StrEnum):
     """Moves or selects codes: its output has its input's scale."""
     LOOKUP = "lookup"
     """Picks rows of a constant table: the table is stored as integers, the rows are dequantized."""
+    RESIDUAL = "residual"
+    """Adds something to what a Conv in integers makes, which its kernel does as it goes if that comes as codes."""
     STORED = "stored"
     """Has no integer kernel: large constants that it reads are stored as integers."""
 
