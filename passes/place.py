@@ -302,9 +302,8 @@ class _Placer:
             if structure.node_name(node) in self.absorbed or self.kept_in_float(node):
                 continue
             # A target without floats makes numbers of constants when it lowers, and refuses what it cannot.
-            if _other_float_inputs(node) and not self.target.integer_only:
-                continue
-            if any(self.behind_inexact_pool(value) for value in node.outputs):
+            constants = _other_float_inputs(node) and not self.target.integer_only
+            if constants or any(self.behind_inexact_pool(value) for value in node.outputs):
                 continue
             inputs = list(structure.activation_inputs(node))
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
