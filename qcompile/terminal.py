@@ -26,6 +26,7 @@ from qcompile.stages import Planned, Written
 
 if TYPE_CHECKING:
     from qcompile.backends.mcu.emulated_run import EmulatedRun
+    from qcompile.device_run import DeviceRun
 
 T = TypeVar("T")
 
@@ -82,8 +83,9 @@ def _add_device(table: Table, placement: Mapping[str, Any] | None, measurements:
     if (seen := measurements.get("on_device")) is None:
         table.add_row("latency there", "", "not measured here", "")
     else:
-        ratio = f"{seen['ratio']:.2f}x"
-        table.add_row("latency there", f"{seen['float_ms']:.3g} ms", f"{seen['artifact_ms']:.3g} ms", ratio)
+        reference = "" if seen["float_ms"] is None else f"{seen['float_ms']:.3g} ms"
+        ratio = "" if seen["ratio"] is None else f"{seen['ratio']:.2f}x"
+        table.add_row("latency there", reference, f"{seen['artifact_ms']:.3g} ms", ratio)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -180,6 +182,17 @@ def show_run(console: Console, seen: EmulatedRun) -> None:
     console.print(table)
     equal = f"{seen.samples} inputs: every output equals the integer program's"
     console.print(f"{equal}; {seen.instructions:,} instructions each, which are no time", highlight=False)
+
+
+def device_lines(seen: DeviceRun) -> list[str]:
+    """Return what to print of an artifact that ran on its device."""
+    beside = "" if seen.ratio is None else f", {seen.ratio:.2f}x of the float model's {seen.float_ms:.3g} ms"
+    apart = "the same outputs as" if seen.sqnr_of_host is None else f"{seen.sqnr_of_host:.1f} dB from"
+    return [
+        f"{seen.name}, {seen.provider} of {seen.runtime}",
+        f"{seen.artifact_ms:.3g} ms, median of {seen.rounds} runs{beside}",
+        f"{apart} the host's run of the same files",
+    ]
 
 
 def show_check(console: Console, found: Checked) -> None:

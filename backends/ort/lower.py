@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.backends.base import Lowered, Subject, Unbounded
+from qcompile.backends.ort.device import DeviceSession
 from qcompile.backends.ort.half_values import HALF, slots
 from qcompile.backends.ort.kernel_table import cuda_kernels, placements
 from qcompile.backends.ort.legalize import RULES_OF, legalize
@@ -90,6 +92,10 @@ class OrtBackend(Unbounded):
         stored.metadata_props[PROVIDER] = provider
         models.save(stored, folder / MODEL_FILE)
         return Lowered(_written(folder), *_by_rules(plan, legal), placement=placed)
+
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], DeviceSession]:
+        """Return what loads a model file into a session of the target's provider."""
+        return partial(DeviceSession, provider=target.settings["provider"], fallback=fallback)
 
     def halvable(self, node: ir.Node, target: Target) -> bool:
         """Tell whether the CUDA provider computes a node in float16, by the table of its kernels."""
