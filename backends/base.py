@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompile.core.contract import Refusal, Track
 from qcompile.core.costs import CostTable
-from qcompile.core.errors import TargetError
+from qcompile.core.errors import TargetError, UsageError
 from qcompile.core.execution import Kernel
 from qcompile.core.plan import QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
@@ -185,6 +185,18 @@ class Backend(Protocol):
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         """Load an artifact and return a function that runs one sample."""
         ...
+
+
+def require_one_length(target: Target, fact: str) -> None:
+    """Refuse several lengths of an axis.
+
+    Raises
+    ------
+    UsageError
+        With `fact` of the target, if there are any.
+    """
+    if target.settings.get("lengths") is not None:
+        raise UsageError(f"--shape with the lengths {target.settings['lengths']}", fact, "name one, or leave it open")
 
 
 class Unbounded:

@@ -49,6 +49,16 @@ class DeviceRun:
     rounds: int
     sqnr_of_host: float | None
 
+    def lines(self) -> list[str]:
+        """Return it in words."""
+        beside = "" if self.ratio is None else f", {self.ratio:.2f}x of the float model's {self.float_ms:.3g} ms"
+        apart = "the same outputs as" if self.sqnr_of_host is None else f"{self.sqnr_of_host:.1f} dB from"
+        return [
+            f"{self.name}, {self.provider} of {self.runtime}",
+            f"{self.artifact_ms:.3g} ms, median of {self.rounds} runs{beside}",
+            f"{apart} the host's run of the same files",
+        ]
+
 
 def device_target(folder: Path) -> Target | None:
     """Return the target of an artifact that has a device of its own; None for any other folder."""

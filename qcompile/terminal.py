@@ -26,7 +26,6 @@ from qcompile.stages import Planned, Written
 
 if TYPE_CHECKING:
     from qcompile.backends.mcu.emulated_run import EmulatedRun
-    from qcompile.device_run import DeviceRun
 
 T = TypeVar("T")
 
@@ -65,6 +64,8 @@ def show_result(console: Console, result: CompileResult) -> None:
     for warning in warnings(report, measurements):
         console.print(f"[yellow]warning:[/] {_plain(warning)}", highlight=False)
     console.print(_gains(report, measurements))
+    if report["lengths"] is not None:
+        console.print(_lengths(report["lengths"]))
     console.print(_operators(report))
     if report["refusals"]:
         console.print(_refusals(report))
@@ -138,6 +139,18 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     return table
 
 
+def _lengths(lengths: Mapping[str, Any]) -> Table:
+    """Show each length with the samples that ran at it, and of these the least SQNR of an output."""
+    padding = lengths["padding"]
+    title = "lengths, and no others" if padding is None else f"lengths, shorter ones padded under '{padding['mask']}'"
+    table = _table(title, "length", "samples", "SQNR, dB")
+    for size in map(str, lengths["sizes"]):
+        told = lengths["fidelity"].get(size, {"samples": 0, "outputs": {}})
+        ratios = [one["sqnr"] for one in told["outputs"].values() if not one["exact"] and one["sqnr"] is not None]
+        table.add_row(size, str(told["samples"]), f"{min(ratios):.1f}" if ratios else "")
+    return table
+
+
 def _operators(report: Mapping[str, Any]) -> Table:
     """Group operators that share a fate."""
     groups: dict[tuple[str, str, str], int] = Counter()
@@ -182,17 +195,6 @@ def show_run(console: Console, seen: EmulatedRun) -> None:
     console.print(table)
     equal = f"{seen.samples} inputs: every output equals the integer program's"
     console.print(f"{equal}; {seen.instructions:,} instructions each, which are no time", highlight=False)
-
-
-def device_lines(seen: DeviceRun) -> list[str]:
-    """Return what to print of an artifact that ran on its device."""
-    beside = "" if seen.ratio is None else f", {seen.ratio:.2f}x of the float model's {seen.float_ms:.3g} ms"
-    apart = "the same outputs as" if seen.sqnr_of_host is None else f"{seen.sqnr_of_host:.1f} dB from"
-    return [
-        f"{seen.name}, {seen.provider} of {seen.runtime}",
-        f"{seen.artifact_ms:.3g} ms, median of {seen.rounds} runs{beside}",
-        f"{apart} the host's run of the same files",
-    ]
 
 
 def show_check(console: Console, found: Checked) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject, Unbounded
+from qcompile.backends.base import Lowered, Subject, Unbounded, require_one_length
 from qcompile.backends.ort.device import DeviceSession
 from qcompile.backends.ort.half_values import HALF, slots
 from qcompile.backends.ort.kernel_table import cuda_kernels, placements
@@ -66,6 +66,7 @@ class OrtBackend(Unbounded):
         UsageError
             Naming the option.
         """
+        require_one_length(target, f"means nothing for {target.name}, whose models take inputs of any length")
         for key in LIMITS:
             if target.settings.get(key) is not None:
                 fact = f"means nothing for {target.name}, whose runtime manages memory as it likes"

@@ -162,6 +162,7 @@ def test_a_run_adds_its_figures_to_the_measurements(
     assert alone.artifact_ms > 0 and alone.float_ms is None and alone.sqnr_of_host is None
     beside = device_run.run(artifact, artifact.parent / "model.onnx", str(artifact.parent / "data.npz"), 3, False)
     assert beside.float_ms is not None and beside.ratio == pytest.approx(beside.artifact_ms / beside.float_ms)
+    assert "0 dB" not in " ".join(alone.lines()) and "of the float model's" in beside.lines()[1]
     content = json.loads((artifact / "measurements.json").read_text())
     assert content["on_device"]["ratio"] == beside.ratio
     jsonschema.validate(content, json.loads((root / "docs/schemas/measurements.schema.json").read_text()))
