@@ -18,6 +18,7 @@ from qcompile.backends.ort.half_values import HALF, slots
 from qcompile.backends.ort.kernel_table import cuda_kernels, placements
 from qcompile.backends.ort.legalize import RULES_OF, legalize
 from qcompile.backends.ort.probe import executed, measure
+from qcompile.backends.ort.round_halves import rounded
 from qcompile.backends.ort.tensorrt_rules import MUST, SHOULD, WEIGHTED, violations
 from qcompile.core import model as models
 from qcompile.core import runtime
@@ -126,11 +127,13 @@ class OrtBackend(Unbounded):
     ) -> Callable[[runtime.Feeds], runtime.Outputs]:
         """Load the artifact as a user would, with all of the runtime's optimizations.
 
-        One for a GPU is run by the CPU provider, which leaves its Q/DQ as they are defined.
+        One for a GPU is run by the CPU provider: its Q/DQ as they are defined, its float16 rounded after each operator.
         """
         path = folder / files[0]
-        meant_for = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
-        return runtime.Session(path, threads=threads, integer_kernels=PROVIDER not in meant_for).run
+        notes = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+        provider = notes.get(PROVIDER, CPU)
+        content = rounded(ir.load(path)) if provider == "cuda" else path
+        return runtime.Session(content, threads=threads, integer_kernels=provider == CPU).run
 
 
 def _written(folder: Path) -> tuple[str, ...]:
