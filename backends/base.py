@@ -90,6 +90,17 @@ class Subject:
     samples: Sequence[Feeds]
 
 
+class OnDevice(Protocol):
+    """A model that was loaded where the target is."""
+
+    provider: str
+    device: str
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one sample."""
+        ...
+
+
 class Backend(Protocol):
     """Turns a QDQ model into what a target runs."""
 
@@ -150,6 +161,17 @@ class Backend(Protocol):
         """
         ...
 
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], OnDevice]:
+        """Return what loads a model file on the device of a target that has one.
+
+        Parameters
+        ----------
+        target : Target
+        fallback : bool
+            Whether what the device has no kernel for may run on the host; otherwise it is an error.
+        """
+        ...
+
     def halvable(self, node: ir.Node, target: Target) -> bool:
         """Tell whether the target computes a standard operator in float16, where its values fit that."""
         ...
@@ -197,6 +219,16 @@ def require_no_segments(target: Target) -> None:
 
 class Unbounded:
     """What a backend says whose targets have all the memory that an artifact may want."""
+
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], OnDevice]:
+        """Refuse: nothing here runs on a device of its own.
+
+        Raises
+        ------
+        TargetError
+        """
+        del fallback
+        raise TargetError(target.name, "has no device that runs files", "see docs/comparing.md")
 
     def halvable(self, node: ir.Node, target: Target) -> bool:
         """Tell that whatever has a type for it has a kernel for it."""

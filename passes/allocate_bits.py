@@ -65,7 +65,9 @@ def allocate_bits(
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         dtype = HALVES[target.activation_dtype] if name in narrow else target.activation_dtype
-        low, high = narrow.get(name, Clip(observers[name])).bounds(statistics.histograms[name], dtype)
+        histogram = statistics.histograms[name]
+        seen = histogram.mirrored() if target.symmetric else histogram
+        low, high = narrow.get(name, Clip(observers[name])).bounds(seen, dtype)
         if name in scores:
             high = max(high, min(-low, high + HEADROOM))
         around = name in placement.symmetric and numerics.code_range(dtype)[0] < 0
