@@ -188,8 +188,12 @@ def network_of(program: Program) -> Network:
 
 def prelude() -> str:
     """Return what all kernels build on."""
-    folder = files("qcompile.backends.cuda") / "kernels"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+    return "\n".join(template(name) for name in SOURCES)
+
+
+def template(name: str) -> str:
+    """Return a file of backends/cuda/kernels."""
+    return (files("qcompile.backends.cuda") / "kernels" / name).read_text(encoding="utf-8")
 
 
 def operation_stem(made: MapKernel) -> str:

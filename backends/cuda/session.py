@@ -155,7 +155,7 @@ class InferenceSession:
                        True: [self._memory.host((batch * port.size,), "float32") for port in self.inputs]}  # fmt: skip
         self._made = {False: [self._memory.host((batch * port.size,), "int8") for port in self.outputs],
                       True: [self._memory.host((batch * port.size,), "float32") for port in self.outputs]}  # fmt: skip
-        self._graphs = dict[bool, Any]()
+        self._graphs = dict[tuple[bool, bool], Any]()
 
     def _load(self, folder: Path) -> None:
         content = (folder / self.about["kernels"]).read_bytes()
@@ -229,33 +229,36 @@ class InferenceSession:
         self.driver.call("cuStreamSynchronize", self._stream)
         return self._made[floats]
 
-    def graph(self, floats: bool) -> Any:
+    def graph(self, floats: bool, copied: bool = True) -> Any:
         """Return a run as the driver has it, captured when it is first asked for.
 
         Parameters
         ----------
         floats : bool
             Whether it takes and gives the model's floats, or codes.
+        copied : bool
+            Whether inputs go to the device and outputs come back, or both stay there.
         """
-        if floats not in self._graphs:
+        if (floats, copied) not in self._graphs:
             self.driver.enter()
             self.driver.call("cuStreamBeginCapture_v2", self._stream, _driver().THREAD_LOCAL)
-            self._copy(self.inputs, "input", floats)
+            self._copy(self.inputs if copied else (), "input", floats)
             self._launch("taking" if floats else "")
             self._launch("launches")
             self._launch("giving" if floats else "")
-            self._copy(self.outputs, "output", floats)
+            self._copy(self.outputs if copied else (), "output", floats)
             graph = ctypes.c_void_p()
             self.driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-            self._graphs[floats] = self._memory.keep(
+            self._graphs[floats, copied] = self._memory.keep(
                 "cuGraphExecDestroy", self.driver.made("cuGraphInstantiateWithFlags", graph, 0)
             )
             self.driver.call("cuGraphDestroy", graph)
-        return self._graphs[floats]
+        return self._graphs[floats, copied]
 
     def _copy(self, ports: Sequence[Port], key: str, floats: bool) -> None:
         pinned = (self._given if key == "input" else self._made)[floats]
-        for index, (port, array) in enumerate(zip(ports, pinned, strict=True)):
+        for index, port in enumerate(ports):
+            array = pinned[index]
             address = self._places[f"{key} {index}"] if floats else self._places["arena"] + self.batch * port.at
             if key == "input":
                 self.driver.call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self._stream)
@@ -275,19 +278,30 @@ class InferenceSession:
         # A tensor's samples lie behind one another, so that everything is so many times as far from the start.
         return int(self._places[place]) + (self.batch * at if place == "arena" else at)
 
-    def time(self, runs: int, floats: bool = True) -> list[float]:
-        """Return milliseconds of so many runs on the device, by its own clock."""
-        driver, graph = self.driver, self.graph(floats)
+    def time(self, rounds: int, each: int = 1, floats: bool = True, copied: bool = True) -> list[float]:
+        """Return milliseconds of a run by the device's own clock, once for each round.
+
+        Parameters
+        ----------
+        rounds : int
+        each : int
+            Runs of a round, one right behind the other.
+        floats, copied : bool
+            See `graph`.
+        """
+        driver, graph = self.driver, self.graph(floats, copied)
+        driver.enter()
         events = [driver.made("cuEventCreate", 0) for _ in range(2)]
         found = []
-        for _ in range(runs):
+        for _ in range(rounds):
             driver.call("cuEventRecord", events[0], self._stream)
-            driver.call("cuGraphLaunch", graph, self._stream)
+            for _ in range(each):
+                driver.call("cuGraphLaunch", graph, self._stream)
             driver.call("cuEventRecord", events[1], self._stream)
             driver.call("cuEventSynchronize", events[1])
             taken = ctypes.c_float()
             driver.call("cuEventElapsedTime", ctypes.byref(taken), *events)
-            found.append(taken.value)
+            found.append(taken.value / each)
         for event in events:
             driver.call("cuEventDestroy_v2", event)
         return found

@@ -56,6 +56,13 @@ def test_floats_have_a_graph_of_their_own(load, log):
     assert kinds == ["cuStreamBeginCapture", "cuMemcpyHtoDAsync", *launches, "cuMemcpyDtoHAsync", "cuStreamEndCapture",
                      "cuGraphLaunch"]  # fmt: skip
     assert session.time(3) == [1.0] * 3
+    log.write_text("")
+    assert session.time(2, each=4, floats=False, copied=False) == [0.25] * 2
+    calls = log.read_text().splitlines()
+    assert calls[:3] == ["cuStreamBeginCapture", calls[1], "cuStreamEndCapture"] and calls[1].startswith(
+        "cuLaunchKernel"
+    )
+    assert calls[3:] == ["cuGraphLaunch"] * 8
 
 
 def test_the_models_own_codes_are_taken_too(load):
