@@ -17,7 +17,7 @@ from qcompile.backends.base import Lowered, Subject, Unbounded
 from qcompile.backends.cuda import compiler
 from qcompile.backends.cuda.driver import has_device
 from qcompile.backends.cuda.linear import linear_kernel
-from qcompile.backends.cuda.network import Network, network_of
+from qcompile.backends.cuda.network import MANY, Network, network_of
 from qcompile.backends.cuda.session import DESCRIPTION, InferenceSession
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 from qcompile.backends.integer.lower import lower
@@ -152,6 +152,7 @@ def describe(network: Network, name: str) -> dict[str, Any]:
         "architectures": list(compiler.ARCHITECTURES),
         "compiler": f"NVRTC {compiler.version()}",
         "arena_bytes": network.arena_bytes,
+        "many": MANY,
         "inputs": [_port(network, port) for port in program.inputs],
         "outputs": [_port(network, port) for port in program.outputs],
         "taking": [launch.as_json() for launch in network.taking],

@@ -85,7 +85,7 @@ def exact(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return what the kernel approximates, and by how much it may be off.
 
-    Terms are exact; each is added a few times in float32, whose unit roundoff is 2^-24, and the sum is rounded to a half.
+    Terms are exact; each is added a few times in float32 (unit roundoff 2^-24), and the sum is rounded to a half.
 
     Parameters
     ----------

@@ -165,7 +165,9 @@ class InferenceSession:
             made = ", ".join(f"sm_{architecture}" for architecture in self.about["architectures"])
             here = f"{self.driver.name} ({self.driver.capability})"
             raise OSError(f"{folder}: the kernels are for {made}, and this is {here} ({error})") from error
-        known = {launch["kernel"] for part in ("taking", "launches", "giving") for launch in self.about[part]}
+        launches = [launch for part in ("taking", "launches", "giving") for launch in self.about[part]]
+        known = {launch["kernel"] for launch in launches}
+        known |= {launch["many"]["kernel"] for launch in launches if "many" in launch}
         self._functions = {name: self.driver.function(module, name) for name in sorted(known)}
         constants = (folder / self.about["constants"]).read_bytes()
         places = {"arena": self._memory.device(self.batch * self.about["arena_bytes"]),
@@ -247,12 +249,8 @@ class InferenceSession:
             self._launch("launches")
             self._launch("giving" if floats else "")
             self._copy(self.outputs if copied else (), "output", floats)
-            graph = ctypes.c_void_p()
-            self.driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-            self._graphs[floats, copied] = self._memory.keep(
-                "cuGraphExecDestroy", self.driver.made("cuGraphInstantiateWithFlags", graph, 0)
-            )
-            self.driver.call("cuGraphDestroy", graph)
+            ready = self._memory.keep("cuGraphExecDestroy", self.driver.captured(self._stream))
+            self._graphs[floats, copied] = ready
         return self._graphs[floats, copied]
 
     def _copy(self, ports: Sequence[Port], key: str, floats: bool) -> None:
@@ -266,7 +264,8 @@ class InferenceSession:
                 self.driver.call("cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, self._stream)
 
     def _launch(self, part: str) -> None:
-        for launch in self.about[part] if part else ():
+        for few in self.about[part] if part else ():
+            launch = few["many"] if self.batch >= self.about["many"] and "many" in few else few
             addresses = [self._address(*argument) for argument in launch["arguments"]]
             grid = (*launch["grid"], self.batch)
             function = self._functions[launch["kernel"]]
@@ -289,22 +288,9 @@ class InferenceSession:
         floats, copied : bool
             See `graph`.
         """
-        driver, graph = self.driver, self.graph(floats, copied)
-        driver.enter()
-        events = [driver.made("cuEventCreate", 0) for _ in range(2)]
-        found = []
-        for _ in range(rounds):
-            driver.call("cuEventRecord", events[0], self._stream)
-            for _ in range(each):
-                driver.call("cuGraphLaunch", graph, self._stream)
-            driver.call("cuEventRecord", events[1], self._stream)
-            driver.call("cuEventSynchronize", events[1])
-            taken = ctypes.c_float()
-            driver.call("cuEventElapsedTime", ctypes.byref(taken), *events)
-            found.append(taken.value / each)
-        for event in events:
-            driver.call("cuEventDestroy_v2", event)
-        return found
+        graph = self.graph(floats, copied)
+        self.driver.enter()
+        return [self.driver.timed(graph, self._stream, each) for _ in range(rounds)]
 
     def _shape(self, port: Port) -> tuple[int, ...]:
         return (self.batch * port.shape[0], *port.shape[1:]) if port.shape else ()

@@ -14,7 +14,7 @@ from qcompile.backends.cuda.network import SOURCES, Network, template
 HERE = Path(__file__).parent
 #: In place of what only a device understands.
 REPLACED = "instructions.cuh"
-_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\)')
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^)]*)\)')
 
 
 def compiler() -> list[str]:
