@@ -12,13 +12,29 @@ import onnx_ir as ir
 
 from qcompile.core.contract import Refusal, Track
 from qcompile.core.costs import CostTable
-from qcompile.core.errors import TargetError
+from qcompile.core.errors import TargetError, UsageError
 from qcompile.core.execution import Kernel
 from qcompile.core.plan import QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import Target
 
 GROUP = "qcompile.backends"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where one node runs.
+
+    Parameters
+    ----------
+    node, op_type : str
+    host : str
+        Why the host's processor runs it instead of the device; empty for the device.
+    """
+
+    node: str
+    op_type: str
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,8 @@ class Lowered:
         What the device stores, where that is not the files; without it the first file is an ONNX model.
     measured : mapping of str to object, optional
         What this machine's tools say of the artifact, JSON-ready.
+    placement : tuple of Placed, optional
+        Where each node runs, of what a device and its host run together; those first that the host is left with.
     """
 
     files: tuple[str, ...]
@@ -44,6 +62,7 @@ class Lowered:
     refusals: tuple[Refusal, ...]
     bytes_by_cause: Mapping[str, int] | None = None
     measured: Mapping[str, Any] | None = None
+    placement: tuple[Placed, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,10 @@ class Backend(Protocol):
         """
         ...
 
+    def halvable(self, node: ir.Node, target: Target) -> bool:
+        """Tell whether the target computes a standard operator in float16, where its values fit that."""
+        ...
+
     def room(self, settings: Mapping[str, Any]) -> int | None:
         """Return the bytes that the device's memory leaves for constants, by its settings; None where nobody says."""
         ...
@@ -142,8 +165,25 @@ class Backend(Protocol):
         ...
 
 
+def require_one_length(target: Target, fact: str) -> None:
+    """Refuse several lengths of an axis.
+
+    Raises
+    ------
+    UsageError
+        With `fact` of the target, if there are any.
+    """
+    if target.settings.get("lengths") is not None:
+        raise UsageError(f"--shape with the lengths {target.settings['lengths']}", fact, "name one, or leave it open")
+
+
 class Unbounded:
     """What a backend says whose targets have all the memory that an artifact may want."""
+
+    def halvable(self, node: ir.Node, target: Target) -> bool:
+        """Tell that whatever has a type for it has a kernel for it."""
+        del node, target
+        return True
 
     def room(self, settings: Mapping[str, Any]) -> int | None:
         """Return nothing: files have no flash to fit."""

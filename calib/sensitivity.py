@@ -202,7 +202,8 @@ class _Search:
         found = []
         for measured, held_out in ((even := range(0, count, 2), odd := range(1, count, 2)), (odd, even)):
             chosen = _evenly(measured, min(MEASURED, TOGETHER / self.trials.work / 2))
-            seen = collect(model, list(self.candidates), self.fitted(_subset(self.data, chosen)), self.track)
+            part, threads = self.fitted(_subset(self.data, chosen)), self.workers.threads
+            seen = collect(model, list(self.candidates), part, self.track, threads)
             ranges = {name: quantizations(histogram, self.among, self.trials.dtype, name in self.trials.dynamic)
                       for name, histogram in seen.histograms.items()}  # fmt: skip
             found.append(_Half(measured, held_out, ranges))

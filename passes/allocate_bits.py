@@ -68,7 +68,7 @@ def allocate_bits(
         low, high = narrow.get(name, Clip(observers[name])).bounds(statistics.histograms[name], dtype)
         if name in scores:
             high = max(high, min(-low, high + HEADROOM))
-        if name in placement.symmetric:
+        if name in placement.symmetric or target.symmetric:
             high = max(abs(low), abs(high))
             scale, zero_point = numerics.symmetric_scale([high], dtype), np.zeros(1, np.int64)
         else:

@@ -106,20 +106,23 @@ def explain_command(output: Path, layers: tuple[str, ...], as_json: bool, debug:
 @FLOAT_MODEL
 @INPUTS
 @SAMPLES
+@click.option("--forms", is_flag=True, help="Add the forms of the model that --costs-out of a comparison measures.")
 @click.option("--output", "-o", "file", type=click.Path(path_type=Path), required=True, help="File, NAME.qbundle.")
 @DEBUG
 def bundle_command(
-    outputs: tuple[Path, ...], model: Path | None, data: str | None, samples: int, file: Path, debug: bool
+    outputs: tuple[Path, ...], model: Path | None, data: str | None, samples: int, forms: bool, file: Path, debug: bool
 ) -> None:
     """Pack artifacts OUT... of one model, with inputs and what runs them, into one file for a device."""
-    from qcompile import bundle
+    from qcompile import bundle, device_costs
 
     if model is None or data is None:
         raise click.UsageError("a bundle needs --model and --data", click.get_current_context())
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
-        _, failed = bundle.fill(Path(folder), outputs, model, data, samples)
+        content, failed = bundle.fill(Path(folder), outputs, model, data, samples)
         if failed:
             raise UsageError(failed[0].output, *failed[0].reason.split("; ", 1))
+        if forms:
+            device_costs.pack(Path(folder), content, model, data)
         bundle.write(file, Path(folder))
 
 
@@ -137,22 +140,26 @@ def bundle_command(
 @click.option(
     "--timeout", type=click.FloatRange(min=1.0), default=600.0, show_default=True, help="Seconds for a device."
 )
+@click.option("--costs-out", type=click.Path(path_type=Path), help="File for the device's cost table, for --costs.")
 @click.option("--history", type=click.Path(path_type=Path), help="File to append what was seen to, a line of JSON.")
 @JSON
 @DEBUG
 def compare_command(
     outputs: tuple[Path, ...], model: Path | None, data: str | None, samples: int, on: str, python: str, threads: int,
-    rank: str, timeout: float, history: Path | None, as_json: bool, debug: bool,
+    rank: str, timeout: float, costs_out: Path | None, history: Path | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Run artifacts OUT... of one model, or one bundle of them, side by side: fidelity, size, latency, memory.
 
     What cannot run is named in its row, and the exit code is 7.
     """
-    from qcompile import bundle, terminal
+    from qcompile import artifact, bundle, device_costs, terminal
     from qcompile.comparison import append, compare
+    from qcompile.core.costs import CostTable
     from qcompile.devices import parse_device
 
-    device = parse_device(on, python)
+    device, priced = parse_device(on, python), costs_out is not None
+    if costs_out is not None:
+        artifact.check_own(costs_out, CostTable.from_json)
     with contextlib.ExitStack() as stack:
         if [output.suffix for output in outputs] == [bundle.SUFFIX]:
             folder, content = stack.enter_context(bundle.opened(outputs[0]))
@@ -162,13 +169,18 @@ def compare_command(
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-")))
             content, failed = bundle.fill(folder, outputs, model, data, samples)
-        compared = compare(folder, content, failed, device, threads, rank, timeout)
-    if history is not None:
-        append(history, compared)
-    if as_json:
-        click.echo(json.dumps(compared.as_json(), indent=1))
-    else:
-        terminal.show_comparison(Console(), compared)
+            if priced:
+                device_costs.pack(folder, content, model, data)
+        compared = compare(folder, content, failed, device, threads, rank, timeout, priced)
+        if history is not None:
+            append(history, compared)
+        if as_json:
+            click.echo(json.dumps(compared.as_json(), indent=1))
+        else:
+            terminal.show_comparison(Console(), compared)
+        if costs_out is not None:
+            table = device_costs.measured(folder, content, compared.told)
+            artifact.write_file(costs_out, table.to_json().encode())
     compared.require()
 
 

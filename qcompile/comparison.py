@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -97,12 +97,15 @@ class Compared:
     samples : int
     threads : int
     device : str
+    told : mapping of int to mapping
+        What the device told, by artifact of the bundle.
     """
 
     rows: tuple[Row, ...]
     samples: int
     threads: int
     device: str
+    told: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return it JSON-ready: null is an SQNR that is infinite."""
@@ -129,7 +132,7 @@ def _finite(ratios: Mapping[str, float] | None) -> dict[str, float | None] | Non
 
 def compare(
     folder: Path, content: Mapping[str, Any], failed: Iterable[Failed], device: Device, threads: int, rank: str,
-    timeout: float,
+    timeout: float, profile: bool = False,
 ) -> Compared:  # fmt: skip
     """Run a bundle on a device and hold its artifacts against the float model and one another.
 
@@ -148,13 +151,15 @@ def compare(
     rank : {"latency", "fidelity", "size"}
     timeout : float
         Seconds after which the device counts as lost.
+    profile : bool
+        Have it time the kernels of ONNX models too.
     """
     rows = [Row(one["name"], one["target"], one["bytes"]) for one in content["artifacts"]]
     here = [index for index, one in enumerate(content["artifacts"]) if _is_emulated(one, device)]
     misplaced = {index: why for index, one in enumerate(content["artifacts"]) if (why := _misplaced(one, device))}
     there = [index for index in range(len(rows)) if index not in here and index not in misplaced]
     told, lost = dict[int, dict[str, Any]](), ""
-    words = ("--threads", str(threads), "--only", ",".join(map(str, there)))
+    words = ("--threads", str(threads), "--only", ",".join(map(str, there)), *(["--profile"] if profile else []))
     try:
         for line in device.lines(folder, words, timeout):
             told[line["artifact"]] = line
@@ -166,9 +171,10 @@ def compare(
         rows[index] = replace(rows[index], failure=why, failed=True)
     for index in here:
         rows[index] = _emulated(rows[index], folder, content["artifacts"][index], content["labels"])
+    rows = [row for row, one in zip(rows, content["artifacts"], strict=True) if "form" not in one]
     rows += [Row(str(one.output), "", failure=one.reason, failed=True) for one in failed]
     ranked = sorted(rows, key=_KEYS[rank])
-    return Compared(tuple(ranked), len(content["labels"]), threads, device.name)
+    return Compared(tuple(ranked), len(content["labels"]), threads, device.name, told)
 
 
 def _seen(row: Row, told: Mapping[str, Any], lost: str) -> Row:

@@ -214,7 +214,6 @@ def told(planned: Planned, widths: Widths, calibration: Calibration, options: Op
     """Return the plan with weights in the bits that were chosen, and with what it was decided by."""
     return replace(
         planned(widths.bits),
-        options=options.as_recipe(),
         guessed=calibration.guessed,
         smoothing=calibration.smoothing,
         rotation=calibration.rotation,
@@ -234,7 +233,8 @@ def _planned(
     placement = choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)
     calibration.require(placement.activations)
     observers = calibration.choice.observers
-    return allocate_bits(canonical, placement, calibration.statistics, target, observers, bits, narrow)
+    plan = allocate_bits(canonical, placement, calibration.statistics, target, observers, bits, narrow)
+    return replace(plan, options=options.as_recipe())
 
 
 def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = MappingProxyType({})) -> Pricer | None:
@@ -260,7 +260,7 @@ def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mappi
         placement = choose_operators(canonical, job.target, job.options, True, wishes)
         names = placement.activations
         return placement, pipeline.measure(
-            stage + turn, STATISTICS, lambda: collect(canonical, names, fitted(data), track)
+            stage + turn, STATISTICS, lambda: collect(canonical, names, fitted(data), track, workers.threads)
         )
 
     placement, statistics = seen(spared, "statistics")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from qcompile import cache, timing
-from qcompile.backends.base import Lowered
+from qcompile.backends.base import Lowered, Placed
 from qcompile.core import model as models
+from qcompile.core.lengths import Lengths
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role
+from qcompile.core.target import Target
 from qcompile.evidence import Evidence
 from qcompile.job import Job
 from qcompile.options import EXPECTED_SQNR
@@ -31,8 +33,9 @@ WEIGHTS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UI
 
 
 def build(
-    job: Job, evidence: Evidence, canonical: ir.Model, plan: QuantPlan, lowered: Lowered, proof: Proof, folder: Path
-) -> dict[str, Any]:
+    job: Job, evidence: Evidence, canonical: ir.Model, plan: QuantPlan, lowered: Lowered, proof: Proof, folder: Path,
+    lengths: Lengths | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Put the report together. It holds nothing of the machine and the moment, so that equal inputs give equal bytes.
 
     Parameters
@@ -43,6 +46,8 @@ def build(
         What the plan names.
     folder : Path
         Where the backend wrote its files, for their size.
+    lengths : Lengths, optional
+        Those that inputs may have, where there are several.
     """
     model, target, options, steps = job.model, job.target, job.options, job.pipeline.steps
     content: dict[str, Any] = {
@@ -61,6 +66,7 @@ def build(
         "files": list(lowered.files),
         "size": _size(model, lowered, folder),
         "fidelity": _fidelity(proof.fidelity),
+        "lengths": _lengths(lengths, proof),
         "kernel_rounding": _outputs(proof.rounding),
         "precision": {precision.value: plan.count(precision) for precision in Precision},
         "activation_ranges": _ranges(plan),
@@ -77,8 +83,30 @@ def build(
             for refusal in refusals
         ],
     }  # fmt: skip
+    if lowered.placement is not None:
+        content["placement"] = _placement(lowered.placement, target)
     content["warnings"] = [*(note for step in steps for note in step.notes), *_warnings(content, lowered)]
     return content
+
+
+def _lengths(lengths: Lengths | None, proof: Proof) -> dict[str, Any] | None:
+    if lengths is None:
+        return None
+    padding = lengths.padding
+    return {
+        "sizes": list(lengths.sizes),
+        "padding": padding and {
+            "mask": padding.mask, "outputs": {name: list(axes) for name, axes in padding.outputs.items()}
+        },
+        "fidelity": {str(size): _fidelity(proof.by_length[size]) for size in sorted(proof.by_length)},
+    }  # fmt: skip
+
+
+def _placement(placed: Sequence[Placed], target: Target) -> dict[str, Any]:
+    """Return what runs where, what the host is left with by name and reason."""
+    host = [{"node": one.node, "op_type": one.op_type, "reason": one.host} for one in placed if one.host]
+    counts = Counter(one.op_type for one in placed if not one.host)
+    return {"device": target.device, "on_device": dict(sorted(counts.items())), "on_host": host}
 
 
 def _ranges(plan: QuantPlan) -> dict[str, int]:

@@ -1,10 +1,11 @@
 """Run a bundle's artifacts where it lies, side by side; needs Python and NumPy, and onnxruntime for ONNX models.
 
-    python3 runner.py [--threads N] [--seconds S] [--only 0,2]
+    python3 runner.py [--threads N] [--seconds S] [--only 0,2] [--profile]
 
 Each artifact has a process of its own, so that one that is killed takes no other along. They run in turns, the same
 input in each round, so that what else the device does falls on all alike. A line of JSON is printed for each once it is
-loaded, and another at the end. When standard input ends, whoever asked for this is gone: everything stops.
+loaded, and another at the end; with --profile it says of ONNX models what each kernel took. When standard input ends,
+whoever asked for this is gone: everything stops.
 
 This file is a part of every bundle and knows nothing of qcompile; Python 3.8 is enough.
 """
@@ -12,14 +13,18 @@ This file is a part of every bundle and knows nothing of qcompile; Python 3.8 is
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 #: Rounds at least and at most.
 FEWEST, MOST = 5, 200
+#: Runs of each sample whose kernels are timed, and samples of other shapes than those before them.
+PROFILED, SHAPES = 30, 8
 Feeds = Mapping[str, Any]
 
 
@@ -43,15 +50,26 @@ def load(artifact: Mapping[str, Any], threads: int) -> Callable[[Feeds], dict[st
         spec.loader.exec_module(module)
         session = module.InferenceSession(folder, threads)
     else:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        path, providers = str(folder / artifact["entry"]), ["CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        session = onnx_session(artifact, threads)
     names = [port.name for port in session.get_outputs()]
     return lambda feeds: dict(zip(names, session.run(None, dict(feeds))))
+
+
+def onnx_session(artifact: Mapping[str, Any], threads: int, scratch: str = "") -> Any:
+    """Return a session of an ONNX model, which times its kernels into a folder where there is one."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if scratch:
+        options.enable_profiling, options.profile_file_prefix = True, f"{scratch}/profile"
+        options.optimized_model_filepath = f"{scratch}/graph.onnx"
+        beside = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{beside}_file_name", "weights")
+        options.add_session_config_entry(f"{beside}_min_size_in_bytes", "1024")
+    path, providers = str(HERE / artifact["folder"] / artifact["entry"]), ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(path, options, providers=providers)
 
 
 def samples_of(file: Path) -> list[dict[str, Any]]:
@@ -84,6 +102,51 @@ def fidelity(run: Callable[[Feeds], dict[str, Any]], bundle: Path, labels: Seque
     return {"outputs": sums, "accuracy": right / labelled if labelled else None}
 
 
+def inputs_of(artifact: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read an artifact's inputs: its own, where it has any."""
+    own = HERE / artifact["folder"] / "inputs.npz"
+    return samples_of(own if own.exists() else HERE / "inputs.npz")
+
+
+def alike(samples: Sequence[Feeds]) -> list[int]:
+    """Return for each sample which one is the first of its shapes."""
+    shapes = [sorted((name, array.shape) for name, array in feeds.items()) for feeds in samples]
+    return [shapes.index(one) for one in shapes]
+
+
+def profile(artifact: Mapping[str, Any], threads: int) -> None:
+    """Print what each kernel of an ONNX model took, the graph that the runtime made of it, and on what that was."""
+    import onnxruntime
+
+    inputs = inputs_of(artifact)
+    chosen = sorted(set(alike(inputs)))[:SHAPES]
+    with tempfile.TemporaryDirectory(dir=HERE) as scratch:
+        session = onnx_session(artifact, threads, scratch)
+        for _ in range(PROFILED):
+            for index in chosen:
+                session.run(None, dict(inputs[index]))
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        graph = (Path(scratch) / "graph.onnx").read_bytes()
+    keys = ("op_name", "node_index", "input_type_shape", "output_type_shape")
+    kept = [
+        {"name": event["name"], "dur": event["dur"], "args": {key: event["args"][key] for key in keys}}
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
+    packed = zlib.compress(json.dumps({"events": kept, "graph": base64.b64encode(graph).decode()}).encode())
+    about = {"runtime": f"onnxruntime {onnxruntime.__version__}", "processor": processor(), "samples": chosen}
+    print(json.dumps({"profile": {**about, "content": base64.b64encode(packed).decode()}}), flush=True)
+
+
+def processor() -> str:
+    """Return the processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
 def memory(kind: str) -> int | None:
     """Return the bytes that this process has, now (VmRSS) or at the peak since then (VmHWM), where the system tells."""
     process = Path("/proc/self")
@@ -98,7 +161,7 @@ def memory(kind: str) -> int | None:
 
 def child(artifact: Mapping[str, Any], labels: Sequence[int | None], threads: int) -> None:
     """Load an artifact, then do what standard input says: a number is a sample to be timed."""
-    inputs = samples_of(HERE / "inputs.npz")
+    inputs = inputs_of(artifact)
     if artifact["kind"] != "library":
         import onnxruntime  # noqa: F401  what the library itself takes is no artifact's
     before, began = memory("VmRSS"), time.perf_counter()
@@ -106,9 +169,10 @@ def child(artifact: Mapping[str, Any], labels: Sequence[int | None], threads: in
     run(inputs[0])
     took, peak = 1e3 * (time.perf_counter() - began), memory("VmHWM")
     added = None if before is None or peak is None else peak - before
-    print(json.dumps({"load_ms": took, "peak_bytes": added, **fidelity(run, HERE, labels)}), flush=True)
+    seen = {} if "form" in artifact else fidelity(run, HERE, labels)
+    print(json.dumps({"load_ms": took, "peak_bytes": added, **seen}), flush=True)
     for line in sys.stdin:
-        feeds = inputs[int(line)]
+        feeds = inputs[int(line) % len(inputs)]
         run(feeds)  # the caches are those of a network that runs again and again, not of its neighbours
         began = time.perf_counter()
         run(feeds)
@@ -116,10 +180,10 @@ def child(artifact: Mapping[str, Any], labels: Sequence[int | None], threads: in
 
 
 class Child:
-    """An artifact in a process of its own."""
+    """An artifact in a process of its own, there to be timed or to tell what its kernels take."""
 
-    def __init__(self, index: int, threads: int) -> None:
-        words = [sys.executable, __file__, "--child", str(index), "--threads", str(threads)]
+    def __init__(self, index: int, threads: int, *more: str) -> None:
+        words = [sys.executable, __file__, "--child", str(index), "--threads", str(threads), *more]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         self.times: list[float] = []
@@ -161,6 +225,17 @@ def watch(children: Sequence[Child]) -> None:
     os._exit(1)
 
 
+def take_turns(children: Sequence[Child], samples: int, seconds: float) -> None:
+    """Time artifacts in turns, round by round, for so many seconds each."""
+    began, count = time.perf_counter(), len(children)
+    for round_ in range(MOST):
+        if round_ >= FEWEST and time.perf_counter() - began > seconds * count:
+            break
+        turn = [one for one in children if not one.failure]
+        for one in turn[round_ % max(1, len(turn)) :] + turn[: round_ % max(1, len(turn))]:
+            one.time(round_ % samples)
+
+
 def main() -> None:
     """Run all of them."""
     parser = argparse.ArgumentParser()
@@ -168,10 +243,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--only", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--profile", action="store_true")
     words = parser.parse_args()
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
     if words.child is not None:
+        if words.profile:
+            profile(bundle["artifacts"][words.child], words.threads)
+            return
         child(bundle["artifacts"][words.child], bundle["labels"], words.threads)
         return
     children: dict[int, Child] = {}
@@ -182,14 +261,11 @@ def main() -> None:
             children[index] = Child(index, words.threads)
             alive.append(children[index])
             tell(index, children[index])
-    began = time.perf_counter()
-    for round_ in range(MOST):
-        if round_ >= FEWEST and time.perf_counter() - began > words.seconds * len(children):
-            break
-        turn = [one for one in alive if not one.failure]
-        for one in turn[round_ % max(1, len(turn)) :] + turn[: round_ % max(1, len(turn))]:
-            one.time(round_ % len(bundle["labels"]))
+    take_turns(alive, len(bundle["labels"]), words.seconds)
     for index, one in children.items():
+        if words.profile and not one.failure and bundle["artifacts"][index]["kind"] == "onnx":
+            alive.append(Child(index, words.threads, "--profile"))
+            one.seen.update(alive[-1].seen or {"unprofiled": alive[-1].failure})
         tell(index, one)
     for one in alive:
         one.process.kill()

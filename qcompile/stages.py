@@ -21,7 +21,7 @@ from qcompile.core.errors import UsageError
 from qcompile.core.plan import QuantPlan
 from qcompile.driver import CompileResult
 from qcompile.equivalence import Equivalences
-from qcompile.job import Job, Source, chosen_target, take
+from qcompile.job import Job, Source, chosen_target, fitting, one_blas_thread, take
 from qcompile.options import COSTS_KEY, Options
 from qcompile.passes.check_plan import check_plan, check_rotations
 from qcompile.pipeline import untracked
@@ -55,6 +55,7 @@ class Written:
         }
 
 
+@one_blas_thread
 def calibrate(source: Source, options: Options, output: Path, track: Track[Any] = untracked) -> Written:
     """Measure what a plan needs to know of a model, and write it to a file.
 
@@ -114,6 +115,7 @@ def plan(source: Source, options: Options, measured: Path, output: Path, front: 
         artifact.check_replaceable(front)
     calibration = Calibration.read(measured)
     target, backend = chosen_target(options)
+    options = fitting(options, target)
     model = take(source).model
     calibration.require_model(models.content_hash(model), measured)
     canonical = driver.canonical_form(target, options, calibration.calibrated)(model).model
@@ -144,6 +146,7 @@ def _origin(model: ir.Model, calibration: Calibration, options: Options) -> dict
     }
 
 
+@one_blas_thread
 def apply(source: Source, options: Options, planned: Path, track: Track[Any] = untracked) -> CompileResult:
     """Apply a plan, which may have been edited: quantize, correct biases, lower, verify, write the artifact.
 
@@ -168,7 +171,7 @@ def apply(source: Source, options: Options, planned: Path, track: Track[Any] = u
     canonical = driver.canonicalize(job)
     check_rotations(canonical, decided.rotation, planned)
     canonical = equivalence.apply(job, canonical, Equivalences(decided.rotation, decided.smoothing))
-    decided = check_plan(canonical, replace(decided, options=options.as_recipe()), job.target, planned)
+    decided = check_plan(canonical, replace(decided, options=job.options.as_recipe()), job.target, planned)
     quantized = driver.quantize(job, canonical, decided)
     return driver.deliver(job, canonical, quantized, decided, output, Statistics())
 

@@ -64,12 +64,28 @@ def show_result(console: Console, result: CompileResult) -> None:
     for warning in warnings(report, measurements):
         console.print(f"[yellow]warning:[/] {_plain(warning)}", highlight=False)
     console.print(_gains(report, measurements))
+    if report["lengths"] is not None:
+        console.print(_lengths(report["lengths"]))
     console.print(_operators(report))
     if report["refusals"]:
         console.print(_refusals(report))
     if result.front is not None:
         console.print(_front(result.front))
     console.print(f"wrote {_plain(str(result.output))}/", highlight=False, soft_wrap=True)
+
+
+def _add_device(table: Table, placement: Mapping[str, Any] | None, measurements: Mapping[str, Any]) -> None:
+    """Tell what runs on a device, if there is one, and what it takes there once that was measured."""
+    if placement is None:
+        return
+    on_device, host = sum(placement["on_device"].values()), placement["on_host"]
+    reasons = "; ".join(sorted({one["reason"] for one in host}))
+    table.add_row("nodes on the device", "", f"{on_device} of {on_device + len(host)}", reasons)
+    if (seen := measurements.get("on_device")) is None:
+        table.add_row("latency there", "", "not measured here", "")
+    else:
+        ratio = f"{seen['ratio']:.2f}x"
+        table.add_row("latency there", f"{seen['float_ms']:.3g} ms", f"{seen['artifact_ms']:.3g} ms", ratio)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -95,6 +111,7 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     if latency is not None:
         times = (f"{latency['float_ms']:.3g} ms", f"{latency['artifact_ms']:.3g} ms", f"{latency['ratio']:.2f}x")
         table.add_row("latency, one thread", *times)
+    _add_device(table, report.get("placement"), measurements)
     if (device := measurements["device"]) is not None and device["compiler"]:
         stack = f"{device['stack_bytes']:,} of stack, by {device['compiler']}"
         table.add_row("code", "", _bytes(device["code_bytes"]), "")
@@ -118,6 +135,18 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
             table.add_row(f"same argmax{label}", "", f"{agreeing}/{fidelity['samples']}", "")
     table.caption = f"on {report['data']['evaluated_on']}"
     table.caption_justify = "left"
+    return table
+
+
+def _lengths(lengths: Mapping[str, Any]) -> Table:
+    """Show each length with the samples that ran at it, and of these the least SQNR of an output."""
+    padding = lengths["padding"]
+    title = "lengths, and no others" if padding is None else f"lengths, shorter ones padded under '{padding['mask']}'"
+    table = _table(title, "length", "samples", "SQNR, dB")
+    for size in map(str, lengths["sizes"]):
+        told = lengths["fidelity"].get(size, {"samples": 0, "outputs": {}})
+        ratios = [one["sqnr"] for one in told["outputs"].values() if not one["exact"] and one["sqnr"] is not None]
+        table.add_row(size, str(told["samples"]), f"{min(ratios):.1f}" if ratios else "")
     return table
 
 

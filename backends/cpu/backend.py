@@ -16,9 +16,11 @@ import onnx_ir as ir
 from qcompile.backends.base import Lowered, Subject, Unbounded
 from qcompile.backends.cpu import executable, library
 from qcompile.backends.cpu.emulate import EmulatedSession, emulator
+from qcompile.backends.cpu.header import header
 from qcompile.backends.cpu.layout import ALIGNMENT
 from qcompile.backends.cpu.network import Network
 from qcompile.backends.cpu.session import DESCRIPTION, InferenceSession, absent, is_here
+from qcompile.backends.integer.fix_length import at_length
 from qcompile.backends.integer.float_operations import FloatDense, Gather
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.operations import Conv, Dense
@@ -32,6 +34,7 @@ from qcompile.core.contract import Track
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError, UsageError
 from qcompile.core.execution import Kernel
+from qcompile.core.lengths import Lengths
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import LIMITS, Target
@@ -89,10 +92,10 @@ class CpuBackend(Unbounded):
         TargetError
             If an operator has no integer form, or no kernel.
         """
-        program = lower(model, target.floats)
-        name, processor = identifier(program.name), _processor(target)
-        network = library.network_of(program, processor)
-        written = write(network, name, folder)
+        lengths: Lengths | None = target.settings.get("lengths")
+        network = _network(model, target, lengths)
+        name, processor = identifier(network.layout.program.name), network.processor
+        written = write(network, name, folder, lengths)
         models.save(model, folder / REFERENCE)
         kernels = {node: processor.name for node, op in plan.ops.items()
                    if op.precision is Precision.INTEGER and not op.reason}  # fmt: skip
@@ -138,6 +141,14 @@ class CpuBackend(Unbounded):
         return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
 
 
+def _network(model: ir.Model, target: Target, lengths: Lengths | None) -> Network:
+    """Return the network of a model, at all lengths that it may have."""
+    if lengths is None:
+        return library.network_of(lower(model, target.floats), _processor(target))
+    programs = {size: lower(at_length(model, lengths.at(size)), target.floats) for size in lengths.sizes}
+    return library.network_of_lengths(programs, _processor(target))
+
+
 def stored_bytes(part: Conv | Dense | FloatDense) -> int:
     """Return the bytes of a layer's weights in the library: two of four bits to a byte, but for depthwise ones."""
     depthwise = isinstance(part, Conv) and part.groups > 1 and part.weights.shape[-1] == 1
@@ -145,7 +156,7 @@ def stored_bytes(part: Conv | Dense | FloatDense) -> int:
     return part.weights.nbytes // 2 if in_halves else part.weights.nbytes
 
 
-def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
+def write(network: Network, name: str, folder: Path, lengths: Lengths | None = None) -> tuple[str, ...]:
     """Write a network's library, header, description and session, and return their names.
 
     Parameters
@@ -154,16 +165,19 @@ def write(network: Network, name: str, folder: Path) -> tuple[str, ...]:
     name : str
         A C identifier.
     folder : Path
+    lengths : Lengths, optional
+        Which it has, and how inputs are padded to them.
     """
-    program, shared = network.layout.program, f"lib{name}.so"
+    shared = f"lib{name}.so"
     objects, alone = library.compiled(network, name), tuple[str, ...]()
-    library.link(objects, name, folder / shared, network.processor)
+    library.link(objects, name, folder / shared, network)
     if network.processor.emulated:
         alone = (f"{name}_runner",)
         executable.write(objects, network, name, folder / alone[0])
-    text = library.header(program, name, network.layout.workspace, network.processor.tiles)
-    (folder / f"{name}.h").write_text(text, encoding="utf-8")
-    (folder / DESCRIPTION).write_text(json.dumps(describe(network, name), indent=1) + "\n", encoding="utf-8")
+    mask = lengths.padding.mask if lengths is not None and lengths.padding is not None else ""
+    (folder / f"{name}.h").write_text(header(network, name, mask), encoding="utf-8")
+    description = describe(network, name, lengths)
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     session = files("qcompile.backends.cpu") / SESSION
     (folder / SESSION).write_text(session.read_text(encoding="utf-8"), encoding="utf-8")
     return shared, f"{name}.h", DESCRIPTION, SESSION, *alone
@@ -181,9 +195,8 @@ def _is_emulated(processor: Processor) -> bool:
     return bool(processor.emulated) and (not is_here(processor.architecture) or bool(absent(processor.flags)))
 
 
-def describe(network: Network, name: str) -> dict[str, Any]:
+def describe(network: Network, name: str, lengths: Lengths | None = None) -> dict[str, Any]:
     """Return what `network.json` holds: ports, memory, and which kernel computes which operation, in which tile."""
-    program = network.layout.program
     return {
         "name": name,
         "library": f"lib{name}.so",
@@ -191,8 +204,27 @@ def describe(network: Network, name: str) -> dict[str, Any]:
         "processor": network.processor.name,
         "instructions": list(network.processor.flags),
         **_executable(network, name),
-        "workspace_bytes": network.layout.workspace,
+        "workspace_bytes": network.workspace,
         "alignment": ALIGNMENT,
+        **_at_one_length(network),
+        **({} if lengths is None else _at_all(network, lengths)),
+    }
+
+
+def _at_all(network: Network, lengths: Lengths) -> dict[str, Any]:
+    """Return what there is to say of several lengths; what stands beside that is of the longest one."""
+    padding = lengths.padding
+    return {
+        "lengths": {str(each.length): _at_one_length(each) for each in network.all},
+        "axes": {name: list(lengths.axes(name)) for name in lengths.shapes},
+        "padding": None if padding is None else {"mask": padding.mask, "outputs": {
+            name: list(axes) for name, axes in padding.outputs.items()}},
+    }  # fmt: skip
+
+
+def _at_one_length(network: Network) -> dict[str, Any]:
+    program = network.layout.program
+    return {
         "inputs": [_port(program, port) for port in program.inputs],
         "outputs": [_port(program, port) for port in program.outputs],
         "kernels": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import numpy as np
 
@@ -18,8 +19,9 @@ ALIGNMENT = 64
 LANES = 16
 #: Bytes behind the last tensor that kernels may read, and do nothing with.
 SLACK = 256
-#: Threads of an instance at most, and bytes in front of all tensors for them; see pool.c.
-THREADS, POOL = 16, 2176
+#: Threads of an instance at most, bytes in front of all tensors for them, and which of these says what network is run;
+#: see pool.c.
+THREADS, POOL, NETWORK = 16, 2176, 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Layout:
     tables : mapping of str to Lookup
         By what an operation with weights writes, the table that its codes go through first.
     scratch : int
-        Where in the workspace a product of two activations packs one of them.
+        Where in the workspace products of two activations pack one of them, each at a place of its own.
     """
 
     program: Program
@@ -127,16 +129,19 @@ def lay_out(program: Program, joins: bool = False) -> Layout:
     offsets = {name: POOL + at for name, at in plan.offsets.items()}
     workspace = POOL + plan.arena_bytes + SLACK
     scratch = -(-workspace // ALIGNMENT) * ALIGNMENT
-    packed = max((_packed_bytes(part) for part in kept if isinstance(part, MatMul)), default=0)
+    products = (part for part in kept if isinstance(part, MatMul))
+    packed = max((packed_bytes(part) * prod(part.extents[:-3]) for part in products), default=0)
     kept_program = replace(program, operations=kept)
     return Layout(kept_program, places, offsets, margins, scratch + packed if packed else workspace, tables, scratch)
 
 
-def _packed_bytes(part: MatMul) -> int:
-    """Return what the second matrix of a product takes, with biases and scales."""
+def packed_bytes(part: MatMul) -> int:
+    """Return what a product's second matrix takes at most, with biases and scales."""
     deep, wide = part.extents[-2:]
-    lanes = -(-wide // LANES) * LANES
-    return lanes * (-(-deep // 4) * 4 + 3 * 4) + SLACK
+    groups, lanes = -(-deep // 4), -(-wide // LANES) * LANES
+    # Tiles have up to sixteen groups of four, all the same.
+    groups += -(-groups // LANES)
+    return -(-lanes * (groups * 4 + 3 * 4) // ALIGNMENT) * ALIGNMENT
 
 
 def with_tables(program: Program) -> tuple[Program, dict[str, ops.Lookup]]:

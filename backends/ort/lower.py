@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject, Unbounded
-from qcompile.backends.ort.legalize import legalize
+from qcompile.backends.base import Lowered, Subject, Unbounded, require_one_length
+from qcompile.backends.ort.half_values import HALF, slots
+from qcompile.backends.ort.kernel_table import cuda_kernels, placements
+from qcompile.backends.ort.legalize import RULES_OF, legalize
 from qcompile.backends.ort.probe import executed, measure
 from qcompile.core import model as models
 from qcompile.core import runtime
@@ -56,6 +58,7 @@ class OrtBackend(Unbounded):
         UsageError
             Naming the option.
         """
+        require_one_length(target, f"means nothing for {target.name}, whose models take inputs of any length")
         for key in LIMITS:
             if target.settings.get(key) is not None:
                 fact = f"means nothing for {target.name}, whose runtime manages memory as it likes"
@@ -64,7 +67,12 @@ class OrtBackend(Unbounded):
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""
         path = folder / MODEL_FILE
-        models.save(legalize(model), path)
+        provider = target.settings.get("provider", "cpu")
+        rules = RULES_OF[provider]
+        # Where nodes run is told by types, which the last rule leaves out of the file.
+        legal = legalize(model, rules[:-1])
+        placed = () if provider == "cpu" else placements(legal, models.opset(legal), cuda_kernels())
+        models.save(legalize(legal, rules[-1:]), path)
         written = tuple(sorted(file.name for file in folder.iterdir() if file.name.startswith(MODEL_FILE)))
         try:
             executed = runtime.optimized_nodes(path)
@@ -72,7 +80,18 @@ class OrtBackend(Unbounded):
             # The model that came in did load: what does not is ours.
             raise VerificationError("artifact", error.fact, "report it with the model") from error
         kernels, refusals = _kernels(plan, target, executed)
-        return Lowered(written, kernels, refusals)
+        return Lowered(written, kernels, refusals, placement=placed or None)
+
+    def halvable(self, node: ir.Node, target: Target) -> bool:
+        """Tell whether the CUDA provider computes a node in float16, by the table of its kernels."""
+        if target.settings.get("provider") != "cuda":
+            return True
+        places = slots(node, target.opset)
+        if places is None:
+            return False
+        values = [*(node.inputs[index] for index in places.inputs), *(node.outputs[index] for index in places.outputs)]
+        changed = {value: HALF for value in values if value is not None}
+        return not cuda_kernels().obstacle(node, target.opset, changed)
 
     def size(self, model: ir.Model) -> int:
         """Return the bytes that `lower` would write for a QDQ model."""

@@ -139,12 +139,12 @@ def _session_runs(
     # Rounds by samples, without the first round and the slowest quarter, as for the single kernels.
     runs = np.sort(np.reshape(times, (rounds + 1, len(samples)))[1:], axis=0)
     whole = runs[: max(1, rounds - rounds // 4)].mean(axis=0)
-    return [Run(tuple(_without_timing(one, float(total) - beside)), float(total))
+    return [Run(tuple(without_timing(one, float(total) - beside)), float(total))
             for one, total in zip(kernels, whole, strict=True)]  # fmt: skip
 
 
-def _without_timing(kernels: Sequence[Kernel], total: float) -> list[Kernel]:
-    """Take what timing takes off each kernel alike, so that together they take `total` microseconds."""
+def without_timing(kernels: Sequence[Kernel], total: float) -> list[Kernel]:
+    """Take what timing takes off each kernel alike, so that together they take `total` microseconds, or as near."""
     excess = (sum(kernel.microseconds for kernel in kernels) - total) / max(1, len(kernels))
     return [replace(kernel, microseconds=max(OVERHEAD, kernel.microseconds - max(0.0, excess))) for kernel in kernels]
 
@@ -159,13 +159,17 @@ def _median(runs: Sequence[Run]) -> Run:
     return Run(tuple(kernels), float(np.median([run.microseconds for run in runs])))
 
 
-def time_beside_kernels() -> float:
-    """Return the microseconds of a run that no kernel takes: checking inputs, handing outputs over."""
+def one_operator() -> ir.Model:
+    """Return a model of one small node: what a run of it takes is nearly all beside kernels."""
     x = ir.val("x", ir.DataType.FLOAT, (1,))
     node = ir.node("Neg", [x])
     node.outputs[0].name = "y"
-    model = ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="one"), ir_version=10)
-    session, feeds, times = runtime.Session(model), {"x": np.zeros(1, np.float32)}, []
+    return ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="one"), ir_version=10)
+
+
+def time_beside_kernels() -> float:
+    """Return the microseconds of a run that no kernel takes: checking inputs, handing outputs over."""
+    session, feeds, times = runtime.Session(one_operator()), {"x": np.zeros(1, np.float32)}, []
     for _ in range(EMPTY_RUNS):
         start = time.perf_counter()
         session.run(feeds)
@@ -193,8 +197,8 @@ def quantized(
     return InsertQdq(plan)(model.clone()).model
 
 
-def measure_model(subject: Subject, target: Target, beside: float) -> dict[str, list[Run]]:
-    """Return what a model takes in each of its forms, for each sample."""
+def forms_of(subject: Subject, target: Target) -> dict[str, ir.Model]:
+    """Return a model in the forms that are measured, so that each operator is among them in float and in integers."""
     forms = {
         AS_IT_CAME: subject.model,
         WEIGHTS: legalize(quantized(subject.canonical, target, subject.samples, activations=False)),
@@ -202,6 +206,12 @@ def measure_model(subject: Subject, target: Target, beside: float) -> dict[str, 
     }
     if place(subject.canonical, target, weights=True, activations=True).dynamic:
         forms[DYNAMIC] = legalize(quantized(subject.canonical, target, subject.samples, dynamic=True))
+    return forms
+
+
+def measure_model(subject: Subject, target: Target, beside: float) -> dict[str, list[Run]]:
+    """Return what a model takes in each of its forms, for each sample."""
+    forms = forms_of(subject, target)
     return dict(zip(forms, timed(list(forms.values()), subject.samples, beside), strict=True))
 
 

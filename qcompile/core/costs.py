@@ -10,7 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources.abc import Traversable
 from typing import Any, Self
@@ -177,7 +177,9 @@ class CostTable:
         nearer the more; a view takes the median of all. A kernel that was never measured takes its elements at the rate
         of those that only move data.
         """
-        key, (features, work) = kernel_key(kernel), kernel_size(kernel)
+        return self._price(kernel_key(kernel), *kernel_size(kernel))
+
+    def _price(self, key: str, features: tuple[int, ...], work: float) -> float:
         sizes = self.entries.get(key)
         if sizes is None:
             return OVERHEAD + work * self._moving
@@ -190,6 +192,28 @@ class CostTable:
         nearest = np.argsort(distances, kind="stable")[:NEIGHBOURS]
         weights = 1.0 / (distances[nearest] + 1e-3) ** 2
         return OVERHEAD + work * float(np.exp(np.average(rates[nearest], weights=weights)))
+
+    def moved(self, seen: Self) -> Self:
+        """Return the table as a device has it on which a few kernels were measured.
+
+        Those take what they took there. What is left takes what it takes in this table, times the median ratio of the
+        kernels under the same key; times that of all, where none of them was measured.
+
+        Parameters
+        ----------
+        seen : CostTable
+            What was measured there. Capabilities are this table's: times tell nothing of patterns.
+        """
+        ratios = {key: [time / self._price(key, size, seen.works[key][size]) for size, time in sizes.items()]
+                  for key, sizes in seen.entries.items() if key in self.entries}  # fmt: skip
+        overall = float(np.median([ratio for found in ratios.values() for ratio in found])) if ratios else 1.0
+        entries, works = dict[str, Mapping[tuple[int, ...], float]](), dict[str, Mapping[tuple[int, ...], float]]()
+        for key in sorted({*self.entries, *seen.entries}):
+            factor = float(np.median(ratios[key])) if key in ratios else overall
+            own = {size: max(OVERHEAD, _rounded(factor * time)) for size, time in self.entries.get(key, {}).items()}
+            entries[key] = dict(sorted({**own, **seen.entries.get(key, {})}.items()))
+            works[key] = {**self.works.get(key, {}), **seen.works.get(key, {})}
+        return replace(seen, entries=entries, works=works, capabilities=self.capabilities)
 
     def total(self, kernels: Iterable[Kernel]) -> float:
         """Return the microseconds of a run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,21 @@ def execute(
         events = json.loads(session.end_profiling().read_text(encoding="utf-8"))
         graph = onnx.load(optimized, load_external_data=False).graph
     timed = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
-    return _kernels(graph, timed, len(samples))
+    return kernels_of(graph, timed, len(samples))
 
 
-def _kernels(graph: onnx.GraphProto, events: Sequence[dict[str, Any]], samples: int) -> list[list[Kernel]]:
-    """Match events with the nodes of the optimized graph by their names."""
+def kernels_of(graph: onnx.GraphProto, events: Sequence[Mapping[str, Any]], samples: int) -> list[list[Kernel]]:
+    """Match what a profile tells of kernels with the nodes of the optimized graph, by their names.
+
+    Parameters
+    ----------
+    graph : onnx.GraphProto
+        As the runtime wrote it.
+    events : sequence of mapping
+        Those that time a kernel, of all samples in turn, round by round.
+    samples : int
+        How many there are in a round.
+    """
     nodes: dict[str, onnx.NodeProto | None] = {}
     for node in graph.node:
         # What the optimizer made up has no name of its own, and no weights either: its event tells all.
@@ -98,7 +108,7 @@ def _kernels(graph: onnx.GraphProto, events: Sequence[dict[str, Any]], samples: 
         tensor.name: (onnx.TensorProto.DataType.Name(tensor.data_type).lower(), tuple(tensor.dims))
         for tensor in graph.initializer
     }
-    runs: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    runs: defaultdict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         runs[event["name"].removesuffix("_kernel_time"), int(event["args"]["node_index"])].append(event)
     found: list[list[Kernel]] = [[] for _ in range(samples)]
@@ -111,7 +121,7 @@ def _kernels(graph: onnx.GraphProto, events: Sequence[dict[str, Any]], samples: 
 
 
 def _kernel(
-    name: str, node: onnx.NodeProto | None, timed: Sequence[dict[str, Any]], constants: dict[str, Typed]
+    name: str, node: onnx.NodeProto | None, timed: Sequence[Mapping[str, Any]], constants: dict[str, Typed]
 ) -> Kernel:
     facts = timed[-1]["args"]
     read = [(str(dtype), tuple(shape)) for entry in facts["input_type_shape"] for dtype, shape in entry.items()]

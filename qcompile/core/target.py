@@ -83,6 +83,7 @@ class Target:
     opset : int
         ONNX opset that the compiler works in, and of the artifact.
     activation_dtype, weight_dtype : str
+        Without the former, activations stay in float.
     per_channel : bool
         Weights have a scale per output channel.
     ops : mapping of str to OpRule
@@ -109,6 +110,13 @@ class Target:
         codes of `weight_dtype` are packed (`core/packing.py`).
     wide_activation_dtype : str
         Type of 16 bits that kernels take activations in as well; empty where there are none.
+    float_dtype : str
+        Type that floats are computed in wherever they fit: ``float32``, or ``float16``.
+    symmetric : bool
+        Codes of activations are around zero: the target knows no zero point.
+    device : str
+        Where it runs, in words, if that is no processor like the one that compiles: the artifact is verified here, but
+        timed there.
     declared : mapping of str to OpRule
         `ops` as the file has them, where a cost table's capabilities made others of them.
     absent : mapping of str to str
@@ -132,6 +140,9 @@ class Target:
     wide_weight_dtype: str = ""
     narrow_weight_dtype: str = ""
     wide_activation_dtype: str = ""
+    float_dtype: str = "float32"
+    symmetric: bool = False
+    device: str = ""
     declared: Mapping[str, OpRule] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
 

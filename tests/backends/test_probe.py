@@ -36,8 +36,8 @@ def test_what_timing_takes_is_taken_off_each_kernel_alike() -> None:
     model, samples = small(grid.Product(4, 8, 8))
     kernel = probe.execute(model, samples)[0][0]
     kernels = [probe.replace(kernel, microseconds=time) for time in (10.0, 20.0, 3.0)]
-    assert [k.microseconds for k in probe._without_timing(kernels, 27.0)] == [8.0, 18.0, 1.0]
-    assert probe._without_timing(kernels, 40.0) == kernels, "the run took longer: that is no kernel's"
+    assert [k.microseconds for k in probe.without_timing(kernels, 27.0)] == [8.0, 18.0, 1.0]
+    assert probe.without_timing(kernels, 40.0) == kernels, "the run took longer: that is no kernel's"
 
 
 def test_every_kernel_of_a_model_has_a_time() -> None:

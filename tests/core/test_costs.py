@@ -111,3 +111,30 @@ def test_neither_is_what_is_no_json(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "costs.json").write_bytes(content)
     with pytest.raises(UsageError, match="is not a cost table"):
         CostTable.from_json(tmp_path / "costs.json")
+
+
+def test_a_table_moves_to_where_some_kernels_were_measured() -> None:
+    """Those take what they took there; others of their key by its median ratio, other keys by the median of all."""
+    here = CostTable.measured(
+        "toy 1", "a toy", 3.0, [product(1, 2.0), product(64, 10.0), product(8, 4.0, "uint8"), product(1, 2.0, "uint8")],
+        TABLE.capabilities,
+    )  # fmt: skip
+    seen = CostTable.measured("toy 2", "a phone", 9.0, [product(1, 8.0), product(64, 20.0), product(7, 5.0, "int8")])
+    moved = here.moved(seen)
+    assert (moved.runtime, moved.processor, moved.run) == ("toy 2", "a phone", 9.0)
+    assert moved.capabilities == TABLE.capabilities
+    assert [moved.price(product(rows)) for rows in (1, 64)] == [8.0, 20.0]
+    # The ratios seen are 4 and 2, and so their median 3.
+    assert [moved.price(product(rows, dtype="uint8")) for rows in (8, 1)] == [12.0, 6.0]
+    assert moved.price(product(7, dtype="int8")) == 5.0
+    assert here.moved(here) == here
+    alone = CostTable("toy 1", "a toy", 0.0).moved(seen)
+    assert alone.entries == seen.entries and not alone.capabilities
+
+
+def test_a_size_between_measured_ones_moves_with_its_key() -> None:
+    here = CostTable.measured("toy", "here", 1.0, [product(rows, 2.0 * rows) for rows in (4, 16, 64, 256)])
+    seen = CostTable.measured("toy", "there", 1.0, [product(rows, 10.0 * rows) for rows in (4, 16, 64)])
+    moved = here.moved(seen)
+    assert moved.price(product(256)) == pytest.approx(5.0 * here.price(product(256)), rel=1e-2)
+    assert moved.price(product(32)) == pytest.approx(5.0 * here.price(product(32)), rel=0.1)

@@ -79,7 +79,7 @@ def test_every_option_is_a_key(small, recipe):
         threads = 1000
         workers = 3
         [shape]
-        x = [1, 3, 8, 8]
+        x = [1, 3, 8, [8, 16]]
         [min_fidelity]
         sqnr = 20
         cosine = 0.9
@@ -105,7 +105,7 @@ def test_every_option_is_a_key(small, recipe):
         rotation="none",
         no_added_nodes=True,
         costs=small.folder / "costs.json",
-        shape={"x": (1, 3, 8, 8)},
+        shape={"x": (1, 3, 8, (8, 16))},
         max_size="0.2x",
         max_bops="20G",
         max_latency="12ms",
@@ -190,6 +190,8 @@ def test_paths_are_relative_to_the_recipe(qcompile, small, recipe, tmp_path_fact
         ("shape = [1]", ["small.toml: shape", "is not a table of lists"]),
         ("shape = {x = [0]}", ["small.toml: shape", "is not a table of lists"]),
         ("shape = {x = 3}", ["small.toml: shape", "is not a table of lists"]),
+        ("shape = {x = [[]]}", ["small.toml: shape", "is not a table of lists"]),
+        ("shape = {x = [1, [8, 0]]}", ["small.toml: shape", "is not a table of lists"]),
         ("min_fidelity = 20", ["small.toml: min_fidelity", "is not a table of numbers"]),
         ("min_fidelity = {sqnr = nan}", ["small.toml: min_fidelity", "is not a table of numbers"]),
         ("min_fidelity = {beauty = 1}", ["small.toml: min_fidelity", "no measure 'beauty'"]),

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from qcompile.core.costs import CostTable
+
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
 
 pytestmark = pytest.mark.skipif(
@@ -86,6 +88,15 @@ def test_a_bundle_runs_on_a_device_and_leaves_nothing_behind(qcompile, bundled, 
     assert all(row["latency"] is not None for row in there["rows"])
     ratios = [sorted(str(row["sqnr"]) for row in json.loads(run.out)["rows"]) for run in (done, here)]
     assert ratios[0] == ratios[1] and not left_behind(remote)
+
+
+def test_kernels_are_timed_on_the_device(qcompile, small, small_artifact, server, tmp_path):
+    device, remote = server
+    words = ("--model", small.model, "--data", small.data, "--on", device, "--python", sys.executable)
+    done = qcompile("compare", small_artifact, *words, "--costs-out", tmp_path / "device.json")
+    assert done.code == 0, done.err
+    assert any(key.startswith("QLinearConv[") for key in CostTable.from_json(tmp_path / "device.json").entries)
+    assert not left_behind(remote)
 
 
 @pytest.mark.slow

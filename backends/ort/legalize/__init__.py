@@ -5,8 +5,11 @@ Contrib operators (``com.microsoft``) appear here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import onnx_ir as ir
 
+from qcompile.backends.ort.legalize.block_matmuls import BlockMatMuls
 from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
@@ -19,7 +22,7 @@ from qcompile.backends.ort.legalize.store_halves import StoreHalves
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
 
-__all__ = ["RULES", "legalize"]
+__all__ = ["RULES", "RULES_OF", "legalize"]
 
 #: In their order: a factor that a joined activation leaves sinks into scales before the operators that hold those are
 #: rewritten, and what can be left out is known last.
@@ -38,15 +41,29 @@ RULES: tuple[ir.passes.PassBase, ...] = (
 )
 
 
-def legalize(model: ir.Model) -> ir.Model:
+#: For a GPU: products read codes, everything else has its weights unpacked when the model is loaded.
+CUDA_RULES: tuple[ir.passes.PassBase, ...] = (
+    JoinActivations(),
+    BlockMatMuls(),
+    UnpackWeightsAtLoad(),
+    PackWeights(),
+    DropInferable(),
+)
+#: By the provider of a target's settings.
+RULES_OF: Mapping[str, tuple[ir.passes.PassBase, ...]] = {"cpu": RULES, "cuda": CUDA_RULES}
+
+
+def legalize(model: ir.Model, rules: Sequence[ir.passes.PassBase] = RULES) -> ir.Model:
     """Return the model as it is written for ONNX Runtime; `model` stays as it was.
 
     Parameters
     ----------
     model : onnx_ir.Model
         With Q/DQ nodes, or in float.
+    rules : sequence of onnx_ir.passes.PassBase
+        What to apply, in this order.
     """
     legal = model.clone()
-    for rule in RULES:
+    for rule in rules:
         rule(legal)
     return legal

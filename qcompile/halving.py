@@ -1,0 +1,33 @@
+"""The stage that brings a model to float16: what values reach is measured, then `backends/ort/half.py` rewrites."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qcompile.backends.ort.half import Halve, float_values
+from qcompile.calib.reach import collect_reach
+from qcompile.job import Job
+from qcompile.pipeline import NOISE
+
+#: The `float_dtype` of a target that asks for it.
+HALF = "float16"
+#: How far beyond the largest value of the data others may reach, and beyond that of inputs that stand in for data.
+HEADROOM, GUESSED = 4.0, 16.0
+
+
+def halve(job: Job, quantized: ir.Model) -> ir.Model:
+    """Compute in float16 what fits it by the calibration data; without data by random inputs, which the report says."""
+    data = job.evidence.calibration
+    reach = job.pipeline.measure(
+        "reach", NOISE, lambda: collect_reach(quantized, float_values(quantized), data, job.track)
+    )
+    known = job.evidence.calibrated
+    return job.pipeline.apply(
+        Halve(
+            reach,
+            HEADROOM if known else GUESSED,
+            lambda node: job.backend.halvable(node, job.target),
+            "" if known else "random inputs",
+        ),
+        quantized,
+    )
