@@ -121,9 +121,7 @@ def gemv_run(folder: Path, plan: dict[str, Any]) -> Run:
     function, stream = driver.function(module, "gemv"), driver.made("cuStreamCreate", 1)
 
     def placed(array: Any) -> int:
-        address = driver.allocate(array.nbytes)
-        driver.call("cuMemcpyHtoD_v2", address, array.ctypes.data, array.nbytes)
-        return int(address)
+        return int(driver.upload(array.tobytes()))
 
     x, made = placed(random.normal(size=depth).astype(np.float16)), placed(np.zeros(outputs, np.float16))
     matrices = [(placed(random.integers(0, 256, outputs * depth // 2).astype(np.uint8)),

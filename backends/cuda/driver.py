@@ -157,6 +157,14 @@ class Driver:
         self.call("cuMemAlloc_v2", byref(address), max(size, 1))
         return address.value
 
+    def upload(self, content: bytes) -> int:
+        """Return the address of bytes that were copied to the device's memory, of its own."""
+        address = self.allocate(len(content))
+        self.call("cuMemcpyHtoD_v2", address, content, len(content))
+        # The call returns while bytes are on their way, and streams of ours do not wait for the one that they are in.
+        self.call("cuStreamSynchronize", None)
+        return address
+
     def function(self, module: c_void_p, name: str) -> c_void_p:
         """Return a kernel of a module."""
         return self.made("cuModuleGetFunction", module, name.encode())

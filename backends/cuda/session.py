@@ -171,8 +171,7 @@ class InferenceSession:
         self._functions = {name: self.driver.function(module, name) for name in sorted(known)}
         constants = (folder / self.about["constants"]).read_bytes()
         places = {"arena": self._memory.device(self.batch * self.about["arena_bytes"]),
-                  "constants": self._memory.device(len(constants))}  # fmt: skip
-        self.driver.call("cuMemcpyHtoD_v2", places["constants"], constants, len(constants))
+                  "constants": int(self._memory.keep("cuMemFree_v2", self.driver.upload(constants)))}  # fmt: skip
         for key, ports in (("input", self.inputs), ("output", self.outputs)):
             for index, port in enumerate(ports):
                 places[f"{key} {index}"] = self._memory.device(4 * self.batch * port.size)

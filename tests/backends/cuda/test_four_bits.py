@@ -27,9 +27,7 @@ def computed(driver, gemv, code, x, codes, scales):
     module = driver.made("cuModuleLoadData", code)
     stream, made = driver.made("cuStreamCreate", 1), np.empty(gemv.outputs, np.float16)
     addresses = []
-    for array in (x, pack(codes), scales):
-        addresses.append(driver.allocate(array.nbytes))
-        driver.call("cuMemcpyHtoD_v2", addresses[-1], array.ctypes.data, array.nbytes)
+    addresses += [driver.upload(array.tobytes()) for array in (x, pack(codes), scales)]
     addresses.append(driver.allocate(made.nbytes))
     driver.launch(driver.function(module, "gemv"), gemv.grid, gemv.threads, addresses, gemv.numbers, stream)
     pinned = driver.made("cuMemAllocHost_v2", made.nbytes)
