@@ -57,6 +57,8 @@ class Lowered:
         Of an artifact in segments, what the report says of each, JSON-ready.
     placement : tuple of Placed, optional
         Where each node runs, of what a device and its host run together; those first that the host is left with.
+    notes : tuple of str
+        What a user must know of it first.
     """
 
     files: tuple[str, ...]
@@ -66,6 +68,7 @@ class Lowered:
     measured: Mapping[str, Any] | None = None
     segments: tuple[Mapping[str, Any], ...] = ()
     placement: tuple[Placed, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,17 @@ class Subject:
     model: ir.Model
     canonical: ir.Model
     samples: Sequence[Feeds]
+
+
+class OnDevice(Protocol):
+    """A model that was loaded where the target is."""
+
+    provider: str
+    device: str
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one sample."""
+        ...
 
 
 class Backend(Protocol):
@@ -147,6 +161,17 @@ class Backend(Protocol):
         """
         ...
 
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], OnDevice]:
+        """Return what loads a model file on the device of a target that has one.
+
+        Parameters
+        ----------
+        target : Target
+        fallback : bool
+            Whether what the device has no kernel for may run on the host; otherwise it is an error.
+        """
+        ...
+
     def halvable(self, node: ir.Node, target: Target) -> bool:
         """Tell whether the target computes a standard operator in float16, where its values fit that."""
         ...
@@ -194,6 +219,16 @@ def require_no_segments(target: Target) -> None:
 
 class Unbounded:
     """What a backend says whose targets have all the memory that an artifact may want."""
+
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], OnDevice]:
+        """Refuse: nothing here runs on a device of its own.
+
+        Raises
+        ------
+        TargetError
+        """
+        del fallback
+        raise TargetError(target.name, "has no device that runs files", "see docs/comparing.md")
 
     def halvable(self, node: ir.Node, target: Target) -> bool:
         """Tell that whatever has a type for it has a kernel for it."""

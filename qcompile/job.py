@@ -98,7 +98,7 @@ class Job:
         options = fitting(options, target)
         backend.check(with_limits(target, options))
         taken = take(source)
-        evidence = gather(taken.model, options)
+        evidence = gather(taken.model, options, codes=bool(target.activation_dtype))
         pipeline = Pipeline.start(taken.model, evidence, target, options)
         if taken.modified:
             pipeline.record(LowerOpset, taken)

@@ -86,7 +86,8 @@ def build(
     }  # fmt: skip
     if lowered.placement is not None:
         content["placement"] = _placement(lowered.placement, target)
-    content["warnings"] = [*(note for step in steps for note in step.notes), *_warnings(content, lowered)]
+    notes = (*(note for step in steps for note in step.notes), *lowered.notes)
+    content["warnings"] = [*notes, *_warnings(content, lowered)]
     return content
 
 

@@ -86,8 +86,9 @@ def _add_device(table: Table, placement: Mapping[str, Any] | None, measurements:
     if (seen := measurements.get("on_device")) is None:
         table.add_row("latency there", "", "not measured here", "")
     else:
-        ratio = f"{seen['ratio']:.2f}x"
-        table.add_row("latency there", f"{seen['float_ms']:.3g} ms", f"{seen['artifact_ms']:.3g} ms", ratio)
+        reference = "" if seen["float_ms"] is None else f"{seen['float_ms']:.3g} ms"
+        ratio = "" if seen["ratio"] is None else f"{seen['ratio']:.2f}x"
+        table.add_row("latency there", reference, f"{seen['artifact_ms']:.3g} ms", ratio)
 
 
 def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:

@@ -25,13 +25,14 @@ from qcompile.backends.cpu.segments import cut
 from qcompile.backends.cpu.session import DESCRIPTION, InferenceSession, absent, is_here
 from qcompile.backends.cpu.write_segments import named, write_description, write_models
 from qcompile.backends.integer.fix_length import at_length
-from qcompile.backends.integer.float_operations import FloatDense, Gather
+from qcompile.backends.integer.float_operations import BlockDense, FloatDense, Gather
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.operations import Conv, Dense
 from qcompile.backends.integer.program import Port, Program
 from qcompile.backends.mcu.write_c import identifier
 from qcompile.backends.tvm.emit import load_tvm
 from qcompile.backends.tvm.schedules import aarch64, x86
+from qcompile.backends.tvm.schedules.block_dense import in_halves
 from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.core import model as models
 from qcompile.core.contract import Track
@@ -150,8 +151,9 @@ class CpuBackend(Unbounded):
             # Refused in the end, or in segments: weights are stored all the same.
             return models.initializer_bytes(model)
         weighted = [part for part in operations if isinstance(part, Conv | Dense | FloatDense)]
-        tables = sum(part.table.nbytes for part in operations if isinstance(part, Gather))
-        return tables + sum(stored_bytes(part) + 6 * part.bias.nbytes for part in weighted)
+        others = sum(part.table.nbytes for part in operations if isinstance(part, Gather))
+        others += sum(block_bytes(part) for part in operations if isinstance(part, BlockDense))
+        return others + sum(stored_bytes(part) + 6 * part.bias.nbytes for part in weighted)
 
     @property
     def _floats(self) -> frozenset[str]:
@@ -196,6 +198,12 @@ def stored_bytes(part: Conv | Dense | FloatDense) -> int:
     depthwise = isinstance(part, Conv) and part.groups > 1 and part.weights.shape[-1] == 1
     in_halves = part.bits == 4 and not depthwise and not isinstance(part, FloatDense)
     return part.weights.nbytes // 2 if in_halves else part.weights.nbytes
+
+
+def block_bytes(part: BlockDense) -> int:
+    """Return the bytes of a layer with a scale per block: weights, scales of sixteen bits where these do, biases."""
+    weights = part.weights.nbytes // 2 if part.bits == 4 else part.weights.nbytes
+    return weights + part.scale.nbytes // (2 if in_halves(part.scale) else 1) + part.bias.nbytes
 
 
 def write(network: Network, name: str, folder: Path, lengths: Lengths | None = None) -> tuple[str, ...]:

@@ -18,12 +18,12 @@ from qcompile.backends.ort.legalize import RULES, legalize
 from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
-from qcompile.backends.ort.legalize.join_activations import JoinActivations
 from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.core import model as models
 from qcompile.core import runtime
+from qcompile.passes.join_activations import JoinActivations
 
 Build = Callable[..., Any]
 
