@@ -4,7 +4,7 @@
 
 Each compile runs in a process that has done others before it, as a service would. Wanted is an artifact, or one line
 and an exit code. Anything else is a finding, and is kept in --keep: a traceback, an internal error, more than one line,
-a process that dies, 30 seconds without an end, or 2 GB of memory.
+a process that dies, 30 seconds of a processor without an end, five minutes by the clock, or 2 GB of memory.
 
 Damaged files are those of the repository, and with --cache those of the catalogue of less than 1 MB: a few bytes
 flipped, lost, doubled, put in or taken from elsewhere, most of them outside the numbers of large tensors, which would
@@ -19,6 +19,7 @@ import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
+import os
 import random
 import re
 import sys
@@ -35,7 +36,7 @@ import onnx
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/fuzzing.md"
-SECONDS, BYTES = 30.0, 2 * 1024**3
+SECONDS, WAITED, BYTES = 30.0, 300.0, 2 * 1024**3
 #: Compiles after which a process is replaced by a fresh one.
 TURNS = 500
 #: Tensors of so many bytes are mostly left alone, and files of so many are not taken.
@@ -47,8 +48,8 @@ HEAD = """# Damaged files and random models
 
 Written by `python benchmarks/fuzz.py`; do not edit. Each case is a whole compile for `cpu`, of everything in float or
 of everything in integers in turns, in a process that did others before. A finding is a traceback, an internal error,
-more than one line on the standard error output, a process that dies, {seconds:.0f} seconds without an end, or
-{giga:.0f} GB of memory. What was found before stands in tests/end_to_end/test_fuzzed.py.
+more than one line on the standard error output, a process that dies, {seconds:.0f} seconds of a processor without an
+end, or {giga:.0f} GB of memory. What was found before stands in tests/end_to_end/test_fuzzed.py.
 
 | cases | artifacts | refused, by exit code | findings | slowest, s | most memory, MB |
 |---|---|---|---|---|---|
@@ -170,19 +171,19 @@ def _samples(value: onnx.ValueInfoProto, generator: np.random.Generator, count: 
 
 def serve(pipe: multiprocessing.connection.Connection) -> None:
     """Compile what comes through a pipe, one after the other."""
-    from qcompile import cli
+    from qcompile import cli, driver  # noqa: F401
 
+    pipe.send("ready")
     while words := pipe.recv():
         with tempfile.TemporaryDirectory() as folder:
             sys.argv = ["qcompile", *words, "--target", "cpu", "--quiet", "--threads", "1", "-o", f"{folder}/out"]
             said, code = io.StringIO(), 0
-            start = time.perf_counter()
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                 try:
                     cli.main()
                 except SystemExit as stop:
                     code = int(stop.code or 0)
-            pipe.send((code, said.getvalue(), time.perf_counter() - start))
+            pipe.send((code, said.getvalue()))
 
 
 class Server:
@@ -201,24 +202,26 @@ class Server:
             self._process = context.Process(target=serve, args=(theirs,), daemon=True)
             self._process.start()
             theirs.close()
+            self._pipe.recv()  # what loading takes is no case's
             self._done = 0
         self._done += 1
+        pid, begun, peak = self._process.pid, time.perf_counter(), 0
+        before = _busy(pid)
         self._pipe.send(case.words)
-        start = time.perf_counter()
-        peak = 0
         while not self._pipe.poll(0.05):
-            peak = max(peak, _resident(self._process.pid))
-            seconds = time.perf_counter() - start
-            if seconds > SECONDS or peak > BYTES or not self._process.is_alive():
-                return self._broken(seconds, peak)
+            peak = max(peak, _resident(pid))
+            seconds = _busy(pid) - before
+            endless = seconds > SECONDS or time.perf_counter() - begun > WAITED
+            if endless or peak > BYTES or not self._process.is_alive():
+                return self._broken(endless, seconds, peak)
         try:
-            code, said, seconds = self._pipe.recv()
+            code, said = self._pipe.recv()
         except EOFError:
-            return self._broken(time.perf_counter() - start, peak)
-        return Ended(code, said, seconds, max(peak, _resident(self._process.pid)))
+            return self._broken(False, 0.0, peak)
+        return Ended(code, said, _busy(pid) - before, max(peak, _resident(pid)))
 
-    def _broken(self, seconds: float, peak: int) -> Ended:
-        self._process.join(1.0 if seconds <= SECONDS and peak <= BYTES else 0.0)
+    def _broken(self, endless: bool, seconds: float, peak: int) -> Ended:
+        self._process.join(0.0 if endless or peak > BYTES else 5.0)
         code = self._process.exitcode
         what = f"died ({code})" if code is not None else f"{seconds:.0f} s without an end" if peak <= BYTES else "grew"
         self.stop()
@@ -230,6 +233,15 @@ class Server:
             self._process.kill()
             self._process.join()
             self._process = None
+
+
+def _busy(pid: int) -> float:
+    """Return the seconds of a processor that a process took, in all of its threads."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident(pid: int) -> int:

@@ -145,6 +145,10 @@ def _check_operators(model: ir.Model, place: object) -> None:
             raise ModelError(place, fact, "start from the float model, or from the QDQ format")
         if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type, node.domain.removeprefix("ai.onnx")):
             raise ModelError(place, f"{label} is no ONNX operator", "export it with standard operators")
+        for attribute in node.attributes.values():
+            if attribute.type is ir.AttributeType.STRING and not isinstance(attribute.value, str):
+                fact = f"attribute '{attribute.name}' of {label} is no text in UTF-8"
+                raise ModelError(place, fact, "export or download it again")
 
 
 def _check_graph(model: ir.Model, place: object) -> None:
@@ -157,7 +161,13 @@ def _check_graph(model: ir.Model, place: object) -> None:
             raise ModelError(place, fact, "declare its rank, with open axes where they vary")
     try:
         common_passes.CheckerPass(full_check=True)(model)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:
         version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
         fact = f"is no valid opset {version} model ({first_line(error)})"
         raise ModelError(place, fact, "export it again; is its opset labelled rightly?") from error

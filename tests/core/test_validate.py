@@ -345,6 +345,25 @@ def test_outputs_that_can_be_taken_apart_are_accepted(output: str, model_of: Mod
     validate.check_interface(model_of(f"(float[2] x) => ({output} y) {{ y = {op} (x) }}"))
 
 
+def test_attributes_that_are_no_text_are_refused(folder: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> m (float[1,1,4] x, float[1,1,1] w) => (float[1,1,4] y)
+        { y = Conv <auto_pad = "SAME_UPPER"> (x, w) }"""
+    path = folder / "m.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString().replace(b"SAME_UPPER", b"SAME\xffUPPER"))
+    with pytest.raises(ModelError, match="attribute 'auto_pad' of a node of type Conv is no text in UTF-8"):
+        models.load(path)
+
+
+def test_tensors_without_a_type_are_refused(folder: Path) -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> m (float[1] x) => (float[1] y) <float[1] w = {1}> { y = Add (x, w) }'
+    )
+    proto.graph.initializer[0].data_type = 0
+    onnx.save(proto, folder / "m.onnx")
+    with pytest.raises(ModelError):
+        models.load(folder / "m.onnx")
+
+
 @pytest.mark.parametrize("where", ["op_type", "name", "input", "graph", "initializer", "attribute"])
 def test_names_that_are_no_text_are_refused(folder: Path, where: str) -> None:
     """Protobuf takes them, and gives bytes where text is meant."""
