@@ -209,6 +209,9 @@ class _Writer:
 
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """Return a value in another type: one Cast, or one constant, however many read it."""
+        widened = structure.produced_by(value, "Cast")
+        if dtype is HALF and widened is not None and structure.input_of(widened, 0).dtype is HALF:
+            return structure.input_of(widened, 0)  # it was float16 before: a Cast back takes nothing away
         if (value, dtype) not in self.casts:
             array = structure.constant(value)
             suffix = "float16" if dtype is HALF else "float32"
