@@ -53,8 +53,12 @@ class Lowered:
         What the device stores, where that is not the files; without it the first file is an ONNX model.
     measured : mapping of str to object, optional
         What this machine's tools say of the artifact, JSON-ready.
+    segments : tuple of mapping
+        Of an artifact in segments, what the report says of each, JSON-ready.
     placement : tuple of Placed, optional
         Where each node runs, of what a device and its host run together; those first that the host is left with.
+    notes : tuple of str
+        What a user must know of it first.
     """
 
     files: tuple[str, ...]
@@ -62,7 +66,9 @@ class Lowered:
     refusals: tuple[Refusal, ...]
     bytes_by_cause: Mapping[str, int] | None = None
     measured: Mapping[str, Any] | None = None
+    segments: tuple[Mapping[str, Any], ...] = ()
     placement: tuple[Placed, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,18 @@ def require_one_length(target: Target, fact: str) -> None:
     """
     if target.settings.get("lengths") is not None:
         raise UsageError(f"--shape with the lengths {target.settings['lengths']}", fact, "name one, or leave it open")
+
+
+def require_no_segments(target: Target) -> None:
+    """Refuse segments where everything is one runtime's, or has to be.
+
+    Raises
+    ------
+    UsageError
+    """
+    if target.settings.get("allow_ort_segments"):
+        fact = f"means nothing for {target.name}, which has no libraries for a CPU"
+        raise UsageError("--allow-ort-segments", fact, "leave it out")
 
 
 class Unbounded:

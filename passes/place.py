@@ -185,7 +185,7 @@ class _Placer:
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, "a table lookup: rows are dequantized")
         elif self.kept_in_float(node):
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, self.wishes[name].reason)
-        elif self.target.ops[node.op_type].kind is OpKind.STORED:
+        elif self.target.ops[node.op_type].kind in (OpKind.PACKED, OpKind.STORED):
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, f"{self.target.name} runs it in float")
         elif reason := integer_obstacle(node):
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, reason)

@@ -140,14 +140,15 @@ def stored_weights(node: ir.Node, kind: OpKind) -> list[tuple[ir.Value, int]]:
     """
     recurrent = node.op_type in RECURRENT_OPS
     everything = (1, 2) if recurrent else range(len(node.inputs))
-    places = {OpKind.LINEAR: (WEIGHT_INPUT,), OpKind.LOOKUP: (0,), OpKind.STORED: everything}.get(kind, ())
+    linear = kind in (OpKind.LINEAR, OpKind.PACKED)
+    places = {OpKind.LOOKUP: (0,), OpKind.STORED: everything}.get(kind, (WEIGHT_INPUT,) if linear else ())
     found = []
     for value in (node.inputs[index] for index in places):
         tensor = constant_tensor(value)
         if value is None or tensor is None or (kind is OpKind.STORED and not _is_matrix(tensor)):
             continue
         last = len(tensor.shape) - 1
-        found.append((value, weight_axis(node) if kind is OpKind.LINEAR else 1 if recurrent else last))
+        found.append((value, weight_axis(node) if linear else 1 if recurrent else last))
     return found
 
 

@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject, Unbounded, require_one_length
+from qcompile.backends.base import Lowered, Subject, Unbounded, require_no_segments, require_one_length
 from qcompile.backends.ort.device import DeviceSession
 from qcompile.backends.ort.half_values import HALF, slots
 from qcompile.backends.ort.kernel_table import cuda_kernels, placements
 from qcompile.backends.ort.legalize import RULES_OF, legalize
+from qcompile.backends.ort.phones import lower as phones
+from qcompile.backends.ort.phones import mobile
 from qcompile.backends.ort.probe import executed, measure
 from qcompile.backends.ort.round_halves import rounded
 from qcompile.backends.ort.tensorrt_rules import MUST, SHOULD, WEIGHTED, violations
@@ -67,6 +69,7 @@ class OrtBackend(Unbounded):
         UsageError
             Naming the option.
         """
+        require_no_segments(target)
         require_one_length(target, f"means nothing for {target.name}, whose models take inputs of any length")
         for key in LIMITS:
             if target.settings.get(key) is not None:
@@ -78,16 +81,18 @@ class OrtBackend(Unbounded):
 
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""
-        provider = target.settings.get("provider", CPU)
+        if target.settings.get("provider") == mobile.PROVIDER:
+            return self._lower_mobile(model, plan, target, folder)
+        phone, provider = phones.provider_of(target), target.settings.get("provider", CPU)
+        if phone is not None:
+            legal = phone.legalized(model)
+            models.save(legal, folder / MODEL_FILE)
+            kernels, _ = _kernels(plan, target, _executed(folder))
+            return phones.lower(phone, legal, plan, target, kernels, _written(folder))
         rules = RULES_OF[provider]
         if provider == CPU:
             models.save(legalize(model), folder / MODEL_FILE)
-            try:
-                executed = runtime.optimized_nodes(folder / MODEL_FILE)
-            except ModelError as error:
-                # The model that came in did load: what does not is ours.
-                raise VerificationError("artifact", error.fact, "report it with the model") from error
-            return Lowered(_written(folder), *_kernels(plan, target, executed))
+            return Lowered(_written(folder), *_kernels(plan, target, _executed(folder)))
         # Where nodes run is told by types, which the last rule leaves out of the file.
         legal = legalize(model, rules[:-1])
         if provider == "tensorrt":
@@ -102,8 +107,17 @@ class OrtBackend(Unbounded):
         """Return what loads a model file into a session of the target's provider."""
         return partial(DeviceSession, provider=target.settings["provider"], fallback=fallback)
 
+    def _lower_mobile(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
+        """Write ``model.ort`` and what a runtime that is built for it alone must have."""
+        legal = legalize(model, mobile.RULES)
+        written, executed = mobile.write(legal, folder)
+        kernels, refusals = _kernels(plan, target, executed)
+        return Lowered(written, kernels, refusals, mobile.bytes_by_cause(legal, folder), notes=(mobile.NOTE,))
+
     def halvable(self, node: ir.Node, target: Target) -> bool:
-        """Tell whether the CUDA provider computes a node in float16, by the table of its kernels."""
+        """Tell whether a provider computes a node in float16: CUDA's by its table, CoreML's by its list."""
+        if phones.provider_of(target) is not None:
+            return phones.is_halvable(node)
         if target.settings.get("provider") != "cuda":
             return True
         places = slots(node, target.opset)
@@ -142,10 +156,26 @@ class OrtBackend(Unbounded):
         One for a GPU is run by the CPU provider: its Q/DQ as they are defined, its float16 rounded after each operator.
         """
         path = folder / files[0]
-        notes = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
-        provider = notes.get(PROVIDER, CPU)
+        provider = _provider(path)
         content = rounded(ir.load(path)) if provider == "cuda" else path
         return runtime.Session(content, threads=threads, integer_kernels=provider == CPU).run
+
+
+def _executed(folder: Path) -> list[onnx.NodeProto]:
+    """Return the nodes that the runtime makes of the model in a folder."""
+    try:
+        return runtime.optimized_nodes(folder / MODEL_FILE)
+    except ModelError as error:
+        # The model that came in did load: what does not is ours.
+        raise VerificationError("artifact", error.fact, "report it with the model") from error
+
+
+def _provider(path: Path) -> str:
+    """Return what an artifact was made for; files of ORT format are a processor's."""
+    if path.suffix != Path(MODEL_FILE).suffix:
+        return CPU
+    notes = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    return notes.get(PROVIDER, CPU)
 
 
 def _written(folder: Path) -> tuple[str, ...]:

@@ -50,6 +50,8 @@ def test_a_model_becomes_kernels_for_cuda_devices(compiled, resnet8, tmp_path, m
     assert {op["kernel"] for op in report["operators"] if op["op_type"] == "Conv"} == {"cuda"}
     assert all(measures["sqnr"] > 20 for measures in report["fidelity"]["outputs"].values())
     assert measurements["latency"] is None, "no device is here"
+    assert report["placement"]["device"] == "an NVIDIA GPU" and report["placement"]["on_host"] == []
+    assert report["placement"]["on_device"]["Conv"] == 9
     files = json.loads((output / "manifest.json").read_text())["files"]
     assert {"resnet8.fatbin", "resnet8.weights", "network.json", "session.py", "driver.py"} <= set(files)
     # The folder as it is, on a device that is emulated: two samples at once.

@@ -14,15 +14,16 @@ from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.four_bit_blocks import FourBitBlocks
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
-from qcompile.backends.ort.legalize.join_activations import JoinActivations
 from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
 from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
 from qcompile.backends.ort.legalize.pack_weights import PackWeights
+from qcompile.backends.ort.legalize.requantize_captured import RequantizeCaptured
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.store_halves import StoreHalves
 from qcompile.backends.ort.legalize.tensorrt_placement import FloatBiases, FreeResiduals, QuantizeConcats
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
+from qcompile.passes.join_activations import JoinActivations
 
 __all__ = ["RULES", "RULES_OF", "legalize"]
 
@@ -37,6 +38,7 @@ RULES: tuple[ir.passes.PassBase, ...] = (
     UnpackBiases(),
     KeepFloatConvs(),
     HideSkipAdd(),
+    RequantizeCaptured(),
     PackWeights(),
     StoreHalves(),
     DropInferable(),

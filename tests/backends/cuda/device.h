@@ -10,7 +10,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __shared__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -18,6 +18,7 @@
 struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 struct Place { unsigned x, y, z; };
 static Place threadIdx, blockIdx;
 
@@ -195,6 +196,12 @@ static uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector)
 template <class T> static T max(T a, T b) { return a > b ? a : b; }
 template <class T> static T min(T a, T b) { return a < b ? a : b; }
 static int __mulhi(int a, int b) { return (int)(((long long)a * b) >> 32); }
+static float __uint_as_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 
