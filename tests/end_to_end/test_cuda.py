@@ -85,7 +85,7 @@ def test_activations_of_sixteen_bits_are_refused(qcompile: Any, root: Path, tmp_
 def test_what_means_nothing_there_is_refused(
     qcompile: Any, root: Path, tmp_path: Path, words: tuple[str, ...], code: int, fact: str
 ) -> None:
-    costs = root / "backends/ort/costs/avx2.json"
+    costs = root / "backends/ort/costs/avx512-vnni.json"
     given = [str(costs) if word == "costs.json" else word for word in words]
     data = ("--data", root / "models/resnet8_calib.npz")
     done = qcompile(root / "models/resnet8.onnx", "--target", "cuda", *data, *given, "-o", tmp_path / "out", costs=None)
