@@ -65,13 +65,11 @@ def allocate_bits(
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         dtype = HALVES[target.activation_dtype] if name in narrow else target.activation_dtype
-        histogram = statistics.histograms[name]
-        seen = histogram.mirrored() if target.symmetric else histogram
+        seen = statistics.histograms[name].mirrored() if target.symmetric else statistics.histograms[name]
         low, high = narrow.get(name, Clip(observers[name])).bounds(seen, dtype)
         if name in scores:
             high = max(high, min(-low, high + HEADROOM))
-        around = name in placement.symmetric and numerics.code_range(dtype)[0] < 0
-        if around or target.symmetric:
+        if target.symmetric or (name in placement.symmetric and numerics.code_range(dtype)[0] < 0):
             high = max(abs(low), abs(high))
             scale, zero_point = numerics.symmetric_scale([high], dtype), np.zeros(1, np.int64)
         else:

@@ -160,6 +160,8 @@ def _pack(folder: Path, output: Path, model: str, index: int) -> dict[str, Any]:
     target, backend = find_target(report["target"])
     if backend.name not in KINDS:
         raise UsageError(output, f"is of backend '{backend.name}', which no runner loads", "leave it out")
+    if target.device:
+        raise UsageError(output, f"is for {target.device}, which no runner loads", "time it there with 'qcompile run'")
     place = folder / f"artifacts/{index}"
     place.mkdir(parents=True)
     for name in report["files"]:
