@@ -65,10 +65,13 @@ def allocate_bits(
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         dtype = HALVES[target.activation_dtype] if name in narrow else target.activation_dtype
-        low, high = narrow.get(name, Clip(observers[name])).bounds(statistics.histograms[name], dtype)
+        histogram = statistics.histograms[name]
+        seen = histogram.mirrored() if target.symmetric else histogram
+        low, high = narrow.get(name, Clip(observers[name])).bounds(seen, dtype)
         if name in scores:
             high = max(high, min(-low, high + HEADROOM))
-        if name in placement.symmetric or target.symmetric:
+        around = name in placement.symmetric and numerics.code_range(dtype)[0] < 0
+        if around or target.symmetric:
             high = max(abs(low), abs(high))
             scale, zero_point = numerics.symmetric_scale([high], dtype), np.zeros(1, np.int64)
         else:
@@ -86,9 +89,11 @@ def allocate_bits(
             wide = all(structure.node_name(reader) in placement.wide for reader in structure.readers(value))
             dtype = target.wide_weight_dtype if wide else target.weight_dtype
             packed = bits.get(weight) == PACKED and dtype == target.weight_dtype
-            block = packing.BLOCK if packed and not target.narrow_weight_dtype else 0
-            dtype = target.narrow_weight_dtype or dtype if packed else dtype
-            quant = _weight_quant(node, value, axis, dtype, target.per_channel, tensors, block)
+            # Operators in float take what a block has in common into its scale, and tables are rows of bytes.
+            in_blocks = not target.narrow_weight_dtype or op.precision is Precision.WEIGHT_ONLY
+            block = packing.BLOCK if packed and in_blocks else 0
+            dtype = target.narrow_weight_dtype or dtype if packed and not block else dtype
+            quant = _weight_quant(node, value, axis, dtype, target.per_channel and not rule.per_tensor, tensors, block)
             if weight in tensors:
                 # Two operators share these weights, and either may need room for its bias.
                 both = zip(quant.scale, tensors[weight].scale, strict=True)

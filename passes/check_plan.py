@@ -190,7 +190,7 @@ class _Checker:
         rule = self.target.ops[node.op_type]
         if op.precision is Precision.WEIGHT_ONLY:
             return self.weights_obstacle(node, rule)
-        if rule.kind in (OpKind.LOOKUP, OpKind.STORED):
+        if rule.kind in (OpKind.LOOKUP, OpKind.PACKED, OpKind.STORED):
             return "it looks rows up" if rule.kind is OpKind.LOOKUP else "it runs in float"
         return (linear_obstacle(node) or integer_obstacle(node)) if rule.kind is OpKind.LINEAR else ""
 
@@ -202,7 +202,11 @@ class _Checker:
             return stored_obstacle(node, fewest=0)
         if rule.kind is OpKind.LINEAR and not rule.weight_only:
             return f"{self.target.name} takes no integer weights for a {node.op_type} in float"
-        return linear_obstacle(node) if rule.kind is OpKind.LINEAR else lookup_obstacle(node, fewest_rows=0)
+        return (
+            linear_obstacle(node)
+            if rule.kind in (OpKind.LINEAR, OpKind.PACKED)
+            else lookup_obstacle(node, fewest_rows=0)
+        )
 
     def unpacked(self, value: ir.Value) -> bool:
         """Tell whether weights are read by operators in float alone."""

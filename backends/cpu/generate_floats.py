@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.backends.cpu import generate_blocks
 from qcompile.backends.cpu.layer_forms import product_form
 from qcompile.backends.cpu.layout import packed_bytes, strides
 from qcompile.backends.cpu.network import Argument, Network, row_major
@@ -193,6 +194,7 @@ def _matmul(network: Network, operation: ops.MatMul) -> None:
 
 
 GENERATORS: Mapping[type[Operation], Callable[[Network, Any], None]] = {
+    **generate_blocks.GENERATORS,
     ops.FloatSoftmax: _softmax,
     ops.Gather: _gather,
     ops.MatMul: _matmul,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 
 import numpy as np
 
 from qcompile.backends.integer import operations as ops
-from qcompile.backends.integer.float_operations import MatMul
+from qcompile.backends.integer.float_operations import BlockDense, FloatMatMul, MatMul
 from qcompile.backends.integer.memory import assign_offsets
 from qcompile.backends.integer.program import Operation, Program, Tensor
+from qcompile.backends.tvm.schedules.block_dense import scratch_bytes
+from qcompile.backends.tvm.schedules.float_products import room
 
 #: Tensors begin at multiples of this many bytes: a line of the cache, and the widest register.
 ALIGNMENT = 64
@@ -129,10 +132,26 @@ def lay_out(program: Program, joins: bool = False) -> Layout:
     offsets = {name: POOL + at for name, at in plan.offsets.items()}
     workspace = POOL + plan.arena_bytes + SLACK
     scratch = -(-workspace // ALIGNMENT) * ALIGNMENT
-    products = (part for part in kept if isinstance(part, MatMul))
-    packed = max((packed_bytes(part) * prod(part.extents[:-3]) for part in products), default=0)
+    packed = max(map(partial(_scratch, program), kept), default=0)
     kept_program = replace(program, operations=kept)
     return Layout(kept_program, places, offsets, margins, scratch + packed if packed else workspace, tables, scratch)
+
+
+def _scratch(program: Program, part: Operation) -> int:
+    """Return the bytes beside its tensors that an operation works in."""
+    if isinstance(part, MatMul):
+        return packed_bytes(part) * prod(part.extents[:-3])
+    if isinstance(part, FloatMatMul):
+        return packed_floats(part) * prod(part.extents[:-3])
+    if isinstance(part, BlockDense):
+        length = part.weights.shape[1]
+        return scratch_bytes(program.tensors[part.inputs[0]].size // length, length, part.block)
+    return 0
+
+
+def packed_floats(part: FloatMatMul) -> int:
+    """Return what a product's second matrix takes with its outputs side by side."""
+    return room(*part.extents[-2:])
 
 
 def packed_bytes(part: MatMul) -> int:

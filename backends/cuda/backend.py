@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Placed, Subject, Unbounded
+from qcompile.backends.base import Lowered, Placed, Subject, Unbounded, require_no_segments, require_one_length
 from qcompile.backends.cuda import compiler
 from qcompile.backends.cuda.linear import linear_kernel
 from qcompile.backends.cuda.network import MANY, Network, network_of
@@ -61,6 +61,8 @@ class CudaBackend(Unbounded):
         ------
         UsageError, TargetError
         """
+        require_no_segments(target)
+        require_one_length(target, f"has no package of {target.name}, which is for one shape")
         for key in LIMITS:
             if target.settings.get(key) is not None:
                 fact = f"means nothing for {target.name}, whose devices have memory of their own"

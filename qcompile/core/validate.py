@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import google.protobuf.message
 import ml_dtypes
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ import onnx_ir.passes.common as common_passes
 from qcompile.core.errors import ModelError, first_line
 
 OLDEST_OPSET = 7
+
+NO_TEXT = "has a name that is no text in UTF-8"
 
 #: Operators of the QOperator format: they compute on codes, so there is no float model to start from.
 QOPERATORS = frozenset({
@@ -33,6 +36,7 @@ WEIGHTED_OPS = frozenset({
 
 def check_proto(proto: onnx.ModelProto, folder: Path | None, place: object) -> None:
     """Refuse what must not even be turned into a graph: no graph, an opset out of range, unsafe external data."""
+    _check_text(proto, place)
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError(place, "holds no graph", "export the model again")
     versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
@@ -48,6 +52,21 @@ def check_proto(proto: onnx.ModelProto, folder: Path | None, place: object) -> N
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
             _check_external(tensor, folder, place)
+
+
+def _check_text(message: google.protobuf.message.Message, place: object) -> None:
+    """Refuse names that are no UTF-8: protobuf reads them all the same, as bytes in place of text."""
+    if isinstance(message, onnx.TensorProto):  # its numbers would be copied to be looked at
+        found = [message.name, *(text for entry in message.external_data for text in (entry.key, entry.value))]
+        if any(isinstance(text, bytes) for text in found):
+            raise ModelError(place, NO_TEXT, "export or download it again")
+        return
+    for field, value in message.ListFields():
+        for one in value if field.is_repeated else (value,):
+            if field.type == field.TYPE_STRING and isinstance(one, bytes):
+                raise ModelError(place, NO_TEXT, "export or download it again")
+            if field.type == field.TYPE_MESSAGE:
+                _check_text(one, place)
 
 
 def _check_external(tensor: onnx.TensorProto, folder: Path | None, place: object) -> None:

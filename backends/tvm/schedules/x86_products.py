@@ -123,10 +123,12 @@ def product_kernel(
         with ir.serial(*(span or (0, batch.count))) as index:
             first, second, output = batch.starts(index)
             given = {
-                "input": _from(buffers["a"], first, codes), "second": _from(buffers["b"], second, codes),
-                "weights": _from(buffers["room"], room, "int8"), "channels": _from(buffers["room"], table, "int32"),
-                "output": _from(buffers["output"], output, made),
-            }  # fmt: skip
+                "input": from_place(buffers["a"], first, codes),
+                "second": from_place(buffers["b"], second, codes),
+                "weights": from_place(buffers["room"], room, "int8"),
+                "channels": from_place(buffers["room"], table, "int32"),
+                "output": from_place(buffers["output"], output, made),
+            }
             _Packing(packed, processor, given).all()
             multiply(packed.shape, packed.tile, processor, given)
 
@@ -134,7 +136,7 @@ def product_kernel(
     return function(name, given, body, SPAN if batch.shared else ())
 
 
-def _from(buffer: Any, at: Any, dtype: str) -> Any:
+def from_place(buffer: Any, at: Any, dtype: str) -> Any:
     """Return what begins at one element of a buffer."""
     ir = builder()
     return ir.decl_buffer((EXTENT,), dtype, data=ir.bind(ir.address_of(buffer[at])))
