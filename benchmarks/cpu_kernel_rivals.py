@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from cpu_kernel_shapes import Shape
+from cpu_kernel_shapes import BLOCK, Shape
 from onnx import TensorProto, helper, numpy_helper
 
 Run = Callable[[], object]
-#: What a block of weights of four bits is scaled by.
-BLOCK = 32
 MICROSOFT = "com.microsoft"
 
 

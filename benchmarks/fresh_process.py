@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 #: Processes of each kind, in turns; the median of loading and the most of memory count.
 PROCESSES = 9
@@ -32,9 +37,9 @@ static double now(void)
     return 1e3 * (double)time.tv_sec + 1e-6 * (double)time.tv_nsec;
 }
 
-int main(int count, char **words) /* library, start, run_floats, bytes of workspace, input and output */
+int main(int count, char **words) /* library, start, run_floats, bytes of the workspace and of each port */
 {
-    if (count != 7)
+    if (count != 5 + PORTS)
         return 1;
     double began = now();
 #if defined(__x86_64__)
@@ -44,19 +49,20 @@ int main(int count, char **words) /* library, start, run_floats, bytes of worksp
     if (!library)
         return 2;
     int (*start)(void *, int);
-    void (*run)(void *, const void *, void *);
+    void (*run)(TYPES);
     *(void **)&start = dlsym(library, words[2]);
     *(void **)&run = dlsym(library, words[3]);
-    size_t bytes[3];
-    for (int i = 0; i < 3; i++)
+    void *given[1 + PORTS];
+    size_t bytes[1 + PORTS];
+    for (int i = 0; i <= PORTS; i++)
         bytes[i] = ((size_t)atoll(words[4 + i]) + 63) / 64 * 64;
-    void *workspace = aligned_alloc(64, bytes[0]);
-    if (start(workspace, 1))
+    given[0] = aligned_alloc(64, bytes[0]);
+    if (start(given[0], 1))
         return 3;
     double took = now() - began;
-    float *in = aligned_alloc(64, bytes[1]), *out = aligned_alloc(64, bytes[2]);
-    memset(in, 0, bytes[1]);
-    run(workspace, in, out);
+    for (int i = 1; i <= PORTS; i++)
+        given[i] = memset(aligned_alloc(64, bytes[i]), 0, bytes[i]);
+    run(GIVEN);
     char line[256];
     long peak = 0;
     FILE *status = fopen("/proc/self/status", "r");
@@ -71,7 +77,7 @@ int main(int count, char **words) /* library, start, run_floats, bytes of worksp
 IN_PYTHON = """
 import json, re, sys, time
 import numpy as np
-kind, path, shape = sys.argv[1], sys.argv[2], json.loads(sys.argv[4])
+kind, path, inputs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 if kind == "library":
     sys.path.insert(0, path)
     from session import InferenceSession
@@ -87,7 +93,7 @@ elif kind == "onnxruntime":
 else:
     began, session = time.perf_counter(), None
 took = 1e3 * (time.perf_counter() - began)
-feeds = {sys.argv[3]: np.zeros(shape, np.float32)}
+feeds = {name: np.zeros(shape, dtype) for name, shape, dtype in inputs}
 if session is not None:
     session.run(None, feeds)
 peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
@@ -117,20 +123,26 @@ def compare(library: Path, model: Path) -> dict[str, Taken]:
     Parameters
     ----------
     library : Path
-        A folder of `cpu:tvm`, with one input and one output.
+        A folder of `cpu:tvm`, of one length.
     model : Path
         What onnxruntime loads.
     """
     about = json.loads((library / "network.json").read_text(encoding="utf-8"))
-    (port,), (made,) = about["inputs"], about["outputs"]
+    ports = [*about["inputs"], *about["outputs"]]
+    types = [_type(port) for port in ports]
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "load.c", Path(folder) / "load"
-        source.write_text(IN_C, encoding="utf-8")
+        given = [f"given[{index}]" for index in range(1 + len(ports))]
+        pointers = ", ".join("void *" for _ in given)
+        text = IN_C.replace("PORTS", str(len(ports))).replace("TYPES", pointers).replace("GIVEN", ", ".join(given))
+        source.write_text(text, encoding="utf-8")
         compiler = shutil.which("cc") or shutil.which("gcc") or "clang-19"
         subprocess.run([compiler, "-O1", "-o", program, source, "-ldl"], check=True)
-        sizes = (about["workspace_bytes"], 4 * _elements(port["shape"]), 4 * _elements(made["shape"]))
+        bytes_of = [np.dtype(kind).itemsize * math.prod(port["shape"]) for port, kind in zip(ports, types, strict=True)]
+        sizes = (about["workspace_bytes"], *bytes_of)
         names = [f"{about['name']}_{stem}" for stem in ("start", "run_floats")]
-        shape = [port["name"], json.dumps(port["shape"])]
+        feeds = [[port["name"], port["shape"], _type(port)] for port in about["inputs"]]
+        shape = [json.dumps(feeds)]
         script = [sys.executable, "-c", IN_PYTHON]
         commands = {
             "C": [str(program), str((library / about["library"]).resolve()), *names, *map(str, sizes)],
@@ -149,8 +161,6 @@ def compare(library: Path, model: Path) -> dict[str, Taken]:
     }
 
 
-def _elements(shape: list[int]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
+def _type(port: Mapping[str, Any]) -> str:
+    """Return the type of the model's own values."""
+    return "int64" if port["dtype"] == "int64" else "float32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.observers import BINS, CHANNEL_BINS, Histogram
+from qcompile.calib.workers import abreast
 from qcompile.core import runtime
 from qcompile.core.contract import Track
 from qcompile.core.errors import DataError
@@ -65,7 +67,7 @@ class Statistics:
             return cls(histograms, int(archive["samples"]))
 
 
-def collect(model: ir.Model, names: Sequence[str], data: Dataset, track: Track[Sample]) -> Statistics:
+def collect(model: ir.Model, names: Sequence[str], data: Dataset, track: Track[Sample], threads: int = 1) -> Statistics:
     """Stream the data through the float model and count the values of the named tensors.
 
     Memory holds one sample's activations and one histogram per tensor, whatever the number of samples.
@@ -78,6 +80,8 @@ def collect(model: ir.Model, names: Sequence[str], data: Dataset, track: Track[S
     data : Dataset
     track : callable
         Shows progress.
+    threads : int
+        Tensors that are counted at a time; changes no result.
 
     Raises
     ------
@@ -86,8 +90,11 @@ def collect(model: ir.Model, names: Sequence[str], data: Dataset, track: Track[S
     """
     histograms = {name: Histogram() for name in names}
     for place, values in _values(model, names, data, track):
-        for name, histogram in histograms.items():
-            _count(histogram, values[name], name, place)
+
+        def count(name: str, place: str = place, values: runtime.Outputs = values) -> None:
+            _count(histograms[name], values[name], name, place)
+
+        deque(abreast(count, histograms, threads), 0)
     return Statistics(histograms, len(data))
 
 

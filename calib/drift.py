@@ -23,6 +23,7 @@ from qcompile.calib.output_error import OutputError
 from qcompile.calib.sections import Section, at_scores, live_values, section, typed
 from qcompile.calib.sensitivity import SAMPLES, spread
 from qcompile.calib.work import Cost
+from qcompile.calib.workers import abreast
 from qcompile.core import runtime
 from qcompile.core.contract import Track
 
@@ -35,7 +36,12 @@ JUDGING = 1e12
 
 
 def measure_drift(
-    reference: ir.Model, quantized: ir.Model, operators: Sequence[str], data: Dataset, track: Track[Stage]
+    reference: ir.Model,
+    quantized: ir.Model,
+    operators: Sequence[str],
+    data: Dataset,
+    track: Track[Stage],
+    threads: int = 1,
 ) -> dict[str, tuple[float, ...]]:
     """Measure for each operator what must be added to its result so that its mean is the float model's again.
 
@@ -57,6 +63,8 @@ def measure_drift(
         At most `sensitivity.SAMPLES` of it are run, spread evenly.
     track : callable
         Shows progress.
+    threads : int
+        Samples that run at a time; changes no result.
 
     Returns
     -------
@@ -69,17 +77,16 @@ def measure_drift(
     cost = Cost.of(quantized, first)
     stages = _stages(quantized, operators)
     samples = spread(data, cost.peak_bytes, min(SAMPLES, WORK / cost.total))
-    means, weights = _expected_means(reference, stages, samples)
+    means, weights = _expected_means(reference, stages, samples, threads)
     states: list[runtime.Outputs] = [dict(feeds) for feeds in samples]
     drift: dict[str, tuple[float, ...]] = {}
     for stage in track(stages, len(stages), "measuring drift"):
         mean = _Mean(stage.axis)
-        for state, weight in zip(states, weights, strict=True):
-            stage.advance(state)
+        for state, weight, _ in zip(states, weights, abreast(stage.advance, states, threads), strict=True):
             mean.add(state[stage.result], weight[stage.operator])
         correction = means[stage.operator] - mean.value
         for state in states:
-            state[stage.result] = _shift(state[stage.result], correction, stage.axis)
+            _shift(state[stage.result], correction, stage.axis)
         drift[stage.operator] = tuple(map(float, correction))
     return drift
 
@@ -151,7 +158,7 @@ def _stages(model: ir.Model, operators: Sequence[str]) -> list[Stage]:
 
 
 def _expected_means(
-    reference: ir.Model, stages: Sequence[Stage], samples: Sequence[Sample]
+    reference: ir.Model, stages: Sequence[Stage], samples: Sequence[Sample], threads: int
 ) -> tuple[dict[str, npt.NDArray[np.float64]], list[dict[str, npt.NDArray[np.float64]]]]:
     """Return the float results' means by operator, and for each sample the weights of its positions by operator."""
     results = {node.name: node.outputs[0].name for node in reference.graph}
@@ -161,11 +168,14 @@ def _expected_means(
     weights: list[dict[str, npt.NDArray[np.float64]]] = []
     for feeds in samples:
         outputs = session.run(feeds)
-        weights.append(
-            {stage.operator: position_weights(outputs[names[stage.operator]], stage.axis) for stage in stages}
-        )
-        for operator, mean in means.items():
-            mean.add(outputs[names[operator]], weights[-1][operator])
+
+        def weigh(stage: Stage, outputs: runtime.Outputs = outputs) -> npt.NDArray[np.float64]:
+            found = position_weights(outputs[names[stage.operator]], stage.axis)
+            means[stage.operator].add(outputs[names[stage.operator]], found)
+            return found
+
+        found = abreast(weigh, stages, threads)
+        weights.append({stage.operator: one for stage, one in zip(stages, found, strict=True)})
     return {operator: mean.value for operator, mean in means.items()}, weights
 
 
@@ -200,7 +210,8 @@ class _Mean:
         return np.asarray(self.total / self.weight)
 
 
-def _shift(array: npt.NDArray[Any], correction: npt.NDArray[np.float64], axis: int) -> npt.NDArray[Any]:
+def _shift(array: npt.NDArray[Any], correction: npt.NDArray[np.float64], axis: int) -> None:
+    """Add to each channel of what a session returned, which is nobody else's."""
     shape = [1] * array.ndim
     shape[axis] = -1
-    return np.asarray(array + correction.astype(array.dtype).reshape(shape))
+    array += correction.astype(array.dtype).reshape(shape)

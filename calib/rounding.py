@@ -13,6 +13,7 @@ independent, is a diagonal of Δ²/12 in H, which damps besides.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from qcompile.calib.drift import position_weights
 from qcompile.calib.packed_rounding import descend, factor_of_inverse, fit_multiples
 from qcompile.calib.sensitivity import MEMORY, SAMPLES, spread
 from qcompile.calib.work import Cost
+from qcompile.calib.workers import abreast
 from qcompile.core import numerics, packing, runtime
 from qcompile.core.contract import Track
 from qcompile.core.plan import TensorQuant
@@ -162,7 +164,7 @@ class SecondMoments:
 
 
 def second_moments(
-    model: ir.Model, operators: Sequence[Operator], data: Dataset, track: Track[Sample]
+    model: ir.Model, operators: Sequence[Operator], data: Dataset, track: Track[Sample], threads: int = 1
 ) -> Iterator[tuple[Operator, SecondMoments]]:
     """Yield for each operator the second moments of what its weights are multiplied by.
 
@@ -178,6 +180,8 @@ def second_moments(
         At most `sensitivity.SAMPLES` of it are run, as many as `WORK` allows, spread evenly.
     track : callable
         Shows progress.
+    threads : int
+        Operators that are measured at a time; changes no result.
 
     Yields
     ------
@@ -193,8 +197,12 @@ def second_moments(
         session = runtime.Session(runtime.with_outputs(model, list(asked)))
         for feeds in track(samples, len(samples), "weighing inputs"):
             values = {**feeds, **session.run(feeds)}
-            for one, total in zip(batch, sums, strict=True):
+
+            def add(pair: tuple[Operator, _Products], values: runtime.Outputs = values) -> None:
+                one, total = pair
                 total.add(_rows(one, values[one.reads], values[one.writes], -(-ROWS // len(samples))))
+
+            deque(abreast(add, zip(batch, sums, strict=True), threads), 0)
         yield from ((one, total.mean(len(samples))) for one, total in zip(batch, sums, strict=True))
 
 

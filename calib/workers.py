@@ -14,12 +14,14 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
     CancelledError,
     Executor,
+    Future,
     ProcessPoolExecutor,
     ThreadPoolExecutor,
     wait,
@@ -36,6 +38,7 @@ from qcompile.core.contract import Track
 from qcompile.core.errors import UsageError, WorkerError, first_line
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 #: How a cluster's address begins.
 CLUSTER = "tcp://"
@@ -47,6 +50,24 @@ PATIENCE = 30.0
 #: Runs one share of the trials: gets what all have in common, then a mapping with what is its own, and returns a result
 #: for each of its names.
 Task = Callable[..., Mapping[str, T]]
+
+
+def abreast(task: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:
+    """Yield what a task makes of each item, in their order, several at a time in threads of this process.
+
+    For what is short and releases the interpreter's lock, as NumPy and the runtime do. No item may depend on another.
+    Items are taken as they are needed, since they may be large.
+    """
+    if threads == 1:
+        yield from map(task, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        pending = deque[Future[T]]()
+        for item in items:
+            pending.append(pool.submit(task, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        yield from (each.result() for each in pending)
 
 
 @dataclass(frozen=True)

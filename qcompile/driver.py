@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile import artifact, pareto, regression, report, timing, verify
+from qcompile import artifact, padding, pareto, regression, report, timing, verify
 from qcompile.budget import require_size
 from qcompile.calib.collect import Statistics
 from qcompile.compensation import compensate, rounded_at_once
@@ -25,7 +25,7 @@ from qcompile.decision import calibrate, decide
 from qcompile.distributions import distributions
 from qcompile.equivalence import rewrite
 from qcompile.halving import HALF, halve
-from qcompile.job import Job, Source
+from qcompile.job import Job, Source, one_blas_thread
 from qcompile.options import Options
 from qcompile.page import Page
 from qcompile.pareto import Front
@@ -60,6 +60,7 @@ class CompileResult:
     front: Mapping[str, Any] | None = None
 
 
+@one_blas_thread
 def compile(source: Source, options: Options, track: Track[Any] = untracked) -> CompileResult:
     """Compile a model for a target.
 
@@ -94,7 +95,9 @@ def compile(source: Source, options: Options, track: Track[Any] = untracked) -> 
 
 def canonicalize(job: Job) -> ir.Model:
     """Bring the model into the form that the stages behind expect."""
-    return job.pipeline.apply(canonical_form(job.target, job.options, job.evidence.calibrated), job.model)
+    canonical = job.pipeline.apply(canonical_form(job.target, job.options, job.evidence.calibrated), job.model)
+    padding.require_fitting(job, canonical)
+    return canonical
 
 
 def canonical_form(target: Target, options: Options, calibrated: bool) -> Canonicalize:
@@ -115,15 +118,16 @@ def deliver(
 ) -> CompileResult:  # fmt: skip
     """Lower, verify on what calibration did not see, and write the artifact."""
     evidence, quantized, earlier = job.evidence.told(plan), deploy(job, quantized), regression.earlier(output)
+    lengths = padding.settled(job, canonical, quantized)
     with artifact.staged(output) as folder:
-        lowered = job.backend.lower(quantized, plan, job.device, folder)
+        lowered = job.backend.lower(quantized, plan, job.device_at(lengths), folder)
         run = job.backend.open(folder, lowered.files)
-        proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track)
+        proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track, lengths)
         proof.require(job.options.min_fidelity)
         # A device that is not here has no latency here.
         here = not job.target.device and (job.target.timed_here or not job.target.integer_only)
-        timed = timing.interleave(proof.reference, run, job.evidence.samples) if here else None
-        content = report.build(job, evidence, canonical, plan, lowered, proof, folder)
+        timed = timing.interleave(proof.reference, run, padding.fitting(lengths, job.evidence)) if here else None
+        content = report.build(job, evidence, canonical, plan, lowered, proof, folder, lengths)
         content |= report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
         require_size(job.options.max_size, content["size"]["float_bytes"], content["size"]["artifact_bytes"])
         measurements = report.measurements(content, timed, lowered, job.pipeline)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import onnx
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from qcompile import cache
 from qcompile.backends.base import Backend, find_target
@@ -16,6 +19,7 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Rewritten, Track
 from qcompile.core.errors import UsageError
+from qcompile.core.lengths import Lengths
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence, gather
 from qcompile.options import NO_COSTS, Options
@@ -26,6 +30,24 @@ from qcompile.pipeline import Pipeline
 WIDE = "16"
 #: Every form that a caller may have a model in.
 Source = str | Path | onnx.ModelProto | ir.Model
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_blas_thread(stage: Callable[P, R]) -> Callable[P, R]:
+    """Let NumPy and SciPy multiply in the thread that asks for it, while a stage runs.
+
+    Sums have one order then, whatever the number of cores; and matrices here are so small that a library's threads
+    wait for one another longer than they compute. What is independent runs in threads of ours.
+    """
+
+    @wraps(stage)
+    def alone(*given: P.args, **named: P.kwargs) -> R:
+        with threadpool_limits(1, user_api="blas"):
+            return stage(*given, **named)
+
+    return alone
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,12 @@ class Job:
         """The target with the memory that the options give it."""
         return with_limits(self.target, self.options)
 
+    def device_at(self, lengths: Lengths | None) -> Target:
+        """Return the same, knowing how inputs are padded to lengths."""
+        if lengths is None:
+            return self.device
+        return replace(self.device, settings={**self.device.settings, "lengths": lengths})
+
     @property
     def workers(self) -> Workers:
         """What runs trials."""
@@ -70,7 +98,7 @@ class Job:
         options = fitting(options, target)
         backend.check(with_limits(target, options))
         taken = take(source)
-        evidence = gather(taken.model, options)
+        evidence = gather(taken.model, options, codes=bool(target.activation_dtype))
         pipeline = Pipeline.start(taken.model, evidence, target, options)
         if taken.modified:
             pipeline.record(LowerOpset, taken)
@@ -103,8 +131,10 @@ def fitting(options: Options, target: Target) -> Options:
 
 
 def with_limits(target: Target, options: Options) -> Target:
-    """Return a target whose settings hold what the options say of the device's memory."""
-    return replace(target, settings={**target.settings, **options.limits})
+    """Return a target whose settings hold what the options say of the device's memory, and of lengths."""
+    asked = {"lengths": options.lengths, "allow_ort_segments": options.allow_ort_segments}
+    given = {key: value for key, value in asked.items() if value}
+    return replace(target, settings={**target.settings, **options.limits, **given})
 
 
 def take(source: Source) -> Rewritten:

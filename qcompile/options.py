@@ -17,6 +17,7 @@ from qcompile.calib.sensitivity import SAMPLES
 from qcompile.calib.workers import Workers
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import UsageError
+from qcompile.core.lengths import Lengths, Shape
 from qcompile.core.target import LIMITS
 from qcompile.override import Override
 
@@ -65,8 +66,10 @@ class Options:
     costs : Path, optional
         Cost table that takes the place of the target's own, as ``qcompile probe`` writes it. ``none`` is no table:
         whatever can be integers becomes integers, whether it pays or not.
-    shape : mapping of str to tuple of int
-        Inputs to fix.
+    shape : mapping of str to Shape
+        Inputs to fix; of libraries, an axis may have several lengths.
+    allow_ort_segments : bool
+        Whether ONNX Runtime may run what a library has no form for, in an artifact for Python.
     max_size : str, optional
         The artifact's bytes at most: in parts of float's, ``0.2x``, or with a unit, ``5MB``.
     max_bops : str, optional
@@ -112,7 +115,8 @@ class Options:
     rotation: Literal["auto", "none"] = "auto"
     no_added_nodes: bool = False
     costs: Path | None = None
-    shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shape: Mapping[str, Shape] = field(default_factory=dict)
+    allow_ort_segments: bool = False
     max_size: str | None = None
     max_bops: str | None = None
     max_latency: str | None = None
@@ -171,6 +175,8 @@ class Options:
         if self.threads < 1:
             raise UsageError("--threads", f"{self.threads} is not a number of threads", "give 1 or more")
         Workers(self.threads, self.workers)
+        if Lengths.of(self.shape) is not None and self.allow_ort_segments:
+            raise UsageError("--allow-ort-segments", "is for one shape", "name one length, or leave it out")
 
     def quantized(self, calibrated: bool) -> tuple[bool, bool]:
         """Return whether weights and whether activations are to be quantized; the latter take ranges."""
@@ -194,6 +200,11 @@ class Options:
         for name, text in texts.items():
             found[name] = None if text is None else int(Budget.parse(text, f"--{name.replace('_', '-')}").amount)
         return found
+
+    @cached_property
+    def lengths(self) -> Lengths | None:
+        """The lengths that an axis may have, where `shape` has several of one."""
+        return Lengths.of(self.shape)
 
     @cached_property
     def cost_table(self) -> CostTable | None:
@@ -228,7 +239,7 @@ class Options:
         """Return what decides a plan, as a recipe has it; data, places and bounds on the result do not."""
         decisive = self.decisive()
         decisive["override"] = decisive.pop("overrides")
-        left_out = ("min_fidelity", "seed", *LIMITS)
+        left_out = ("min_fidelity", "seed", "allow_ort_segments", *LIMITS)
         return {key: value for key, value in decisive.items() if key not in left_out and value is not None}
 
     def measured_by(self) -> dict[str, Any]:
@@ -236,11 +247,11 @@ class Options:
         # What is made of a model for weights of four bits alone is none of them.
         weights = "4" if (self.weights, self.activations) == ("4", "none") else self.weights != "none"
         free = dict.fromkeys(("max_size", "max_bops", "max_latency", "min_fidelity", "pairs", *LIMITS))
-        return self.decisive() | free | {"weights": weights}
+        return self.decisive() | free | {"weights": weights, "allow_ort_segments": False}
 
 
-def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """Read ``name=1x128``.
+def parse_shape(text: str) -> tuple[str, Shape]:
+    """Read ``name=1x128``, or ``name=1x32,128`` of an axis with several lengths.
 
     Raises
     ------
@@ -249,12 +260,12 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     """
     name, equals, dims = text.rpartition("=")
     try:
-        shape = tuple(int(dim) for dim in dims.split("x")) if dims else ()
+        sizes = [tuple(map(int, dim.split(","))) for dim in dims.split("x")] if dims else []
     except ValueError:
-        shape = (0,)
-    if not equals or not name or any(dim < 1 for dim in shape):
+        sizes = [(0,)]
+    if not equals or not name or any(size < 1 for dim in sizes for size in dim):
         raise UsageError(f"--shape {text}", "is not NAME=1x128", "give the input's name and its sizes")
-    return name, shape
+    return name, tuple(dim if len(dim) > 1 else dim[0] for dim in sizes)
 
 
 def parse_bound(text: str) -> tuple[str, float]:

@@ -95,7 +95,7 @@ class Judge:
         target, options, track, judge = self.job.target, self.job.options, self.job.track, self.judge
         placement = choose_operators(model, target, options, True, {**self.dear, **kept})
         among = [observer for observer in OBSERVERS if observer in options.observers] or options.observers[:1]
-        statistics = collect(model, placement.activations, self.fit, track)
+        statistics = collect(model, placement.activations, self.fit, track, options.threads)
         first = dict.fromkeys(placement.activations, among[0])
         rounded = round_to_codes(model, allocate_bits(model, placement, statistics, target, first))
         readers, names = code_readers(model, placement), list(placement.activations)

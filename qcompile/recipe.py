@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.core.errors import UsageError
+from qcompile.core.lengths import Shape
 from qcompile.options import NO_COSTS, Options
 from qcompile.override import Override
 
@@ -150,13 +151,17 @@ def _whole(value: object, folder: Path) -> int:
     return value
 
 
-def _shapes(value: object, folder: Path) -> dict[str, tuple[int, ...]]:
+def _shapes(value: object, folder: Path) -> dict[str, Shape]:
     if not isinstance(value, dict):
         raise TypeError
-    shapes = {name: tuple(_whole(dim, folder) for dim in shape) for name, shape in value.items()}
-    if any(dim < 1 for shape in shapes.values() for dim in shape):
+    return {name: tuple(_sizes(dim, folder) for dim in shape) for name, shape in value.items()}
+
+
+def _sizes(value: object, folder: Path) -> int | tuple[int, ...]:
+    sizes = tuple(_whole(size, folder) for size in (value if isinstance(value, list) else [value]))
+    if not sizes or min(sizes) < 1:
         raise ValueError
-    return shapes
+    return sizes if isinstance(value, list) and len(sizes) > 1 else sizes[0]
 
 
 def _bounds(value: object, folder: Path) -> dict[str, float]:
@@ -181,7 +186,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "rotation": ("a text", _text),
     "no_added_nodes": ("true or false", _switch),
     "costs": ("a path, or none", _costs),
-    "shape": ("a table of lists of sizes, such as x = [1, 128]", _shapes),
+    "shape": ("a table of lists of sizes, such as x = [1, 128], or x = [1, [32, 128]] of several lengths", _shapes),
+    "allow_ort_segments": ("true or false", _switch),
     "min_fidelity": ("a table of numbers, such as sqnr = 20", _bounds),
     "max_size": ("a text, such as 0.2x or 5MB", _text),
     "max_bops": ("a text, such as 0.05x or 20G", _text),

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qcompile import cache, timing
 from qcompile.backends.base import Lowered, Placed
 from qcompile.core import model as models
+from qcompile.core.lengths import Lengths
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
@@ -32,8 +33,9 @@ WEIGHTS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UI
 
 
 def build(
-    job: Job, evidence: Evidence, canonical: ir.Model, plan: QuantPlan, lowered: Lowered, proof: Proof, folder: Path
-) -> dict[str, Any]:
+    job: Job, evidence: Evidence, canonical: ir.Model, plan: QuantPlan, lowered: Lowered, proof: Proof, folder: Path,
+    lengths: Lengths | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Put the report together. It holds nothing of the machine and the moment, so that equal inputs give equal bytes.
 
     Parameters
@@ -44,6 +46,8 @@ def build(
         What the plan names.
     folder : Path
         Where the backend wrote its files, for their size.
+    lengths : Lengths, optional
+        Those that inputs may have, where there are several.
     """
     model, target, options, steps = job.model, job.target, job.options, job.pipeline.steps
     content: dict[str, Any] = {
@@ -62,6 +66,8 @@ def build(
         "files": list(lowered.files),
         "size": _size(model, lowered, folder),
         "fidelity": _fidelity(proof.fidelity),
+        "lengths": _lengths(lengths, proof),
+        "segments": [dict(segment) for segment in lowered.segments] or None,
         "kernel_rounding": _outputs(proof.rounding),
         "precision": {precision.value: plan.count(precision) for precision in Precision},
         "activation_ranges": _ranges(plan),
@@ -83,6 +89,19 @@ def build(
     notes = (*(note for step in steps for note in step.notes), *lowered.notes)
     content["warnings"] = [*notes, *_warnings(content, lowered)]
     return content
+
+
+def _lengths(lengths: Lengths | None, proof: Proof) -> dict[str, Any] | None:
+    if lengths is None:
+        return None
+    padding = lengths.padding
+    return {
+        "sizes": list(lengths.sizes),
+        "padding": padding and {
+            "mask": padding.mask, "outputs": {name: list(axes) for name, axes in padding.outputs.items()}
+        },
+        "fidelity": {str(size): _fidelity(proof.by_length[size]) for size in sorted(proof.by_length)},
+    }  # fmt: skip
 
 
 def _placement(placed: Sequence[Placed], target: Target) -> dict[str, Any]:
@@ -151,6 +170,8 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
         names = ", ".join(maps["bits"])
         cost = f"{_said(maps['sqnr'])} expected on held-out samples, {_said(maps['sqnr_of_eight'])} with all in eight"
         warnings.append(f"Stored in four bits to fit the memory: {names}; {cost}.")
+    if (segments := content["segments"]) is not None:
+        warnings.append(_in_segments(segments))
     for name, measures in content["fidelity"]["outputs"].items():
         if measures["equal"] is not None:
             if measures["equal"] < 1.0:
@@ -174,6 +195,17 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
         names = ", ".join(refusal.node for refusal in lowered.refusals[:3])
         warnings.append(f"{len(lowered.refusals)} quantized operators run in float all the same: {names}.")
     return warnings
+
+
+def _in_segments(segments: Sequence[Mapping[str, Any]]) -> str:
+    elsewhere = [segment for segment in segments if segment["runs_on"] == "onnxruntime"]
+    forced = [one["node"] for segment in elsewhere for one in segment["forced_by"]]
+    named = ", ".join(forced[:3]) + (f" and {len(forced) - 3} more" if forced[3:] else "")
+    share = sum(segment["share"] for segment in elsewhere)
+    return (
+        f"Runs from Python alone, with onnxruntime: {len(elsewhere)} of {len(segments)} segments are no library, "
+        f"{share:.1%} of the work. What forced that: {named}."
+    )
 
 
 def _said(decibel: float | None) -> str:

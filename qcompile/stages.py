@@ -21,7 +21,7 @@ from qcompile.core.errors import UsageError
 from qcompile.core.plan import QuantPlan
 from qcompile.driver import CompileResult
 from qcompile.equivalence import Equivalences
-from qcompile.job import Job, Source, chosen_target, fitting, take
+from qcompile.job import Job, Source, chosen_target, fitting, one_blas_thread, take
 from qcompile.options import COSTS_KEY, Options
 from qcompile.passes.check_plan import check_plan, check_rotations
 from qcompile.pipeline import untracked
@@ -55,6 +55,7 @@ class Written:
         }
 
 
+@one_blas_thread
 def calibrate(source: Source, options: Options, output: Path, track: Track[Any] = untracked) -> Written:
     """Measure what a plan needs to know of a model, and write it to a file.
 
@@ -145,6 +146,7 @@ def _origin(model: ir.Model, calibration: Calibration, options: Options) -> dict
     }
 
 
+@one_blas_thread
 def apply(source: Source, options: Options, planned: Path, track: Track[Any] = untracked) -> CompileResult:
     """Apply a plan, which may have been edited: quantize, correct biases, lower, verify, write the artifact.
 

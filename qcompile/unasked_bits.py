@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from qcompile.backends.base import Backend
+from qcompile.backends.integer.fix_length import at_length
 from qcompile.calibration import Calibration
+from qcompile.core.lengths import Lengths
 from qcompile.core.plan import QuantPlan
 from qcompile.options import Options
 from qcompile.passes.insert_qdq import InsertQdq
@@ -46,4 +50,12 @@ def short_of_flash(canonical: ir.Model, planned: Planned, backend: Backend, opti
 
 def written_bytes(model: ir.Model, plan: QuantPlan, backend: Backend) -> int:
     """Return the bytes of the file that a plan leads to."""
-    return backend.size(InsertQdq(plan)(model.clone()).model)
+    written, lengths = InsertQdq(plan)(model.clone()).model, _lengths(plan)
+    return backend.size(written if lengths is None else at_length(written, lengths.at(lengths.sizes[-1])))
+
+
+def _lengths(plan: QuantPlan) -> Lengths | None:
+    """Return the lengths that a plan is for; what is stored is the same at each."""
+    shapes = {name: tuple(tuple(size) if isinstance(size, Sequence) else size for size in shape)
+              for name, shape in plan.options.get("shape", {}).items()}  # fmt: skip
+    return Lengths.of(shapes)

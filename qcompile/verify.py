@@ -16,6 +16,7 @@ from qcompile.calib.work import Cost
 from qcompile.core import numerics, runtime
 from qcompile.core.contract import Effect, Track
 from qcompile.core.errors import BudgetError, ModelError, VerificationError
+from qcompile.core.lengths import Lengths
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.passes import structure
 from qcompile.passes.insert_qdq import dequantized_name
@@ -259,6 +260,8 @@ class Proof:
         Artifact against float model, on the samples that `quantization` and `rounding` are of.
     layers : dict of str to Comparison
         QDQ model against float model, by node name, with the error that has gathered up to each.
+    by_length : dict of int to Fidelity
+        Artifact against float model, by the length that a sample ran at, where there are several.
     """
 
     reference: Run
@@ -267,6 +270,7 @@ class Proof:
     rounding: Fidelity = field(default_factory=Fidelity)
     inspected: Fidelity = field(default_factory=Fidelity)
     layers: dict[str, Comparison] = field(default_factory=dict)
+    by_length: dict[int, Fidelity] = field(default_factory=dict)
 
     def require(self, bounds: Mapping[str, float]) -> None:
         """Hold the fidelity to the user's bounds.
@@ -315,6 +319,7 @@ def prove(
     run: Run,
     data: Dataset,
     track: Track[tuple[Sample, int | None]],
+    lengths: Lengths | None = None,
 ) -> Proof:
     """Hold the artifact against the float model and against the QDQ model, on data that calibration did not see.
 
@@ -334,6 +339,9 @@ def prove(
     for index, (feeds, label) in enumerate(track(data.labelled(), len(data), "verifying")):
         expected, found = proof.reference(feeds), run(feeds)
         proof.fidelity.add(expected, found, label)
+        if lengths is not None:
+            held = lengths.require(lengths.of_sample(feeds, "sample"), "sample")
+            proof.by_length.setdefault(held, Fidelity()).add(expected, found, label)
         if index < inspected:
             before, after = floats.run(feeds), codes.run(feeds)
             simulated = {name: after[name] for name in expected}

@@ -41,23 +41,41 @@ Pairs = Mapping[tuple[str, str], float]
 
 def packable(model: ir.Model, planned: Planned) -> dict[str, int]:
     """Return how many numbers the weights have that can be stored in four bits, by name."""
-    weights = {name: structure.constant_tensor(value) for name, value in model.graph.initializers.items()}
-    sizes = {name: weight.size for name, weight in weights.items() if weight is not None}
-    found = [
-        name
-        for name, quant in planned({}).tensors.items()
-        if quant.role is Role.WEIGHT and quant.dtype == "int8" and name in sizes
-    ]
-    four = planned(dict.fromkeys(found, FOUR)).tensors
+    sizes = _in_eight(model, planned)
+    kept = _kept_as_four(model, sizes, planned)
     # What unpacks codes takes bytes of a file too; kernels that take four bits as they are need nothing.
-    return {name: sizes[name] for name in found if sizes[name] >= (packing.FEWEST if four[name].block_size else 1)}
+    return {name: size for name, size in sizes.items() if size >= (1 if name in kept else packing.FEWEST)}
 
 
 def takes_four(model: ir.Model, planned: Planned) -> bool:
     """Tell whether kernels take weights of four bits as they are, so that nothing need unpack them."""
-    names = packable(model, planned)
-    four = planned(dict.fromkeys(names, FOUR)).tensors
-    return any(four[name].bits < EIGHT and not four[name].block_size for name in names)
+    return bool(_kept_as_four(model, _in_eight(model, planned), planned))
+
+
+def _in_eight(model: ir.Model, planned: Planned) -> dict[str, int]:
+    """Return how many numbers the weights have that are in eight bits where nobody asks for fewer, by name."""
+    weights = {name: structure.constant_tensor(value) for name, value in model.graph.initializers.items()}
+    sizes = {name: weight.size for name, weight in weights.items() if weight is not None}
+    tensors = planned({}).tensors
+    return {name: sizes[name] for name, quant in tensors.items()
+            if quant.role is Role.WEIGHT and quant.dtype == "int8" and name in sizes}  # fmt: skip
+
+
+def _kept_as_four(model: ir.Model, names: Iterable[str], planned: Planned) -> frozenset[str]:
+    """Return the weights whose four bits are stored as they are.
+
+    It is the same for all that are read alike, so that one of them is planned and not all.
+    """
+    ops, alike = planned({}).ops, dict[frozenset[str], list[str]]()
+    for name in names:
+        readers = structure.readers(model.graph.initializers[name])
+        plans = (ops[structure.node_name(reader)] for reader in readers if structure.node_name(reader) in ops)
+        alike.setdefault(frozenset(plan.precision.value for plan in plans), []).append(name)
+    kept = []
+    for group in alike.values():
+        four = planned({group[0]: FOUR}).tensors[group[0]]
+        kept += group if four.bits < EIGHT and not four.block_size else []
+    return frozenset(kept)
 
 
 def in_four(bits: Mapping[str, int]) -> frozenset[str]:
@@ -73,7 +91,8 @@ def find_codes(job: Job, canonical: ir.Model, planned: Planned) -> dict[int, dic
     initializers = {operator: name for name, operator in operators[EIGHT].items()}
     fit, _ = job.evidence.calibration.split(HELD_OUT)
     found: dict[int, dict[str, IntArray]] = {bits: {} for bits in plans}
-    for operator, moments in second_moments(canonical, list(initializers), job.evidence.fitted(fit), job.track):
+    data, threads = job.evidence.fitted(fit), job.options.threads
+    for operator, moments in second_moments(canonical, list(initializers), data, job.track, threads):
         name = initializers[operator]
         for bits, codes in found.items():
             codes[name] = round_weights(operators[bits][name], moments)

@@ -61,14 +61,15 @@ class EmulatedSession(InferenceSession):
     """
 
     def __init__(self, folder: Path, words: Sequence[str] = ()) -> None:
-        self._described(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
-        about, pipe = self.about, subprocess.PIPE
+        about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        self._described(about, lambda _, index: bytes([index]))
+        pipe = subprocess.PIPE
         program = folder / about["executable"]
         if not os.access(program, os.X_OK):
             program.chmod(0o755)  # a bundle keeps no modes
         command = [emulator(about["architecture"]), "-cpu", about["emulated"], *words, str(program)]
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=-1)
-        self._process, self._run, self._run_floats = process, b"\0", b"\1"
+        self._process = process
         self.close = weakref.finalize(self, _end, process)
 
     def _call(self, function: bytes, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
@@ -86,7 +87,8 @@ class EmulatedSession(InferenceSession):
 
     def run_quantized(self, feeds: Mapping[str, Array]) -> None:
         """Run once from codes to codes."""
-        self.run_codes([self._codes(port, self._given(port, feeds)) for port in self.inputs])
+        _, at, feeds = self._fitted(feeds)
+        self.run_codes([self._codes(port, self._given(port, feeds)) for port in at.inputs])
 
     def _failed(self) -> None:
         assert self._process.stderr is not None
@@ -102,8 +104,10 @@ def instructions(folder: Path, feeds: Mapping[str, Array]) -> int:
     Raises
     ------
     TargetError
-        If the emulator or a compiler for its plugin is not installed.
+        If the emulator or a compiler for its plugin is not installed, or ONNX Runtime runs a part.
     """
+    if "segments" in json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")):
+        raise TargetError(folder.name, "ONNX Runtime runs a part of it, which is not emulated", "leave it out")
     with tempfile.TemporaryDirectory() as scratch:
         counts = Path(scratch) / "counts.tsv"
         # The emulator knows functions by name only where it writes a log.

@@ -40,10 +40,11 @@ def write(objects: Sequence[Object], network: Network, name: str, file: Path) ->
     TargetError, VerificationError
         See `library.linked`.
     """
-    text = _assembly(network, name)
+    texts = [_assembly(network, name)]
     functions = {
-        f"{name}_{stem}_all": _all(network.layout.program, name, stem, text if not floats else "")
-        for stem, floats in library.RUNS.items()
+        f"{name}_{stem}{each.suffix}_all": _all(each, name, stem, texts.pop() if texts else "")
+        for each in network.all
+        for stem in library.RUNS
     }
     around = native.compile_object(functions, network.processor.machine)
     library.linked([*objects, around], file, network.processor, ["-static", "-S", "-e", "_start"])
@@ -53,24 +54,28 @@ def write(objects: Sequence[Object], network: Network, name: str, file: Path) ->
 def sizes(ports: Sequence[Port], program: Program, floats: bool) -> list[int]:
     """Return the bytes of each port, as floats or as codes."""
     if floats:
-        return [4 * int(np.prod(port.shape, dtype=np.int64)) for port in ports]
+        tensors = [program.tensors[port.tensor] for port in ports]
+        return [4 * tensor.size if tensor.is_codes else tensor.nbytes for tensor in tensors]
     return [program.tensors[port.tensor].nbytes for port in ports]
 
 
 def _assembly(network: Network, name: str) -> str:
-    program, words = network.layout.program, dict[str, Any]()
-    for key, (stem, floats) in zip(("codes", "floats"), library.RUNS.items(), strict=True):
-        given, made = (sum(sizes(ports, program, floats)) for ports in (program.inputs, program.outputs))
-        words |= {f"{key}_in": given, f"{key}_out": made, key: f"{name}_{stem}_all"}
-    words |= {f"most_{way}": max(words[f"{key}_{way}"] for key in ("codes", "floats")) for way in ("in", "out")}
+    kinds, most = [], [0, 0]
+    for each in network.all:
+        program = each.layout.program
+        for stem, floats in library.RUNS.items():
+            bytes_ = [sum(sizes(ports, program, floats)) for ports in (program.inputs, program.outputs)]
+            kinds.append(f".xword {bytes_[0]}, {bytes_[1]}, {name}_{stem}{each.suffix}_all, 0")
+            most = [max(pair) for pair in zip(most, bytes_, strict=True)]
+    words = {"kinds": "\n".join(kinds), "most_in": most[0], "most_out": most[1]}
     source = Path(__file__).with_name(RUNNERS[network.processor.architecture]).read_text(encoding="utf-8")
-    lines = Template(source).substitute(words, workspace=network.layout.workspace).splitlines()
+    lines = Template(source).substitute(words, workspace=network.workspace).splitlines()
     return "\n".join(f'module asm "{line}"' for line in lines if line and not line.startswith("//"))
 
 
-def _all(program: Program, name: str, stem: str, text: str) -> Function:
+def _all(network: Network, name: str, stem: str, text: str) -> Function:
     """Return a function of a workspace, of all inputs and of all outputs, one behind the other in bytes."""
-    tvm = load_tvm()
+    tvm, program, called = load_tvm(), network.layout.program, f"{name}_{stem}{network.suffix}"
 
     def body(buffers: Any) -> None:
         ir = native.builder()
@@ -78,11 +83,11 @@ def _all(program: Program, name: str, stem: str, text: str) -> Function:
         for key, ports in (("input", program.inputs), ("output", program.outputs)):
             ends = np.cumsum([0, *sizes(ports, program, floats)]).tolist()
             places += [ir.address_of(buffers[key][at]) for at in ends[:-1]]
-        call = ir.call_extern("void", f"{name}_{stem}", ir.address_of(buffers["workspace"][0]), *places)
+        call = ir.call_extern("void", called, ir.address_of(buffers["workspace"][0]), *places)
         if text:
             with ir.attr(tvm.ir.StringImm("default"), "pragma_import_llvm", tvm.ir.StringImm(text)):
                 ir.evaluate(call)
         else:
             ir.evaluate(call)
 
-    return native.function(f"{name}_{stem}_all", dict.fromkeys(("workspace", "input", "output"), "uint8"), body)
+    return native.function(f"{called}_all", dict.fromkeys(("workspace", "input", "output"), "uint8"), body)

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.cpu import generate_floats as floats
-from qcompile.backends.cpu.layer_forms import form
-from qcompile.backends.cpu.layout import Layout, extents, strides
+from qcompile.backends.cpu.layer_forms import packed_form
+from qcompile.backends.cpu.layout import extents, strides
 from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.float_operations import Dequantize, FloatDense
@@ -21,31 +21,25 @@ from qcompile.backends.tvm.schedules import x86_float_kernels as float_kernels
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import Aarch64
-from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
-from qcompile.core.errors import TargetError
+from qcompile.backends.tvm.schedules.vectors import FOLDED, Rounding, high_word
+from qcompile.core.errors import OperatorError
 
 Array = npt.NDArray[Any]
 #: Elements that kernels know.
 TYPES = ("int8", "float32", "int64")
 
 
-def generate(layout: Layout, processor: Processor) -> Network:
-    """Return the kernels of a program.
-
-    Parameters
-    ----------
-    layout : Layout
-    processor : Processor
+def generate(made: Network) -> Network:
+    """Return a network with the kernels of its program.
 
     Raises
     ------
     TargetError
         If an operation has no kernel, naming it.
     """
-    made = Network(layout, processor)
-    for port in layout.program.inputs:
+    for port in made.layout.program.inputs:
         made.surround(port.tensor, port.name, apart=False)
-    for operation in layout.program.operations:
+    for operation in made.layout.program.operations:
         if not isinstance(operation, ops.View):
             _require(made, operation)
             made.surround(operation.output, operation.name)
@@ -57,10 +51,10 @@ def _require(network: Network, operation: Operation) -> None:
     for name in (*operation.inputs, operation.output):
         if network.tensor(name).dtype not in TYPES:
             fact = f"has {network.tensor(name).dtype} activations, for which there is no kernel yet"
-            raise TargetError(f"operator '{operation.name}'", fact, "leave its activations at 8 bits")
+            raise OperatorError("operator", operation.name, fact, "leave its activations at 8 bits")
     if type(operation) not in GENERATORS:
         fact = f"{type(operation).__name__} has no kernel for this processor yet"
-        raise TargetError(f"operator '{operation.name}'", fact, "choose --target cpu")
+        raise OperatorError("operator", operation.name, fact, "choose --target cpu")
 
 
 def finishing(network: Network, step: ops.Requantize | Dequantize) -> dict[str, Any]:
@@ -148,12 +142,12 @@ def _linear(
     )  # fmt: skip
     processor = network.processor
     shape = replace(shape, nibbles=_in_nibbles(network, operation))
-    pack, kernel, tile, cost = form(shape, processor)
-    loop, iterations = shares.of_linear(shape, tile, processor, cost)
-    shape = replace(shape, shared=loop)
     scaling = [np.broadcast_to(n, operation.bias.shape)[channels] for n in floats.scaling(operation.requantize)]
     numbers = (_stored_bias(network, operation.bias[channels], weights), *scaling)
-    packed, table = pack(shape, tile, processor, weights, numbers)
+    layer = (operation.output, places)
+    kernel, tile, cost, packed, table = packed_form(network, layer, shape, weights, numbers)
+    loop, iterations = shares.of_linear(shape, tile, processor, cost)
+    shape = replace(shape, shared=loop)
     first = places[1] * network.tensor(operation.output).bits // 8
     given = [
         network.at(operation.inputs[0], places[0]), network.constant(packed), network.constant(table),

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.backends.cpu.layout import strides
+from qcompile.backends.cpu import generate_blocks
+from qcompile.backends.cpu.layer_forms import product_form
+from qcompile.backends.cpu.layout import packed_bytes, strides
 from qcompile.backends.cpu.network import Argument, Network, row_major
 from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.program import Operation
+from qcompile.backends.tvm.schedules import shares
 from qcompile.backends.tvm.schedules import x86_float_kernels as kernels
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_products as products
-from qcompile.backends.tvm.schedules.vectors import FOLDED, Rounding, high_word
+from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
 from qcompile.backends.tvm.schedules.x86 import OFFSET, X86
-from qcompile.backends.tvm.schedules.x86_cycles import choose_tile
 from qcompile.backends.tvm.schedules.x86_float_kernels import Read
 from qcompile.backends.tvm.schedules.x86_floats import Stored
 
 Array = npt.NDArray[Any]
 #: Floats behind a constant that a kernel may read, and do nothing with.
 BEHIND = 16
+#: Cycles that storing a vector takes, and what a norm and a softmax make of one.
+STORED, NORMALIZED, EXPONENTS = 5.0, 6.0, 12.0
 
 
 def scaling(step: Any) -> tuple[Array, Array]:
@@ -38,7 +44,7 @@ def _steps(axes: Sequence[int | None], of: Sequence[int]) -> tuple[int, ...]:
 
 
 def _constant(network: Network, values: Array) -> Argument:
-    return network.constant(np.pad(np.asarray(values, np.float32).reshape(-1), (0, BEHIND)))
+    return network.constant(np.asarray(values, np.float32).reshape(-1), 4 * BEHIND)
 
 
 def _leaves(network: Network, operation: ops.FloatOperation) -> tuple[list[Stored], list[Argument]]:
@@ -92,21 +98,40 @@ def _read(network: Network, operation: ops.FloatOperation, fixed: int) -> tuple[
     return Read(extents, tuple(stored[:-1]), operation.expression), stored[-1], places
 
 
+def _shared(read: Read, processor: Processor, more: float, whole: bool = False) -> tuple[Read, int]:
+    """Return what is read with the loop that threads share, and its iterations.
+
+    Parameters
+    ----------
+    more : float
+        Cycles of a vector beside its expression's.
+    whole : bool
+        Whether rows stay whole.
+    """
+    *outer, last = read.extents
+    each = shares.of_expression(read.expression) + more
+    loop, iterations = shares.of_floats(outer, -(-last // processor.lanes), each, whole)
+    return replace(read, shared=loop), iterations
+
+
 def _pointwise(network: Network, operation: ops.Pointwise) -> None:
     read, output, places = _read(network, operation, 0)
-    network.add(kernels.pointwise_kernel, (read, output, network.processor), places, operation.name)
+    read, iterations = _shared(read, network.processor, STORED)
+    network.add(kernels.pointwise_kernel, (read, output, network.processor), places, operation.name, iterations)
 
 
 def _normalize(network: Network, operation: ops.Normalize) -> None:
     read, output, places = _read(network, operation, 1)
+    read, iterations = _shared(read, network.processor, STORED + NORMALIZED, True)
     numbers = [_constant(network, array) for array in (operation.weight, operation.bias)]
     arguments = (read, output, operation.epsilon, operation.centred, network.processor)
-    network.add(kernels.normalize_kernel, arguments, [*places[:-1], *numbers, places[-1]], operation.name)
+    network.add(kernels.normalize_kernel, arguments, [*places[:-1], *numbers, places[-1]], operation.name, iterations)
 
 
 def _softmax(network: Network, operation: ops.FloatSoftmax) -> None:
     read, output, places = _read(network, operation, 1)
-    network.add(kernels.softmax_rows_kernel, (read, output, network.processor), places, operation.name)
+    read, iterations = _shared(read, network.processor, STORED + EXPONENTS, True)
+    network.add(kernels.softmax_rows_kernel, (read, output, network.processor), places, operation.name, iterations)
 
 
 def _reduce(network: Network, operation: ops.Reduce) -> None:
@@ -116,23 +141,27 @@ def _reduce(network: Network, operation: ops.Reduce) -> None:
     gone = len(operation.extents)
     ended = Stored(output.dtype, output.steps or (1,), output.scale, output.zero_point)
     read = Read((*shape, *operation.extents), tuple(leaves), operation.expression)
-    arguments = (read, gone, ended, operation.kind, operation.factor, network.processor)
-    network.add(kernels.reduce_kernel, arguments, [*places, network.at(operation.output)], operation.name)
+    lanes = kernels.reduced_lanes(read, gone, network.processor)
+    *outer, last = shape or (1,)
+    each = math.prod(operation.extents) * (shares.of_expression(operation.expression) + 1)
+    loop, iterations = shares.of_floats(outer, -(-last // lanes), each)
+    arguments = (replace(read, shared=loop), gone, ended, operation.kind, operation.factor, network.processor)
+    given = [*places, network.at(operation.output)]
+    network.add(kernels.reduce_kernel, arguments, given, operation.name, iterations)
 
 
 def _gather(network: Network, operation: ops.Gather) -> None:
     table, indices = operation.table, network.tensor(operation.inputs[0])
-    kept = np.pad(table.reshape(-1), (0, BEHIND))
     given = [
-        network.at(indices.name), network.constant(kept), _constant(network, operation.scale),
+        network.at(indices.name), network.constant(table, BEHIND * table.itemsize), _constant(network, operation.scale),
         network.at(operation.output),
     ]  # fmt: skip
-    arguments = (indices.size, *table.shape, str(table.dtype), network.processor)
-    network.add(kernels.rows_kernel, arguments, given, operation.name)
+    _, iterations = shares.of_floats((indices.size,), -(-table.shape[1] // network.processor.lanes), STORED, True)
+    arguments = (indices.size, *table.shape, str(table.dtype), network.processor, iterations > 0)
+    network.add(kernels.rows_kernel, arguments, given, operation.name, iterations)
 
 
 def _matmul(network: Network, operation: ops.MatMul) -> None:
-    """Pack one second matrix after the other, and multiply it at once, while it is near."""
     *batch, m, k, n = operation.extents
     names = (*operation.inputs, operation.output)
     # Axes of a, b and the output as (batch, rows, columns).
@@ -140,36 +169,32 @@ def _matmul(network: Network, operation: ops.MatMul) -> None:
              for axes, name in zip(operation.axes, names, strict=True)]  # fmt: skip
     processor, step = network.processor, operation.requantize
     rounding, reals = Rounding(False, 0, 0, 0), None
+    multiplier, shift = (int(array[0]) for array in scaling(step))
     if isinstance(step, ops.Dequantize):
         reals = step.low, step.high
     else:
-        high = high_word(step.shift.tolist())
-        folded = high and int(step.shift.max()) <= 32 + FOLDED
-        rounding = Rounding(high, step.zero_point + OFFSET, step.low + OFFSET, step.high + OFFSET, folded)
+        offset, high = processor.offset, high_word(step.shift.tolist())
+        folded = high and shift <= 32 + FOLDED
+        rounding = Rounding(high, step.zero_point + offset, step.low + offset, step.high + offset, folded)
+        multiplier, shift = products.numbers(processor, multiplier, shift, high)
     shape = linear.Linear(
         1, m, n, ((1, 0), (1, 0)), k, 0, steps[0][-2], 0, steps[2][-2], rounding,
         saturates=isinstance(processor, X86) and not processor.instruction, reals=reals,
     )  # fmt: skip
-    tile = choose_tile(shape, processor)
-    multiplier, shift = (int(array[0]) for array in scaling(step))
-    shift -= 32 if rounding.high_word else 0
-    packed = products.Packed(
-        shape, tile, steps[1][-2], steps[1][-1], operation.zero_point + OFFSET, (multiplier, shift)
-    )
-    table = network.constant(products.tables(packed, processor))
-    scratch = network.layout.scratch
-    weights, channels = ("workspace", scratch), ("workspace", scratch + packed.weight_bytes(processor))
-    size = network.tensor(operation.output).bits // 8
-    for index in np.ndindex(*batch):
-        at = [sum(i * each for i, each in zip(index, side[:-2], strict=True)) for side in steps]
-        network.add(products.pack_kernel, (packed, processor),
-                    [network.at(names[1], at[1]), table, weights, channels], operation.name)  # fmt: skip
-        given = [network.at(names[0], at[0]), weights, channels, network.at(names[2], at[2] * size)]
-        kernel = network.add(linear.linear_kernel, (shape, tile, processor), given, operation.name)
-        network.tiles[kernel] = tile
+    multiply, whole, tile, cycles = product_form(shape, processor)
+    zero_point = operation.zero_point + processor.offset
+    packed = products.Packed(whole, tile, k, steps[1][-2], steps[1][-1], zero_point, (multiplier, shift))
+    along = tuple(zip(*(side[:-2] for side in steps), strict=True))
+    each = products.Batch(tuple(batch), along, packed_bytes(operation))
+    iterations = shares.of_products(shape, each.count, cycles)
+    places = [network.at(names[0]), network.at(names[1]), ("workspace", network.layout.scratch), network.at(names[2])]
+    arguments = (packed, replace(each, shared=iterations > 0), processor, multiply)
+    kernel = network.add(products.product_kernel, arguments, places, operation.name, iterations)
+    network.tiles[kernel] = tile
 
 
 GENERATORS: Mapping[type[Operation], Callable[[Network, Any], None]] = {
+    **generate_blocks.GENERATORS,
     ops.FloatSoftmax: _softmax,
     ops.Gather: _gather,
     ops.MatMul: _matmul,

@@ -24,11 +24,7 @@ void ${name}_stop(void *workspace);
 
 /* Run once in a workspace that has begun. There is no other state: as many callers may run it at one time as there are
    workspaces. Inputs and outputs may begin anywhere. */
-void ${name}_run(void *workspace, $codes);
-
-/* The same from and to the model's own floats, in the model's own order. */
-void ${name}_run_floats(void *workspace, $floats);
-
+$runs
 typedef struct ${name} ${name};
 
 ${allow}/* Return an instance that so many threads run, or NULL where there is no memory, or no such number of threads$refused. */

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
 
 import numpy as np
 
 from qcompile.backends.integer import operations as ops
-from qcompile.backends.integer.float_operations import MatMul
+from qcompile.backends.integer.float_operations import BlockDense, FloatMatMul, MatMul
 from qcompile.backends.integer.memory import assign_offsets
 from qcompile.backends.integer.program import Operation, Program, Tensor
+from qcompile.backends.tvm.schedules.block_dense import scratch_bytes
+from qcompile.backends.tvm.schedules.float_products import room
 
 #: Tensors begin at multiples of this many bytes: a line of the cache, and the widest register.
 ALIGNMENT = 64
@@ -18,8 +22,9 @@ ALIGNMENT = 64
 LANES = 16
 #: Bytes behind the last tensor that kernels may read, and do nothing with.
 SLACK = 256
-#: Threads of an instance at most, and bytes in front of all tensors for them; see pool.c.
-THREADS, POOL = 16, 2176
+#: Threads of an instance at most, bytes in front of all tensors for them, and which of these says what network is run;
+#: see pool.c.
+THREADS, POOL, NETWORK = 16, 2176, 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Layout:
     tables : mapping of str to Lookup
         By what an operation with weights writes, the table that its codes go through first.
     scratch : int
-        Where in the workspace a product of two activations packs one of them.
+        Where in the workspace products of two activations pack one of them, each at a place of its own.
     """
 
     program: Program
@@ -127,16 +132,35 @@ def lay_out(program: Program, joins: bool = False) -> Layout:
     offsets = {name: POOL + at for name, at in plan.offsets.items()}
     workspace = POOL + plan.arena_bytes + SLACK
     scratch = -(-workspace // ALIGNMENT) * ALIGNMENT
-    packed = max((_packed_bytes(part) for part in kept if isinstance(part, MatMul)), default=0)
+    packed = max(map(partial(_scratch, program), kept), default=0)
     kept_program = replace(program, operations=kept)
     return Layout(kept_program, places, offsets, margins, scratch + packed if packed else workspace, tables, scratch)
 
 
-def _packed_bytes(part: MatMul) -> int:
-    """Return what the second matrix of a product takes, with biases and scales."""
+def _scratch(program: Program, part: Operation) -> int:
+    """Return the bytes beside its tensors that an operation works in."""
+    if isinstance(part, MatMul):
+        return packed_bytes(part) * prod(part.extents[:-3])
+    if isinstance(part, FloatMatMul):
+        return packed_floats(part) * prod(part.extents[:-3])
+    if isinstance(part, BlockDense):
+        length = part.weights.shape[1]
+        return scratch_bytes(program.tensors[part.inputs[0]].size // length, length, part.block)
+    return 0
+
+
+def packed_floats(part: FloatMatMul) -> int:
+    """Return what a product's second matrix takes with its outputs side by side."""
+    return room(*part.extents[-2:])
+
+
+def packed_bytes(part: MatMul) -> int:
+    """Return what a product's second matrix takes at most, with biases and scales."""
     deep, wide = part.extents[-2:]
-    lanes = -(-wide // LANES) * LANES
-    return lanes * (-(-deep // 4) * 4 + 3 * 4) + SLACK
+    groups, lanes = -(-deep // 4), -(-wide // LANES) * LANES
+    # Tiles have up to sixteen groups of four, all the same.
+    groups += -(-groups // LANES)
+    return -(-lanes * (groups * 4 + 3 * 4) // ALIGNMENT) * ALIGNMENT
 
 
 def with_tables(program: Program) -> tuple[Program, dict[str, ops.Lookup]]:

@@ -6,19 +6,20 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
 
 from qcompile.backends.cpu import pool
 from qcompile.backends.cpu.generate import generate
-from qcompile.backends.cpu.layout import ALIGNMENT, THREADS, lay_out
+from qcompile.backends.cpu.header import stems
+from qcompile.backends.cpu.layout import NETWORK, lay_out
 from qcompile.backends.cpu.network import Call, Network
 from qcompile.backends.cpu.phases import phases
 from qcompile.backends.cpu.session import is_here
-from qcompile.backends.integer.program import Port, Program, Tensor
+from qcompile.backends.integer.program import Program
 from qcompile.backends.tvm import native
 from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.native import Object
@@ -32,23 +33,10 @@ CROSS_LINKERS, CROSS_PACKAGE = {"aarch64": ("ld.lld", "aarch64-linux-gnu-ld")}, 
 #: The same bytes whenever it is linked, and nothing visible but the functions of the header.
 FLAGS = ("--build-id=none", "--gc-sections", "-z,noexecstack")
 
-#: How a process asks Linux for the tiles of AMX: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
-ALLOW = """\
-/* Ask the system for the tiles of AMX, once in a process in front of the first run; tell whether they may be used.
-   ${name}_create does it. */
-static inline int ${name}_allow(void)
-{
-    long result = 158;
-    __asm__ volatile("syscall" : "+a"(result) : "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
-    return result == 0;
-}
-
-"""
-
 #: What runs a network, and whether its inputs and outputs are floats.
 RUNS = {"run": False, "run_floats": True}
-#: What a library exports.
-EXPORTS = (*RUNS, "start", "stop")
+#: What begins an instance, and ends it.
+INSTANCES = ("start", "stop")
 
 
 def network_of(program: Program, processor: Processor) -> Network:
@@ -59,7 +47,23 @@ def network_of(program: Program, processor: Processor) -> Network:
     TargetError
         If an operation has no kernel.
     """
-    return generate(lay_out(program, processor.permutes), processor)
+    return generate(Network(lay_out(program, processor.permutes), processor))
+
+
+def network_of_lengths(programs: Mapping[int, Program], processor: Processor) -> Network:
+    """Return the network of programs that are one at several lengths: what they share is there once.
+
+    Raises
+    ------
+    TargetError
+        If an operation has no kernel.
+    """
+    # The longest one first: it has the most to compute, so its kernels say how weights are stored.
+    *shorter, longest = sorted(programs)
+    layouts = {length: lay_out(program, processor.permutes) for length, program in programs.items()}
+    made = generate(Network(layouts[longest], processor, length=longest))
+    siblings = [generate(made.another(layouts[length], length)) for length in reversed(shorter)]
+    return replace(made, siblings=tuple(reversed(siblings)))
 
 
 def compiled(network: Network, name: str) -> tuple[Object, ...]:
@@ -70,15 +74,20 @@ def compiled(network: Network, name: str) -> tuple[Object, ...]:
     """
     machine = network.processor.machine
     # Their calls of the ports' kernels are kernels too, so they come first.
-    runs = {f"{name}_{stem}": _run(network, name, stem) for stem in RUNS}
-    steps = phases(network.calls)
+    runs = {f"{name}_{stem}{each.suffix}": _run(network, index, name, stem)
+            for index, each in enumerate(network.all) for stem in RUNS}  # fmt: skip
+    steps = [phases(each.calls) for each in network.all]
+    # The pool counts steps, and every run has as many: a shorter one does nothing in the last of them.
+    count = max(map(len, steps))
+    steps = [each + [[]] * (count - len(each)) for each in steps]
     run = native.compile_object(runs | {f"{name}_step": _step(network, steps, name)}, machine)
-    shared = [step[-1].shared > 0 for step in steps]
+    shared = [any(step and step[-1].shared > 0 for step in same) for same in zip(*steps, strict=True)]
     return native.compile_object(network.kernels, machine), run, pool.compiled(name, shared, machine)
 
 
-def _run(network: Network, name: str, stem: str) -> Function:
-    """Return the function that users call. Arguments: the workspace, each input, each output."""
+def _run(whole: Network, index: int, name: str, stem: str) -> Function:
+    """Return the function that users call, of one of its lengths. Arguments: the workspace, each input, each output."""
+    network = whole.all[index]
     program = network.layout.program
     ports = [*program.inputs, *program.outputs]
     arguments = [*stems("in", program.inputs), *stems("out", program.outputs)]
@@ -88,6 +97,8 @@ def _run(network: Network, name: str, stem: str) -> Function:
     def body(buffers: Any) -> None:
         known = {port.name: buffers[argument] for port, argument in zip(ports, arguments, strict=True)}
         known["workspace"] = buffers["workspace"]
+        if whole.siblings:
+            native.builder().buffer_store(buffers["workspace"], load_tvm().tirx.const(index, "uint8"), [NETWORK])
         if any(call.shared for call in network.calls):
             _of_pool(name, "wake", known)  # while inputs are taken in
         _call_all(taken, known)
@@ -98,10 +109,11 @@ def _run(network: Network, name: str, stem: str) -> Function:
     kinds = [
         "float32" if floats and tensor.is_codes else "uint8" if tensor.is_codes else tensor.dtype for tensor in tensors
     ]
-    return native.function(f"{name}_{stem}", {"workspace": "uint8"} | dict(zip(arguments, kinds, strict=True)), body)
+    taken_in = {"workspace": "uint8"} | dict(zip(arguments, kinds, strict=True))
+    return native.function(f"{name}_{stem}{network.suffix}", taken_in, body)
 
 
-def _step(network: Network, steps: Sequence[Sequence[Call]], name: str) -> Function:
+def _step(network: Network, steps: Sequence[Sequence[Sequence[Call]]], name: str) -> Function:
     """Return one share of one step. Arguments: the workspace, which step, which share, and of how many."""
     tvm = load_tvm()
     data = np.frombuffer(bytes(network.constants) or bytes(1), np.uint8)
@@ -113,7 +125,12 @@ def _step(network: Network, steps: Sequence[Sequence[Call]], name: str) -> Funct
             pointer = tvm.ir.PointerType(tvm.ir.PrimType("uint8"))
             start = ir.bind(ir.call_extern(pointer, native.CONSTANTS))
             known = {"constants": ir.decl_buffer((native.EXTENT,), "uint8", data=start), **buffers}
-            _one_of(steps, known)
+            for index, each in enumerate(steps):
+                if len(steps) == 1:
+                    _one_of(each, known)
+                else:
+                    with ir.If(buffers["workspace"][NETWORK] == index), ir.Then():
+                        _one_of(each, known)
 
     return native.function(f"{name}_step", {"workspace": "uint8"}, body, ("step", "share", "shares"))
 
@@ -130,6 +147,8 @@ def _one_of(steps: Sequence[Sequence[Call]], buffers: Mapping[str, Any], first: 
                 _one_of(steps[half:], buffers, first + half)
         return
     for step in steps:
+        if not step:
+            ir.evaluate(0)
         alone, shared = ([call for call in step if bool(call.shared) == kind] for kind in (False, True))
         if alone:
             with ir.If(buffers["share"] == 0), ir.Then():
@@ -178,11 +197,17 @@ def _is_plain(linker: str) -> bool:
     return linker.startswith("ld") or linker.endswith("-ld")
 
 
-def link(objects: Sequence[Object], name: str, library: Path, processor: Processor) -> None:
+def exports(network: Network) -> list[str]:
+    """Return what a library exports, behind its name."""
+    return [*(f"{stem}{each.suffix}" for stem in RUNS for each in network.all), *INSTANCES]
+
+
+def link(objects: Sequence[Object], name: str, library: Path, network: Network) -> None:
     """Write a shared library; see `linked`."""
+    processor = network.processor
     with tempfile.TemporaryDirectory() as folder:
         visible = Path(folder) / "visible.map"
-        visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in EXPORTS)}; local: *; }};\n")
+        visible.write_text(f"{{ global: {'; '.join(f'{name}_{stem}' for stem in exports(network))}; local: *; }};\n")
         words = [f"--version-script={visible}", f"-soname={library.name}", *processor.linked]
         words = words if _is_plain(linker(processor.architecture)[0]) else [f"-Wl,{word}" for word in words]
         words += [str(_stub(name, Path(folder), processor)) for name in processor.needs]
@@ -216,69 +241,3 @@ def linked(objects: Sequence[Object], file: Path, processor: Processor, words: S
     if done.returncode:
         fact = f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed'])[0]}"
         raise VerificationError("shared library", fact, "report it with the model")
-
-
-def header(program: Program, name: str, workspace: int, tiles: bool = False) -> str:
-    """Return ``NAME.h``; with `tiles`, its ``NAME_create`` asks the system for those of AMX."""
-    template = Path(__file__).with_name("header.h").read_text(encoding="utf-8")
-    macro, ports = name.upper(), []
-    for group, kind in ((program.inputs, "INPUT"), (program.outputs, "OUTPUT")):
-        for index, port in enumerate(group):
-            ports += _port(
-                f"{macro}_{kind}" + (str(index) if len(group) > 1 else ""), port, program.tensors[port.tensor]
-            )
-    return Template(template).substitute(
-        name=name, macro=macro, ports="\n".join(ports), workspace=workspace, alignment=ALIGNMENT,
-        threads=THREADS, **asking(name, tiles),
-        codes=", ".join(_parameters(program, "int8_t")), floats=", ".join(_parameters(program, "float")),
-    )  # fmt: skip
-
-
-#: What values that are no codes are in C.
-C_TYPES = {"float32": "float", "int64": "int64_t"}
-
-
-def _parameters(program: Program, codes: str) -> list[str]:
-    """Return a run's parameters behind the workspace, codes being of a type in C."""
-    found = []
-    for prefix, stem, ports in (("const ", "in", program.inputs), ("", "out", program.outputs)):
-        for port, name in zip(ports, stems(stem, ports), strict=True):
-            found.append(f"{prefix}{C_TYPES.get(program.tensors[port.tensor].dtype, codes)} *{name}")
-    return found
-
-
-def asking(name: str, tiles: bool) -> dict[str, str]:
-    """Return what a header says of the system's leave to use tiles: nothing where none are used."""
-    if not tiles:
-        return dict.fromkeys(("allow", "refused", "ask"), "")
-    return {
-        "allow": Template(ALLOW).substitute(name=name),
-        "refused": ", the system keeps the tiles of AMX to itself",
-        "ask": f"    if (!{name}_allow()) return NULL;\n",
-    }
-
-
-def stems(stem: str, ports: Sequence[Port]) -> list[str]:
-    """Return a parameter's name for each port."""
-    return [stem if len(ports) == 1 else f"{stem}{index}" for index in range(len(ports))]
-
-
-def _port(stem: str, port: Port, tensor: Tensor) -> list[str]:
-    stored, given = ("x".join(map(str, shape)) for shape in (tensor.shape, port.shape))
-    if not tensor.is_codes:
-        kind = C_TYPES[tensor.dtype]
-        return [
-            f"/* '{port.name}': {given} of {kind}, as the model has it */",
-            f"#define {stem}_BYTES {tensor.nbytes}",
-            "",
-        ]
-    ordered = port.axes == tuple(range(len(port.axes)))
-    order = "" if ordered else f", the model's {given} with axes in the order {port.axes}"
-    minus = "; the model's own codes less 128" if port.unsigned else ""
-    return [
-        f"/* '{port.name}': {stored}{order}{minus} */",
-        f"#define {stem}_BYTES {tensor.nbytes}",
-        f"#define {stem}_SCALE {np.format_float_scientific(np.float32(tensor.scale), unique=True)}f",
-        f"#define {stem}_ZERO_POINT ({tensor.zero_point})",
-        "",
-    ]

@@ -59,6 +59,12 @@ class Network:
     constants : bytearray
     tiles : dict of str to Tile
         By kernel.
+    length : int
+        Which of several lengths it is at; 0 where there is one.
+    siblings : tuple of Network
+        The same at shorter lengths: kernels, constants and tiles are shared.
+    forms : dict
+        By layer, how the length that came first stores its weights.
     """
 
     layout: Layout
@@ -67,7 +73,30 @@ class Network:
     calls: list[Call] = field(default_factory=list)
     constants: bytearray = field(default_factory=bytearray)
     tiles: dict[str, linear.Tile] = field(default_factory=dict)
+    length: int = 0
+    siblings: tuple[Network, ...] = ()
+    forms: dict[tuple[Any, ...], tuple[Any, ...]] = field(default_factory=dict)
     _names: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _stored: dict[bytes, list[int]] = field(default_factory=dict)
+
+    def another(self, layout: Layout, length: int) -> Network:
+        """Return a network at another length, with no calls yet."""
+        return replace(self, layout=layout, calls=[], length=length)
+
+    @property
+    def all(self) -> tuple[Network, ...]:
+        """The network at each of its lengths, which rise."""
+        return (*self.siblings, self)
+
+    @property
+    def suffix(self) -> str:
+        """What names of its functions end with."""
+        return f"_{self.length}" if self.length else ""
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that any of its lengths works in."""
+        return max(each.layout.workspace for each in self.all)
 
     def ports(self, floats: bool) -> tuple[list[Call], list[Call]]:
         """Return the calls that take inputs in, and those that give outputs out."""
@@ -128,12 +157,24 @@ class Network:
             codes.quantize_kernel if into else codes.dequantize_kernel, (*axes, *numbers), given, port.name
         )
 
-    def constant(self, array: Array) -> Argument:
-        """Place an array among the constants."""
+    def constant(self, array: Array, behind: int = 0) -> Argument:
+        """Place an array among the constants, unless it is there already, if only as the beginning of a longer one.
+
+        Parameters
+        ----------
+        array : ndarray
+        behind : int
+            Bytes behind it that may be read, too.
+        """
+        content = np.ascontiguousarray(array).tobytes()
+        known = self._stored.setdefault(content[:ALIGNMENT], [])
+        for at in known:
+            if self.constants.startswith(content, at) and at + len(content) + behind <= len(self.constants):
+                return "constants", at
         self.constants.extend(bytes(-len(self.constants) % ALIGNMENT))
-        at = len(self.constants)
-        self.constants.extend(np.ascontiguousarray(array).tobytes())
-        return "constants", at
+        known.append(len(self.constants))
+        self.constants.extend(content + bytes(behind))
+        return "constants", known[-1]
 
     def at(self, name: str, offset: int = 0) -> Argument:
         """Return where a tensor is."""

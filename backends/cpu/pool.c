@@ -3,8 +3,8 @@
 
    The instance begins with the pool: there is no other state. `pool.*.ll` beside this file is what clang makes of it (see
    docs/targets/cpu-tvm.md), so that compiling a network needs no C compiler. No headers: the bytes of a semaphore and of
-   a thread's name are bounded rather than known, and nothing depends on the C library that is linked. MOST (threads) and
-   BYTES (of the pool) come from layout.py. */
+   a thread's name are bounded rather than known, and nothing depends on the C library that is linked. MOST (threads),
+   BYTES (of the pool) and NETWORK (where that is in it) come from layout.py. */
 #include <stdint.h>
 
 #define LINE 64 /* bytes that processors keep to themselves while they write */
@@ -32,13 +32,14 @@ struct worker {
 
 struct pool {
     int32_t threads; /* 0 is 1: memory of zeros is an instance of one thread */
+    uint8_t network; /* of a library with several, which one a run is of: qc_run says so, and qc_step does that one's */
     _Alignas(LINE) uint64_t run; /* how many there were, or STOP */
     /* The step that is on, counted over all runs, above a bit for each of its shares that somebody does or did. */
     _Alignas(LINE) uint64_t claimed;
     _Alignas(LINE) uint32_t done; /* shares of that step */
     struct worker workers[MOST - 1];
 };
-_Static_assert(sizeof(struct pool) == BYTES, "as layout.py has it");
+_Static_assert(sizeof(struct pool) == BYTES && __builtin_offsetof(struct pool, network) == NETWORK, "as layout.py has it");
 #define ALL ((1u << MOST) - 1)
 #define STOP UINT64_MAX
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qcompile.backends.cpu.layout import POOL, THREADS
+from qcompile.backends.cpu.layout import NETWORK, POOL, THREADS
 from qcompile.backends.tvm import native
 from qcompile.backends.tvm.native import Machine, Object
 
@@ -55,5 +55,6 @@ def command(architecture: str) -> list[str]:
         *flags,
         f"-DMOST={THREADS}",
         f"-DBYTES={POOL}",
+        f"-DNETWORK={NETWORK}",
         *made,
     ]

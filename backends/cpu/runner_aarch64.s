@@ -1,6 +1,6 @@
 // A program around a network, for Linux on aarch64, that needs no C library: it reads a byte, 0 for codes and 1 for
-// floats, and all inputs of that kind; it writes when the run began and ended (seconds and nanoseconds of the monotonic
-// clock, 8 bytes each) and all outputs; and so on, until its input ends.
+// floats, and 2 more for each shorter length, and all inputs of that kind; it writes when the run began and ended
+// (seconds and nanoseconds of the monotonic clock, 8 bytes each) and all outputs; and so on, until its input ends.
 .text
 .globl _start
 .type _start, %function
@@ -131,8 +131,7 @@ b 2b
 .balign 8
 // By kind: bytes of all inputs, of all outputs, and what runs it.
 kinds:
-.xword $codes_in, $codes_out, $codes, 0
-.xword $floats_in, $floats_out, $floats, 0
+$kinds
 
 .bss
 .balign 64

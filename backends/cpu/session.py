@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,17 +84,40 @@ class Port:
         """Return room for an output's codes as stored, or its floats in the model's order."""
         return np.empty(self.stored if self.is_codes else self.shape, self.dtype)
 
-    def give(self, codes: Array) -> npt.NDArray[np.float32]:
-        """Return the floats that an output is, or its codes as stored stand for."""
+    def give(self, codes: Array) -> Array:
+        """Return the numbers that an output is, or the floats that its codes as stored stand for."""
         if not self.is_codes:
-            return np.asarray(codes, np.float32)
+            return codes
         ordered = codes.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
         real: npt.NDArray[np.float32] = (ordered.astype(np.int32) - self.zero_point).astype(np.float32)
         return np.ascontiguousarray(real * np.float32(self.scale))
 
 
+@dataclass(frozen=True)
+class Length:
+    """A network at one of its lengths.
+
+    Parameters
+    ----------
+    size : int
+        0 of the only one.
+    inputs, outputs : tuple of Port
+    run, run_floats : object
+        What runs it, from and to codes or floats.
+    """
+
+    size: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    run: Any
+    run_floats: Any
+
+
 class InferenceSession:
     """A network ready to run: for one caller at a time; several sessions run side by side.
+
+    Where a network has several lengths, each run takes the least that holds its inputs. Shorter ones are padded where
+    the network has a mask, and what stands behind them in outputs is cut off.
 
     Parameters
     ----------
@@ -119,12 +142,8 @@ class InferenceSession:
             raise OSError(f"{folder}: this processor has no {missing[0]}, which the library is made of")
         if TILES in about["instructions"] and not tiles_allowed():
             raise OSError(f"{folder}: the system does not let this process use the tiles of AMX (arch_prctl)")
-        self._described(about)
         library = ctypes.CDLL(str((folder / about["library"]).absolute()))
-        run, run_floats = library[f"{about['name']}_run"], library[f"{about['name']}_run_floats"]
-        run.restype = run_floats.restype = None
-        self._run: Any = run
-        self._run_floats: Any = run_floats
+        self._described(about, lambda stem, index: _function(library, about["name"] + stem))
         alignment = about["alignment"]
         self._memory = np.zeros(about["workspace_bytes"] + alignment, np.uint8)
         self._workspace = ctypes.c_void_p(self._memory.ctypes.data + -self._memory.ctypes.data % alignment)
@@ -135,16 +154,24 @@ class InferenceSession:
         stop.restype = None
         weakref.finalize(self, _stop, stop, self._workspace, self._memory)
 
-    def _described(self, about: dict[str, Any]) -> None:
+    def _described(self, about: dict[str, Any], function: Callable[[str, int], Any]) -> None:
+        """Take what `network.json` says, and what runs it, by how the function's name ends and by its number."""
         self.about = about
-        self.inputs, self.outputs = ([Port.read(port) for port in about[key]] for key in ("inputs", "outputs"))
+        found = []
+        for index, (size, ports) in enumerate(about.get("lengths", {"": about}).items()):
+            inputs, outputs = (tuple(map(Port.read, ports[key])) for key in ("inputs", "outputs"))
+            suffix = f"_{size}" if size else ""
+            runs = [function(f"_run{stem}{suffix}", 2 * index + place) for place, stem in enumerate(("", "_floats"))]
+            found.append(Length(int(size or 0), inputs, outputs, *runs))
+        self.lengths = tuple(found)
+        self.inputs, self.outputs = self.lengths[-1].inputs, self.lengths[-1].outputs
 
     def get_inputs(self) -> list[Port]:
-        """Return the inputs."""
+        """Return the inputs, at the longest of several lengths."""
         return list(self.inputs)
 
     def get_outputs(self) -> list[Port]:
-        """Return the outputs."""
+        """Return the outputs, at the longest of several lengths."""
         return list(self.outputs)
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
@@ -162,28 +189,53 @@ class InferenceSession:
         ValueError
             If an input is missing or has another shape.
         """
-        given = [self._given(port, feeds) for port in self.inputs]
-        pairs = list(zip(self.inputs, given, strict=True))
+        count, at, feeds = self._fitted(feeds)
+        given = [self._given(port, feeds) for port in at.inputs]
+        pairs = list(zip(at.inputs, given, strict=True))
         if all(array.dtype.kind == "f" or not port.is_codes for port, array in pairs):
-            made = [np.empty(port.shape, np.float32) for port in self.outputs]
+            made = [np.empty(port.shape, np.float32 if port.is_codes else port.dtype) for port in at.outputs]
             real = [np.ascontiguousarray(array, np.float32 if port.is_codes else port.dtype) for port, array in pairs]
-            self._call(self._run_floats, real, made)
+            self._call(at.run_floats, real, made)
         else:
-            codes = [port.empty() for port in self.outputs]
-            self._call(self._run, [self._codes(port, array) for port, array in pairs], codes)
-            made = [port.give(array) for port, array in zip(self.outputs, codes, strict=True)]
-        found = {port.name: array for port, array in zip(self.outputs, made, strict=True)}
+            codes = [port.empty() for port in at.outputs]
+            self._call(at.run, [self._codes(port, array) for port, array in pairs], codes)
+            made = [port.give(array) for port, array in zip(at.outputs, codes, strict=True)]
+        if count < at.size:
+            cut = self.about["padding"]["outputs"]
+            made = [_cut(array, cut[port.name], count) for port, array in zip(at.outputs, made, strict=True)]
+        found = {port.name: array for port, array in zip(at.outputs, made, strict=True)}
         return [found[name] for name in (names or found)]
 
     def run_codes(self, inputs: Sequence[Array]) -> list[Array]:
         """Return outputs' codes for inputs' codes, both as the library stores them; what has no codes as it is."""
-        made = [port.empty() for port in self.outputs]
+        shapes = [np.shape(array) for array in inputs]
+        wanted = [[port.stored if port.is_codes else port.shape for port in at.inputs] for at in self.lengths]
+        if shapes not in wanted:
+            expected = " or ".join(map(str, wanted))
+            raise ValueError(
+                f"inputs {[port.name for port in self.inputs]} have codes of shape {shapes}, not {expected}"
+            )
+        at = self.lengths[wanted.index(shapes)]
+        made = [port.empty() for port in at.outputs]
         given = [np.ascontiguousarray(array, port.dtype) for port, array in zip(self.inputs, inputs, strict=True)]
-        for port, array in zip(self.inputs, given, strict=True):
-            if array.shape != (port.stored if port.is_codes else port.shape):
-                raise ValueError(f"input '{port.name}' has codes of shape {array.shape}, not {port.stored}")
-        self._call(self._run, given, made)
+        self._call(at.run, given, made)
         return made
+
+    def _fitted(self, feeds: Mapping[str, Array]) -> tuple[int, Length, Mapping[str, Array]]:
+        """Return the length that feeds have, the network that takes them, and the feeds as long as that."""
+        if len(self.lengths) == 1:
+            return self.lengths[0].size, self.lengths[0], feeds
+        axes, sizes = self.about["axes"], ", ".join(str(at.size) for at in self.lengths)
+        found = {np.shape(feeds[port.name])[axis] for port in self.inputs if port.name in feeds
+                 for axis in axes[port.name] if axis < np.ndim(feeds[port.name])}  # fmt: skip
+        if len(found) != 1:
+            raise ValueError(f"inputs have the lengths {sorted(found)}; they must have one, of {sizes}")
+        (count,) = found
+        at = next((at for at in self.lengths if at.size >= count), None)
+        if at is None or (at.size > count and self.about["padding"] is None):
+            why = "and this one is longer" if at is None else "and there is no mask that inputs could be padded under"
+            raise ValueError(f"inputs have length {count}: the network has {sizes}, {why}")
+        return count, at, {name: _padded(array, axes.get(name, ()), at.size) for name, array in feeds.items()}
 
     def _call(self, function: Any, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
         function(self._workspace, *(ctypes.c_void_p(array.ctypes.data) for array in (*inputs, *outputs)))
@@ -205,6 +257,25 @@ class InferenceSession:
             return port.take(array)
         codes = np.rint(array.astype(np.float32) / np.float32(port.scale)) + port.zero_point
         return Port.take(port, np.clip(codes, -128, 127).astype(np.int16) + port.offset)
+
+
+def _padded(array: Array, axes: Sequence[int], size: int) -> Array:
+    """Return an array with zeros behind its end along some axes, so that they are as long as `size`."""
+    array = np.asarray(array)
+    behind = [(0, max(0, size - extent) if axis in axes else 0) for axis, extent in enumerate(array.shape)]
+    return np.pad(array, behind) if any(after for _, after in behind) else array
+
+
+def _cut(array: Array, axes: Sequence[int], count: int) -> Array:
+    """Return the first elements along some axes."""
+    kept = tuple(slice(count) if axis in axes else slice(None) for axis in range(array.ndim))
+    return np.ascontiguousarray(array[kept])
+
+
+def _function(library: ctypes.CDLL, name: str) -> Any:
+    function = library[name]
+    function.restype = None
+    return function
 
 
 def _stop(stop: Any, workspace: ctypes.c_void_p, memory: Array) -> None:

@@ -72,6 +72,14 @@ def shifted(expression: Expression, by: int) -> Expression:
     return expression if kind == "number" else (kind, *(shifted(operand, by) for operand in operands))
 
 
+def inverse(expression: Expression) -> Expression | None:
+    """Return what multiplies where an expression divides, of a number whose inverse is one: a division takes longer."""
+    kind, *operands = expression
+    found = 1.0 / operands[0] if kind == "number" and operands[0] else 0.0
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    return number(found) if smallest <= abs(found) <= largest else None
+
+
 def _sigmoid(x: Expression) -> Expression:
     return ("div", number(1.0), ("add", number(1.0), ("exp", ("sub", number(0.0), x))))
 

@@ -170,3 +170,57 @@ class MatMul(Operation):
     extents: tuple[int, ...]
     zero_point: int
     requantize: Requantize | Dequantize
+
+
+#: A block of activations whose magnitudes are all below this is zeros.
+LEAST_PEAK = 2.0**-100
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDense(Operation):
+    """A Dense of floats, by weights with a scale for each block of their inputs: ``MatMulNBits`` of ONNX Runtime.
+
+    A block of activations becomes codes: d = max|x| / 127, q = round(x · (127 / max|x|)), ties to even, and zeros where
+    max|x| is below `LEAST_PEAK`. y starts as the bias, and block by block, from the first one on, becomes
+    d · scale · Σ q · weights + y: Σ is exact, d · scale a float32, and product and sum are rounded once. At last it is
+    clipped. So results are the same everywhere, to the last bit.
+
+    Parameters
+    ----------
+    weights : ndarray of int8, shape (out, in)
+    scale : ndarray of float32, shape (out, blocks)
+    bias : ndarray of float32, shape (out,)
+    block : int
+        Inputs that have a scale in common; the last block may have less.
+    bits : int
+        8, or 4 where every code is from -8 to 7.
+    low, high : float
+    """
+
+    weights: Int8Array
+    scale: FloatArray
+    bias: FloatArray
+    block: int
+    bits: int
+    low: float = -np.inf
+    high: float = np.inf
+
+
+@dataclass(frozen=True, eq=False)
+class FloatMatMul(Operation):
+    """A product of two activations in float: clip(scale · Σ_k a[…, m, k] · b[…, k, n], low, high).
+
+    The sum starts at zero and goes from the first k on, each product and sum rounded once.
+
+    Parameters
+    ----------
+    axes, extents
+        As of `MatMul`.
+    scale, low, high : float
+    """
+
+    axes: tuple[tuple[int | None, ...], tuple[int | None, ...], tuple[int | None, ...]]
+    extents: tuple[int, ...]
+    scale: float = 1.0
+    low: float = -np.inf
+    high: float = np.inf

@@ -77,8 +77,54 @@ def _matmul(operation: ops.MatMul, inputs: list[Array], output: Tensor) -> Array
     # Below 2^53, so that float64's product is exact.
     a, b = (along(array, axes).astype(np.float64) for array, axes in zip(inputs, operation.axes[:2], strict=True))
     sums = np.rint((a - operation.zero_point) @ b).astype(np.int64)
-    made = finished(sums, operation.requantize)
-    places = [axis for axis in operation.axes[2] if axis is not None]
+    return _placed(finished(sums, operation.requantize), operation.axes[2], output)
+
+
+def fused(a: FloatArray, b: FloatArray, c: FloatArray) -> FloatArray:
+    """Return a · b + c in float32, rounded once.
+
+    The product is exact in float64. What the sum's rounding there lost makes its last bit odd, which is as good as all
+    bits behind it to the rounding that follows (Boldo and Melquiond 2008, "Emulation of FMA and Correctly Rounded
+    Sums").
+    """
+    product, summand = np.float64(a) * np.float64(b), np.float64(c)
+    total = product + summand
+    part = total - product
+    lost = (product - (total - part)) + (summand - part)
+    even = (total.view(np.int64) & 1) == 0
+    odd = np.nextafter(total, np.where(lost > 0.0, np.inf, -np.inf))
+    return np.asarray(np.where((lost != 0.0) & even, odd, total), np.float32)
+
+
+def _block_dense(operation: ops.BlockDense, inputs: list[Array], output: Tensor) -> Array:
+    length, block = operation.weights.shape[1], operation.block
+    x = inputs[0].reshape(-1, length)
+    y = np.broadcast_to(operation.bias, (len(x), len(operation.weights)))
+    for index, start in enumerate(range(0, length, block)):
+        part = x[:, start : start + block]
+        peak = np.abs(part).max(axis=1, keepdims=True)
+        there = peak >= np.float32(ops.LEAST_PEAK)
+        divisor = np.where(there, peak, np.float32(1.0))
+        step = np.where(there, divisor / np.float32(127.0), np.float32(0.0))
+        inverse = np.where(there, np.float32(127.0) / divisor, np.float32(0.0))
+        codes = np.rint(np.clip(part * inverse, np.float32(-127.0), np.float32(127.0)))
+        sums = codes.astype(np.float64) @ operation.weights[:, start : start + block].T.astype(np.float64)
+        y = fused(sums.astype(np.float32), step * operation.scale[:, index], y)
+    return np.clip(y, np.float32(operation.low), np.float32(operation.high)).reshape(output.shape)
+
+
+def _float_matmul(operation: ops.FloatMatMul, inputs: list[Array], output: Tensor) -> Array:
+    a, b = (along(array, axes) for array, axes in zip(inputs, operation.axes[:2], strict=True))
+    y = np.zeros((), np.float32)
+    for k in range(operation.extents[-2]):
+        y = fused(a[..., k, np.newaxis], b[..., k, np.newaxis, :], y)
+    made = np.clip(y * np.float32(operation.scale), np.float32(operation.low), np.float32(operation.high))
+    return _placed(made, operation.axes[2], output)
+
+
+def _placed(made: Array, axes: tuple[int | None, ...], output: Tensor) -> Array:
+    """Return a product's results as they are stored."""
+    places = [axis for axis in axes if axis is not None]
     return made.transpose(np.argsort(places)).reshape(output.shape)
 
 
@@ -92,6 +138,8 @@ def finished(sums: Array, step: Any) -> Array:
 
 
 KERNELS: Mapping[type[Operation], Callable[[Any, list[Array], Tensor], Array]] = {
+    ops.BlockDense: _block_dense,
+    ops.FloatMatMul: _float_matmul,
     ops.FloatSoftmax: _softmax,
     ops.Gather: _gather,
     ops.MatMul: _matmul,

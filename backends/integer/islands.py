@@ -10,9 +10,11 @@ import onnx_ir as ir
 
 from qcompile.backends.integer import ports
 from qcompile.backends.integer.lower_affine import is_affine
+from qcompile.backends.integer.lower_blocks import lower_blocks, lower_float_product
 from qcompile.backends.integer.lower_elementwise import bounds_of
-from qcompile.backends.integer.lower_floats import Floats, Known, Real, Rows, is_float, stored
+from qcompile.backends.integer.lower_floats import Floats, Known, Real, Rows, is_float, real, stored
 from qcompile.backends.integer.lower_linear import real_of
+from qcompile.backends.integer.lower_moves import picks_one
 from qcompile.backends.integer.lower_products import lower_product
 from qcompile.backends.integer.program import Port
 from qcompile.backends.integer.values import FLOAT, Codes, Grid, Pending, Writer, refuse, shape_of
@@ -70,13 +72,15 @@ class Islands:
         inputs = [self._known(value) for value in node.inputs]
         if not any(known is not None for known in inputs):
             return False
-        if node.op_type in MOVES:
+        if node.op_type in MOVES or picks_one(node):
             self._settle(node)
             return False
         if (folded := self._folded(node, inputs)) is not None:
             self.known[node.outputs[0]] = folded
         elif node.op_type == "MatMul" and all(known is not None for known in inputs):
             self.known[node.outputs[0]] = self._product(node)
+        elif node.op_type in ("Gemm", "MatMul") and self._multiplies_floats(node, inputs):
+            self.known[node.outputs[0]] = lower_blocks(self.writer, node, self._as_floats(node, 0))
         elif self._is_of_integers(node, inputs):
             return False
         else:
@@ -140,8 +144,25 @@ class Islands:
     def _product(self, node: ir.Node) -> Pending:
         found = [known for known in map(self._known, node.inputs) if isinstance(known, Codes)]
         if len(found) != 2 or any(is_float(codes) for codes in found):
-            refuse(node, "multiplies two activations in float, for which there is no kernel", IN_INTEGERS)
+            return lower_float_product(self.writer, node, [self._as_floats(node, index) for index in range(2)])
         return lower_product(self.writer, node, found)
+
+    def _multiplies_floats(self, node: ir.Node, inputs: list[Known | None]) -> bool:
+        """Tell whether a node multiplies what is no codes by constants that are."""
+        first = inputs[0]
+        constant = structure.produced_by(node.inputs[structure.WEIGHT_INPUT], "DequantizeLinear") is not None
+        return constant and first is not None and not (isinstance(first, Codes) and not is_float(first))
+
+    def _as_floats(self, node: ir.Node, index: int) -> Codes:
+        """Return an operand as floats that are stored."""
+        value = structure.input_of(node, index)
+        known = self.known[value]
+        if isinstance(known, Pending):
+            known = known.settle_real(str(value.name))
+        if not (isinstance(known, Codes) and is_float(known)):
+            known = stored(self.writer, real(self.writer, known, node), FLOAT, f"{value.name}_float")
+        self.known[value] = known
+        return known
 
     def dequantized_rows(self, node: ir.Node, rows: Rows) -> Codes:
         """Return the floats of rows of a table."""

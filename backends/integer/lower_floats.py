@@ -175,7 +175,10 @@ class Floats:
         parts = [self.operand(node, index, each) for index, each in enumerate(known)]
         found = parts[0]
         for other in parts[1:]:
-            found = combined(shape, expressions.PAIRS[node.op_type], [found, other])
+            kind = expressions.PAIRS[node.op_type]
+            if kind == "div" and (inverse := expressions.inverse(other.expression)) is not None:
+                kind, other = "mul", replace(other, expression=inverse)
+            found = combined(shape, kind, [found, other])
         return replace(found, shape=shape)
 
     def where(self, node: ir.Node, known: list[Known | None]) -> Real:

@@ -181,7 +181,7 @@ def _dense(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> Pending:
-    x, matrix = _rows(writer, writer.plain(value, node), matrix)
+    x, matrix = rows_of(writer, writer.plain(value, node), matrix)
     shape = (*x.shape[:-1], len(matrix))
     scale = weights.per(len(matrix)) * np.float64(x.grid.scale) * alpha
     if np.any(scale <= 0.0):
@@ -217,7 +217,7 @@ def _dense(
     return pending(scale, bias)
 
 
-def _rows(writer: Writer, x: Codes, matrix: npt.NDArray[np.int8]) -> tuple[Codes, npt.NDArray[np.int8]]:
+def rows_of(writer: Writer, x: Codes, matrix: npt.NDArray[np.int8]) -> tuple[Codes, npt.NDArray[np.int8]]:
     """Return a value with its last axis stored last, and weights in the order in which a map is stored."""
     if x.map is not None:
         places = np.arange(matrix.shape[1]).reshape(x.map.shape).transpose(x.map.order).ravel()

@@ -17,21 +17,17 @@ from qcompile.passes import structure
 
 def lower_product(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending:
     """Lower a MatMul of two activations, over as many axes in front as they have."""
-    a, b = (writer.plain(writer.settled(value), node) for value in inputs)
-    if (a.grid.dtype, b.grid.dtype) != ("int8", "int8") or min(len(a.shape), len(b.shape)) < 2:
+    a, b = last_where_they_are(writer, node, [writer.plain(writer.settled(value), node) for value in inputs])
+    if (a.grid.dtype, b.grid.dtype) != ("int8", "int8"):
         refuse(node, f"multiplies {a.grid.dtype} by {b.grid.dtype}", "quantize both matrices to 8 bits")
     if b.grid.zero_point:
         refuse(node, "its second matrix has a zero point", "quantize it symmetrically")
     rank = max(len(a.shape), len(b.shape))
-    if a.order[-1] != len(a.shape) - 1:
-        a = writer.arranged(a, (*(axis for axis in a.order if axis != len(a.shape) - 1), len(a.shape) - 1))
-    if b.order[-1] < len(b.shape) - 2:
-        b = writer.arranged(b, tuple(range(len(b.shape))))
     shape = shape_of(node.outputs[0])
-    order = _wanted_order(node.outputs[0], rank)
+    order = wanted_order(node.outputs[0], rank)
     if a.shape[-1] * 255 * 128 > LARGEST:
         refuse(node, f"adds up {a.shape[-1]} products, beyond int32", "split it")
-    axes = _axes(a, rank), _axes(b, rank), tuple(order.index(axis) for axis in range(rank))
+    axes = axes_of(a, rank), axes_of(b, rank), tuple(order.index(axis) for axis in range(rank))
     extents = (*shape[:-1], a.shape[-1], shape[-1])
 
     def pending(scale: np.float64) -> Pending:
@@ -55,7 +51,19 @@ def lower_product(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending
     return pending(np.float64(a.grid.scale) * np.float64(b.grid.scale))
 
 
-def _axes(value: Codes, rank: int) -> tuple[int | None, ...]:
+def last_where_they_are(writer: Writer, node: ir.Node, inputs: Sequence[Codes]) -> tuple[Codes, Codes]:
+    """Return two matrices whose rows lie in one piece, of the second one its columns perhaps."""
+    a, b = (writer.settled(value) for value in inputs)
+    if min(len(a.shape), len(b.shape)) < 2:
+        refuse(node, "multiplies by a vector", "give it an axis of one element")
+    if a.order[-1] != len(a.shape) - 1:
+        a = writer.arranged(a, (*(axis for axis in a.order if axis != len(a.shape) - 1), len(a.shape) - 1))
+    if b.order[-1] < len(b.shape) - 2:
+        b = writer.arranged(b, tuple(range(len(b.shape))))
+    return a, b
+
+
+def axes_of(value: Codes, rank: int) -> tuple[int | None, ...]:
     """Return where each axis of the product is stored; none of an axis that is repeated."""
     missing = rank - len(value.shape)
     own = (axis - missing for axis in range(rank))
@@ -65,7 +73,7 @@ def _axes(value: Codes, rank: int) -> tuple[int | None, ...]:
     )
 
 
-def _wanted_order(value: ir.Value, rank: int) -> tuple[int, ...]:
+def wanted_order(value: ir.Value, rank: int) -> tuple[int, ...]:
     """Return the order in which what reads a product wants it: as a Transpose behind it leaves it."""
     natural: Sequence[int] = range(rank)
     while (node := structure.only_reader(value)) is not None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompile.core.contract import Effect, Refusal, Rewritten
+from qcompile.core.lengths import Shape
 from qcompile.passes.canonicalize.fix_names import FixNames
 from qcompile.passes.canonicalize.fix_shapes import FixShapes
 from qcompile.passes.canonicalize.fold_affine import FoldAffine
@@ -41,7 +42,7 @@ class Canonicalize(ir.passes.InPlacePass):
     ----------
     opset : int
         The default operator set is raised to this version.
-    shapes : mapping of str to tuple of int
+    shapes : mapping of str to Shape
         Inputs to fix, by name.
     widen : bool
         Compute in float32 what is float16.
@@ -52,7 +53,7 @@ class Canonicalize(ir.passes.InPlacePass):
     """
 
     opset: int
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
     widen: bool = False
     batch_of_one: bool = False
     joins: bool = False

@@ -31,6 +31,8 @@ class OpKind(StrEnum):
     """Picks rows of a constant table: the table is stored as integers, the rows are dequantized."""
     PACKED = "packed"
     """Multiplies by constant weights, in float: these are stored as integers, by output channel."""
+    RESIDUAL = "residual"
+    """Adds something to what a Conv in integers makes, which its kernel does as it goes if that comes as codes."""
     STORED = "stored"
     """Has no integer kernel: large constants that it reads are stored as integers."""
 

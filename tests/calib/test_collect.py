@@ -57,6 +57,12 @@ def test_statistics_are_those_of_numpy(network: ir.Model, random: np.random.Gene
     assert 0 < statistics.histograms["z"].high < 1
 
 
+def test_threads_change_no_histogram(network: ir.Model, random: np.random.Generator) -> None:
+    samples = [{"x": random.standard_normal((1, 4)).astype(np.float32)} for _ in range(5)]
+    alone, abreast = (collect(network, ["x", "y", "r"], dataset(network, samples), quietly, n) for n in (1, 3))
+    assert alone.to_bytes() == abreast.to_bytes()
+
+
 def test_the_model_stays_as_it_is(network: ir.Model) -> None:
     before = models.serialize(network)
     collect(network, ["y"], dataset(network, [{"x": np.ones((1, 4), np.float32)}]), quietly)

@@ -54,6 +54,13 @@ def measured(float_model: ir.Model, other: ir.Model, names: list[str], samples: 
     return measure_drift(float_model, other, names, dataset(float_model, samples), track)
 
 
+def test_threads_change_no_drift() -> None:
+    reference, other, data = convs([0, 0, 0], [0, 0, 0]), convs([0.5, -1, 0], [1, 2, 3]), images()
+    names = ["conv", "conv2"]
+    alone, abreast = (measure_drift(reference, other, names, dataset(reference, data), track, n) for n in (1, 3))
+    assert alone == abreast
+
+
 def test_a_planted_constant_error_is_recovered() -> None:
     result = measured(convs([0, 0, 0], [0, 0, 0]), convs([0.5, -1, 0], [0, 0, 0]), ["conv", "conv2"], images())
     np.testing.assert_allclose(result["conv"], [-0.5, 1, 0], atol=1e-5)
@@ -134,7 +141,7 @@ def test_fewer_samples_are_held_where_memory_is_short(monkeypatch: pytest.Monkey
 def test_fewer_samples_are_run_where_they_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
     monkeypatch.setattr(drift, "WORK", 1.0)
-    monkeypatch.setattr(drift, "_expected_means", lambda reference, stages, samples: ran.append(len(samples)))
+    monkeypatch.setattr(drift, "_expected_means", lambda reference, stages, samples, threads: ran.append(len(samples)))
     with pytest.raises(TypeError):  # there is nothing to unpack: the samples are all that is looked at
         measured(convs([0, 0, 0], [0, 0, 0]), convs([1, 0, 0], [0, 0, 0]), ["conv"], images(9))
     assert ran == [1]

@@ -162,6 +162,17 @@ def test_moments_are_of_weighted_rows_and_codes_have_the_weights_shape(name: str
     assert np.abs(codes * np.float32(0.05) - weights).max() < 0.3
 
 
+def test_threads_change_no_moment(random: np.random.Generator) -> None:
+    text = "(float[6,4] x) => (float[6,2] y) { [a] t = MatMul (x, v) [b] y = MatMul (t, w) }"
+    v, w = (random.normal(size=shape).astype(np.float32) for shape in ((4, 4), (4, 2)))
+    model = models.from_proto(proto_from_text(text, 21, v=v, w=w))
+    operators = [Operator(node, quant(c, 1)) for node, c in zip(model.graph, (4, 2), strict=True)]
+    data = Dataset("four", lambda: [runtime.synthetic_feeds(model, seed) for seed in range(4)], input_specs(model))
+    alone, abreast = (dict(second_moments(model, operators, data, untracked, threads)) for threads in (1, 3))
+    for operator in operators:
+        np.testing.assert_array_equal(alone[operator].matrices, abreast[operator].matrices)
+
+
 def test_moments_that_do_not_fit_together_are_measured_apart(
     monkeypatch: pytest.MonkeyPatch, random: np.random.Generator
 ) -> None:

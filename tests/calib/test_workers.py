@@ -24,7 +24,7 @@ from qcompile.calib.data import Dataset, input_specs
 from qcompile.calib.observers import Observer
 from qcompile.calib.sensitivity import choose_observers
 from qcompile.calib.weighing import weights_alone
-from qcompile.calib.workers import Travelling, Workers
+from qcompile.calib.workers import Travelling, Workers, abreast
 from qcompile.core import model as models
 from qcompile.core.errors import ModelError, UsageError, WorkerError
 
@@ -251,3 +251,31 @@ def test_without_dask_a_cluster_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(WorkerError, match=r"not installed; pip install 'qcompile\[cluster\]'$"):
         Workers(1, "tcp://127.0.0.1:9").each(worker_tasks.times, (7,), NUMBERS, track, "testing")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_what_is_done_abreast_comes_in_order(threads: int) -> None:
+    def slow_at_first(number: int) -> int:
+        time.sleep(0.02 if number == 0 else 0.0)
+        return -number
+
+    assert list(abreast(slow_at_first, range(20), threads)) == [-number for number in range(20)]
+
+
+def test_items_are_taken_as_they_are_needed() -> None:
+    """What comes next may be large: no more is held than threads work on, and what waits to be fetched."""
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    results = abreast(abs, items(), 2)
+    assert next(results) == 0
+    assert len(taken) == 3
+
+
+def test_what_a_thread_raises_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(abreast(lambda number: 1 / number, [2, 1, 0], 2))

@@ -184,7 +184,7 @@ def test_asked_for_float_activations_without_data_the_first_line_says_so(qcompil
     done = qcompile(resnet8[0], "--target", "cpu", "--activations", "none", "-o", tmp_path / "out")
     assert done.code == 0, done.err
     first = done.out.splitlines()[0]
-    assert first.startswith("warning: No calibration data: weights are stored as int8")
+    assert first.startswith("warning: No calibration data: weights are stored as integers")
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["precision"] == {"integer": 0, "weight_only": 9, "float": 15}
     assert report["size"]["ratio"] < 0.35

@@ -75,6 +75,35 @@ def test_what_has_no_integer_form_is_refused_by_name(qcompile, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("bits", "least"), [("4", 15), ("8", 30)])
+def test_weights_alone_have_kernels_between_floats(qcompile, tmp_path, bits, least):
+    import onnx.parser
+
+    random, model = np.random.default_rng(0), tmp_path / "layers.onnx"
+    text = '<ir_version: 10, opset_import: ["": 21]> g (float[1,5,64] x) => (float[1,5,64] y) {'
+    made = onnx.parser.parse_model(text + "m = MatMul (x, a) e = Gelu (m) n = MatMul (e, b) y = Add (n, x) }")
+    for name, shape in (("a", (64, 256)), ("b", (256, 64))):
+        array = (random.normal(size=shape) / 8).astype(np.float32)
+        made.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(made, model)
+    words = ("--target", "cpu:tvm", "--weights", bits, "--activations", "none", "-o", tmp_path / "out", "--json")
+    done = qcompile(model, *words)
+    assert done.code == 0, done.err
+    report = json.loads(done.out)["report"]
+    assert [op["precision"] for op in report["operators"] if op["op_type"] == "MatMul"] == ["weight_only"] * 2
+    assert all(measures["sqnr"] > least for measures in report["fidelity"]["outputs"].values())
+    kernels = json.loads((tmp_path / "out/network.json").read_text())["kernels"]
+    assert [kernel["kernel"].split("_")[0] for kernel in kernels].count("dense") == 2
+    # Five bits each with their scales, or eight and a bit.
+    stored = report["size"]["by_cause"]["weights, biases and multipliers"]
+    assert stored <= 2 * 64 * 256 * (5 if bits == "4" else 9) / 8 + 4096
+
+
+def test_convolutions_by_weights_alone_are_refused_by_name(qcompile, resnet8, tmp_path):
+    done = qcompile(resnet8[0], "--target", "cpu:tvm", "--activations", "none", "-o", tmp_path / "out")
+    assert done.code == 7 and "Conv" in done.err and "float" in done.err
+
+
 def test_bounds_on_memory_mean_nothing_there(qcompile, resnet8, tmp_path):
     model, data, _ = resnet8
     done = qcompile(model, "--target", "cpu:tvm", "--data", data, "--max-sram", "64KB", "-o", tmp_path / "out")

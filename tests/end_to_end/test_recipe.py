@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from qcompile import Options, QcompileError
+from qcompile.options import parse_shape
 from qcompile.override import REASON, Override
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,7 @@ def test_every_option_is_a_key(small, recipe):
         smoothing = "none"
         rotation = "none"
         no_added_nodes = true
+        allow_ort_segments = true
         max_size = "0.2x"
         max_bops = "20G"
         max_latency = "12ms"
@@ -104,6 +106,7 @@ def test_every_option_is_a_key(small, recipe):
         smoothing="none",
         rotation="none",
         no_added_nodes=True,
+        allow_ort_segments=True,
         costs=small.folder / "costs.json",
         shape={"x": (1, 3, 8, 8)},
         max_size="0.2x",
@@ -123,6 +126,12 @@ def test_every_option_is_a_key(small, recipe):
     )
     default = Options("other")
     assert [f.name for f in fields(Options) if getattr(found, f.name) == getattr(default, f.name)] == []
+
+
+def test_an_axis_may_have_several_lengths(recipe):
+    found = Options.from_recipe(recipe('target = "cpu:tvm"\nshape = {x = [1, 3, [8, 16], [9]]}'))
+    assert found.shape == {"x": (1, 3, (8, 16), 9)}
+    assert dict([parse_shape("x=1x3x8,16x9")]) == found.shape
 
 
 def test_every_key_is_documented():
@@ -190,6 +199,8 @@ def test_paths_are_relative_to_the_recipe(qcompile, small, recipe, tmp_path_fact
         ("shape = [1]", ["small.toml: shape", "is not a table of lists"]),
         ("shape = {x = [0]}", ["small.toml: shape", "is not a table of lists"]),
         ("shape = {x = 3}", ["small.toml: shape", "is not a table of lists"]),
+        ("shape = {x = [[]]}", ["small.toml: shape", "is not a table of lists"]),
+        ("shape = {x = [1, [8, 0]]}", ["small.toml: shape", "is not a table of lists"]),
         ("min_fidelity = 20", ["small.toml: min_fidelity", "is not a table of numbers"]),
         ("min_fidelity = {sqnr = nan}", ["small.toml: min_fidelity", "is not a table of numbers"]),
         ("min_fidelity = {beauty = 1}", ["small.toml: min_fidelity", "no measure 'beauty'"]),

@@ -89,7 +89,7 @@ def test_without_data_the_stages_quantize_weights_as_a_compile_does(qcompile, sm
     assert qcompile(small.model, "--target", "cpu", "-o", tmp_path / "whole").code == 0
     assert settled(staged(small.model, ("--target", "cpu"), ())) == settled(tmp_path / "whole")
     told = qcompile("calibrate", small.model, "--target", "cpu", "-o", tmp_path / "calibration.npz")
-    assert told.out.startswith("warning: No calibration data: weights are stored as int8")
+    assert told.out.startswith("warning: No calibration data: weights are stored as integers")
 
 
 def test_without_data_the_stages_guess_as_a_compile_does(qcompile, resnet8, staged, tmp_path):

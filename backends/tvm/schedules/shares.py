@@ -6,11 +6,13 @@ kernel serves any number of threads, and the thread's results are where they wou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from qcompile.backends.integer.expressions import Expression
 from qcompile.backends.tvm.schedules.vectors import COLUMNS, FOUR, OUTPUTS, ROWS, Processor
 from qcompile.backends.tvm.schedules.windows import Windows
 from qcompile.backends.tvm.schedules.x86_cycles import EPILOGUE, cycles
@@ -22,6 +24,10 @@ WORTH = 4000
 COMMON = (2, 4)
 #: Bytes in a cycle that come from where another processor had them.
 BYTES = 10
+#: Cycles of what is more than an instruction on a vector of floats.
+LONG = {"exp": 9.0, "erf": 10.0, "tanh": 20.0, "div": 12.0, "sqrt": 15.0}
+#: Groups of four codes of an activation that are packed in a cycle.
+PACKED = 2
 
 
 def chosen(axes: Mapping[str, tuple[Sequence[float], int]]) -> tuple[str, int]:
@@ -87,6 +93,50 @@ def _of_windows(shape: Windows, width: int, each: float) -> tuple[str, int]:
     seen = shape.rows * shape.row_step // max(shape.rows, 1)
     rows = ([line * blocks] * shape.rows, seen)
     return chosen({ROWS: rows, OUTPUTS: ([line * shape.rows] * blocks, 0)})
+
+
+def of_floats(extents: Sequence[int], vectors: int, each: float, whole: bool = False) -> tuple[str, int]:
+    """Return the loop of what goes by vectors over floats, and its iterations.
+
+    Parameters
+    ----------
+    extents : sequence of int
+        Of the loops around the vectors' one.
+    vectors : int
+        Of a row.
+    each : float
+        Cycles that one takes; see `of_expression`.
+    whole : bool
+        Whether rows stay whole, since something is known of all of one first.
+    """
+    axes: dict[str, tuple[Sequence[float], int]] = {}
+    outer, rows = [extent for extent in extents if extent > 1], math.prod(extents)
+    if outer:
+        axes[ROWS] = [rows // outer[0] * vectors * each] * outer[0], 0
+    if not whole:
+        axes[COLUMNS] = [rows * each] * vectors, 0
+    return chosen(axes) if axes else ("", 0)
+
+
+def of_expression(expression: Expression) -> float:
+    """Return the cycles that a vector of an expression's values takes, and its loads."""
+    kind, *operands = expression
+    if kind in ("leaf", "number"):
+        return float(kind == "leaf")
+    return LONG.get(kind, 1.0) + sum(map(of_expression, operands))
+
+
+def of_products(shape: Linear, count: int, each: float) -> int:
+    """Return the iterations of so many products of activations, each of which is packed where it is computed.
+
+    Parameters
+    ----------
+    shape : Linear
+    count : int
+    each : float
+        Cycles of one, without packing.
+    """
+    return count if count > 1 and count * (each + shape.depth * shape.outputs / PACKED) >= WORTH else 0
 
 
 def of_codes(rows: int, width: int, lanes: int) -> int:

@@ -7,7 +7,7 @@ the registers in which `x86_linear` makes codes of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,11 +145,15 @@ def tiles_kernel(name: str, shape: linear.Linear, block: Block, processor: Proce
     """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
 
     def body(buffers: Any) -> None:
-        emitter = _Emitter(whole(shape, block), block, processor, buffers)
-        emitter.all()
+        emit(whole(shape, block), block, processor, buffers)
 
     given = linear.arguments(shape.looked_up, processor, shape.reals is not None)
     return function(name, given, body, SPAN if shape.shared else ())
+
+
+def emit(shape: linear.Linear, block: Block, processor: Processor, buffers: Mapping[str, Any]) -> None:
+    """Emit the statements of a kernel, of pieces of whole tiles."""
+    _Emitter(shape, block, processor, buffers).all()
 
 
 class _Emitter(linear.Emitter):

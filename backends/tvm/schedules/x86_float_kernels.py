@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,18 @@ import numpy as np
 from qcompile.backends.integer.expressions import Expression
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules.vectors import Processor, blocks, load, places
+from qcompile.backends.tvm.schedules.vectors import (
+    COLUMNS,
+    ROWS,
+    SPAN,
+    Processor,
+    Span,
+    blocks,
+    load,
+    places,
+    span_of,
+    within,
+)
 from qcompile.backends.tvm.schedules.x86_floats import Stored, Vectors
 
 #: Sums that go on beside one another, so that none waits for the one in front.
@@ -28,11 +39,28 @@ class Read:
     extents : tuple of int
     leaves : tuple of Stored
     expression : tuple
+    shared : str
+        The loop that threads share: `vectors.ROWS`, the outermost one, `vectors.COLUMNS`, that of vectors, or none.
     """
 
     extents: tuple[int, ...]
     leaves: tuple[Stored, ...]
     expression: Expression
+    shared: str = ""
+
+    @property
+    def outer(self) -> list[int]:
+        """The axes that loops go over, from the outermost, but for the last one."""
+        return [axis for axis, extent in enumerate(self.extents[:-1]) if extent > 1]
+
+    @property
+    def numbers(self) -> Sequence[str]:
+        """What a kernel takes beside pointers."""
+        return SPAN if self.shared else ()
+
+    def span(self, buffers: Any, loop: str) -> Span | None:
+        """Return the iterations of a loop that are to be done, if threads share it."""
+        return span_of(buffers, self.shared == loop)
 
     def arguments(self, **more: str) -> dict[str, str]:
         """Return what a kernel takes, and of which type."""
@@ -48,23 +76,26 @@ class Read:
         return vectors.evaluate(self.expression, leaf)
 
 
-def _rows(extents: Sequence[int], stored: Sequence[Stored], emit: Callable[[list[Any]], None]) -> None:
-    """Emit loops over all axes but the last: `emit` takes where each begins there."""
-    ir = builder()
-    outer = [axis for axis, extent in enumerate(extents[:-1]) if extent > 1]
-    if not outer:
-        emit([0] * len(stored))
-        return
-    with ir.grid(*(extents[axis] for axis in outer)) as indices:
-        found = [indices] if len(outer) == 1 else list(indices)
-        emit([sum(i * each.steps[axis] for i, axis in zip(found, outer, strict=True)) for each in stored])
+def _rows(read: Read, buffers: Any, output: Stored, emit: Callable[[list[Any]], None]) -> None:
+    """Emit loops over all axes but the last: `emit` takes where each leaf begins there, and the output."""
+    ir, stored = builder(), (*read.leaves, output)
+
+    def loops(axes: list[int], starts: list[Any], span: Span | None) -> None:
+        if not axes:
+            emit(starts)
+            return
+        with ir.serial(*(span or (0, read.extents[axes[0]]))) as index:
+            here = [start + index * each.steps[axes[0]] for start, each in zip(starts, stored, strict=True)]
+            loops(axes[1:], here, None)
+
+    loops(read.outer, [0] * len(stored), read.span(buffers, ROWS))
 
 
-def _by_vectors(count: int, lanes: int, emit: Callable[[Any, int], None]) -> None:
+def _by_vectors(count: int, lanes: int, emit: Callable[[Any, int], None], span: Span | None = None) -> None:
     full = count // lanes
-    blocks(full, 1, lambda i, _: emit(i * lanes, lanes))
+    blocks(full, 1, lambda i, _: emit(i * lanes, lanes), span)
     if count % lanes:
-        emit(full * lanes, count % lanes)
+        within(span, full, lambda: emit(full * lanes, count % lanes))
 
 
 def pointwise_kernel(name: str, read: Read, output: Stored, processor: Processor) -> Function:
@@ -77,11 +108,11 @@ def pointwise_kernel(name: str, read: Read, output: Stored, processor: Processor
                 value = read.value(vectors, buffers, starts[:-1], at)
                 vectors.write(buffers["output"], output, starts[-1] + at * output.steps[-1], value, count)
 
-            _by_vectors(read.extents[-1], processor.lanes, part)
+            _by_vectors(read.extents[-1], processor.lanes, part, read.span(buffers, COLUMNS))
 
-        _rows(read.extents, (*read.leaves, output), row)
+        _rows(read, buffers, output, row)
 
-    return function(name, read.arguments(output=output.dtype), body)
+    return function(name, read.arguments(output=output.dtype), body, read.numbers)
 
 
 class _Row:
@@ -159,9 +190,10 @@ def normalize_kernel(
 
             _by_vectors(width, lanes, part)
 
-        _rows(read.extents, (*read.leaves, output), one)
+        _rows(read, buffers, output, one)
 
-    return function(name, read.arguments(weight="float32", bias="float32", output=output.dtype), body)
+    given = read.arguments(weight="float32", bias="float32", output=output.dtype)
+    return function(name, given, body, read.numbers)
 
 
 def softmax_rows_kernel(name: str, read: Read, output: Stored, processor: Processor) -> Function:
@@ -178,7 +210,7 @@ def softmax_rows_kernel(name: str, read: Read, output: Stored, processor: Proces
                 return row.keep(at, read.value(vectors, buffers, starts[:-1], at))
 
             peak = ir.bind(ir.broadcast(row.fold(LEAST, value, ir.max, LEAST), lanes))
-            total = row.fold(0.0, lambda at: row.keep(at, vectors.exp(row.at(at) - peak)), lambda a, b: a + b, 0.0)
+            total = row.fold(0.0, lambda at: row.keep(at, vectors.exp(row.at(at) - peak, 0.0)), lambda a, b: a + b, 0.0)
             factor = ir.bind(ir.broadcast(ir.float32(1.0) / total, lanes))
 
             def part(at: Any, count: int) -> None:
@@ -187,9 +219,9 @@ def softmax_rows_kernel(name: str, read: Read, output: Stored, processor: Proces
 
             _by_vectors(width, lanes, part)
 
-        _rows(read.extents, (*read.leaves, output), one)
+        _rows(read, buffers, output, one)
 
-    return function(name, read.arguments(output=output.dtype), body)
+    return function(name, read.arguments(output=output.dtype), body, read.numbers)
 
 
 def reduce_kernel(
@@ -205,11 +237,10 @@ def reduce_kernel(
         How many axes, the last ones of `read`, are gone over.
     """
     kept, gone = read.extents[: len(read.extents) - axes], read.extents[len(read.extents) - axes :]
-    last = len(kept) - 1
-    lanes = processor.lanes if kept and all(leaf.steps[last] in (0, 1) for leaf in read.leaves) else 1
+    lanes = reduced_lanes(read, axes, processor)
     vectors = Vectors(lanes)
     # Leaves as their rows along the kept axis have them.
-    along = Read(kept or (1,), tuple(_up_to(leaf, len(kept)) for leaf in read.leaves), read.expression)
+    along = replace(read, extents=kept or (1,), leaves=tuple(_up_to(leaf, len(kept)) for leaf in read.leaves))
 
     def body(buffers: Any) -> None:
         ir = builder()
@@ -230,18 +261,27 @@ def reduce_kernel(
                 made = load(sums, 0, lanes) * vectors.number(factor)
                 vectors.write(buffers["output"], output, starts[-1] + at * output.steps[-1], made, count)
 
-            _by_vectors(along.extents[-1], lanes, part)
+            _by_vectors(along.extents[-1], lanes, part, read.span(buffers, COLUMNS))
 
-        _rows(along.extents, (*along.leaves, output), row)
+        _rows(along, buffers, output, row)
 
-    return function(name, read.arguments(output=output.dtype), body)
+    return function(name, read.arguments(output=output.dtype), body, read.numbers)
+
+
+def reduced_lanes(read: Read, axes: int, processor: Processor) -> int:
+    """Return how many neighbours are reduced at once."""
+    last = len(read.extents) - axes - 1
+    neighbours = last >= 0 and all(leaf.steps[last] in (0, 1) for leaf in read.leaves)
+    return processor.lanes if neighbours else 1
 
 
 def _up_to(leaf: Stored, count: int) -> Stored:
     return Stored(leaf.dtype, leaf.steps[:count] or (0,), leaf.scale, leaf.zero_point)
 
 
-def rows_kernel(name: str, count: int, rows: int, width: int, dtype: str, processor: Processor) -> Function:
+def rows_kernel(
+    name: str, count: int, rows: int, width: int, dtype: str, processor: Processor, shared: bool
+) -> Function:
     """Return rows of a table. Arguments: indices, table, scale, output."""
     lanes = processor.lanes
     vectors = Vectors(lanes)
@@ -261,9 +301,10 @@ def rows_kernel(name: str, count: int, rows: int, width: int, dtype: str, proces
 
             _by_vectors(width, lanes, part)
 
-        blocks(count, 1, row)
+        blocks(count, 1, row, span_of(buffers, shared))
 
-    return function(name, {"indices": "int64", "table": dtype, "scale": "float32", "output": "float32"}, body)
+    given = {"indices": "int64", "table": dtype, "scale": "float32", "output": "float32"}
+    return function(name, given, body, SPAN if shared else ())
 
 
 def move_kernel(

@@ -20,6 +20,8 @@ from qcompile.backends.tvm.schedules.vectors import all_lanes, load, places
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 LN2 = (0.693359375, -2.12194440e-4)
 LOWEST, HIGHEST = -87.0, 88.0
+#: A float beside which whole numbers of up to 22 bits, and nothing less, can be told.
+WHOLE = 1.5 * 2.0**23
 #: Beyond this erf is 1 within 8e-7.
 ERF_END = 3.5
 #: erf(x) / x = Σ c u^i with u = 2 x² / ERF_END² - 1.
@@ -93,15 +95,21 @@ class Vectors:
             found = self.fma(found, x, self.number(coefficient))
         return builder().bind(found)
 
-    def exp(self, x: Any) -> Any:
-        """Return e to the x."""
+    def exp(self, x: Any, highest: float = HIGHEST) -> Any:
+        """Return e to the x, of which nothing is above `highest`.
+
+        Beside a number that leaves no bits behind the point, the sum's last bits are the nearest whole number: as a
+        float once that number is taken away again, and as what the exponent grows by once they are shifted there.
+        """
         ir = builder()
-        x = ir.bind(ir.max(ir.min(x, self.number(HIGHEST)), self.number(LOWEST)))
-        n = ir.bind(ir.nearbyint(x * self.number(float(np.log2(np.e)))))
+        bounded = x if highest <= 0.0 else ir.min(x, self.number(highest))
+        x = ir.bind(ir.max(bounded, self.number(LOWEST)))
+        beside = ir.bind(self.fma(x, self.number(float(np.log2(np.e))), self.number(WHOLE)))
+        n = ir.bind(beside - self.number(WHOLE))
         r = ir.bind(self.fma(n, self.number(-LN2[1]), self.fma(n, self.number(-LN2[0]), x)))
-        p = self.fma(self.polynomial(EXP, r), r * r, r + self.number(1.0))
-        power = (ir.cast(n, self.whole) + self.number(127, "int32")) << self.number(23, "int32")
-        return ir.bind(p * ir.reinterpret(self.kind, power))
+        p = ir.bind(self.fma(self.polynomial(EXP, r), r * r, r + self.number(1.0)))
+        power = ir.reinterpret(self.whole, beside) << self.number(23, "int32")
+        return ir.bind(ir.reinterpret(self.kind, ir.reinterpret(self.whole, p) + power))
 
     def erf(self, x: Any) -> Any:
         """Return the error function."""
@@ -188,7 +196,8 @@ class Vectors:
         scaled = value * self.number(float(np.float32(1.0) / np.float32(stored.scale)))
         # Bounds on floats, in front: what is beyond int32, or no number, becomes a code all the same.
         bounded = ir.max(ir.min(scaled, self.number(255.0 - zero)), self.number(-zero))
-        rounded = ir.cast(ir.nearbyint(bounded), self.whole) + self.number(stored.zero_point, "int32")
+        nearest = ir.call_llvm_pure_intrin(self.whole, "llvm.lrint", bounded)
+        rounded = nearest + self.number(stored.zero_point, "int32")
         return ir.cast(rounded, "uint8" if self.lanes == 1 else f"uint8x{self.lanes}")
 
     def summed(self, value: Any, combine: Callable[[Any, Any], Any]) -> Any:

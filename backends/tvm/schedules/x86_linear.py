@@ -6,6 +6,7 @@ sums over 3·C neighbours. Padding is in the map, as it is stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -216,20 +217,27 @@ def linear_kernel(
     """Return the function. Arguments: input, weights, channels, table where codes are looked up, output."""
 
     def body(buffers: Any) -> None:
-        emitter, lanes = (kind or Emitter)(shape, tile, processor, buffers), processor.lanes
-        counts = widths(-(-shape.outputs // lanes), tile.vectors)
-        # A block with lanes that no channel has stands for itself: what it stores is less.
-        alike = counts.count(tile.vectors) - (len(set(counts)) == 1 and shape.outputs % lanes > 0)
-        whole, span = alike * tile.vectors, emitter.span(OUTPUTS)
-        blocks(whole, tile.vectors, lambda first, count: emitter.block(first, count, count * lanes), span)
-        for index, count in list(enumerate(counts))[alike:]:
-            first = sum(counts[:index])
-            left = min(shape.outputs - first * lanes, count * lanes)
-            within(span, index, partial(emitter.block, first, count, left))
+        emit(shape, tile, processor, buffers, kind)
 
     return function(
         name, arguments(shape.looked_up, processor, shape.reals is not None), body, SPAN if shape.shared else ()
     )
+
+
+def emit(
+    shape: Linear, tile: Tile, processor: Processor, buffers: Mapping[str, Any], kind: type[Emitter] | None = None
+) -> None:
+    """Emit a kernel's statements."""
+    emitter, lanes = (kind or Emitter)(shape, tile, processor, buffers), processor.lanes
+    counts = widths(-(-shape.outputs // lanes), tile.vectors)
+    # A block with lanes that no channel has stands for itself: what it stores is less.
+    alike = counts.count(tile.vectors) - (len(set(counts)) == 1 and shape.outputs % lanes > 0)
+    whole, span = alike * tile.vectors, emitter.span(OUTPUTS)
+    blocks(whole, tile.vectors, lambda first, count: emitter.block(first, count, count * lanes), span)
+    for index, count in list(enumerate(counts))[alike:]:
+        first = sum(counts[:index])
+        left = min(shape.outputs - first * lanes, count * lanes)
+        within(span, index, partial(emitter.block, first, count, left))
 
 
 def arguments(looked_up: bool, processor: Processor, reals: bool = False) -> dict[str, str]:

@@ -8,11 +8,15 @@ import subprocess
 
 import numpy as np
 import pytest
+from float_programs import codes, floats, product
 from random_programs import random_codes, random_program, wide, with_table
 
 from qcompile.backends.cpu import library, session
 from qcompile.backends.cpu.backend import write
+from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.interpret import interpret
+from qcompile.backends.integer.operations import Requantize
+from qcompile.core import numerics
 
 pytest.importorskip("tvm")
 
@@ -77,6 +81,17 @@ def test_tiles_are_for_many_outputs_and_deep_sums():
     assert kind(384, 384, 1, side=(1, 128)) == kind(64, 64, 3, side=(14, 14)) == "tiles"
     assert kind(4, 32, 1, side=(14, 14)) == "linear", "one group of four codes"
     assert kind(64, 64, 3, 1, 64, side=(14, 14)) == "depthwise"
+
+
+@pytest.mark.parametrize(("m", "real"), [(128, True), (128, False), (4, True)])
+def test_products_of_activations_are_of_tiles_where_these_are_high(m, real):
+    step = ops.Dequantize(np.ones(1, np.float32)) if real else Requantize(*numerics.fixed_point([0.001]), 0, -128, 127)
+    target = (lambda shape: floats("y", *shape)) if real else (lambda shape: codes("y", *shape))
+    network = library.network_of(product((2,), m, 32, 128, step, target, False, True), AMX)
+    (call,) = network.calls
+    text = library.compiled(network, "net")[0].assembly
+    assert call.kernel.startswith("product") and call.shared == (2 if m == 128 else 0)
+    assert ("tdpbusd" in text) == (m == 128) and ("quads" in vars(network.tiles[call.kernel])) == (m == 128)
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")

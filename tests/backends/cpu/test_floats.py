@@ -7,44 +7,28 @@ import subprocess
 
 import numpy as np
 import pytest
+from float_programs import codes, floats, pointwise, product, program_of, rows
 
 from qcompile.backends.integer import expressions
 from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.expressions import leaf, number
 from qcompile.backends.integer.interpret import interpret
-from qcompile.backends.integer.operations import Requantize
-from qcompile.backends.integer.program import Port, Program, Tensor
+from qcompile.backends.integer.operations import Concat, Requantize
+from qcompile.backends.integer.program import Tensor
 from qcompile.core import numerics
+
+pytest.importorskip("tvm")
+
+from qcompile.backends.cpu.layer_forms import product_form
+from qcompile.backends.cpu.layout import packed_bytes
+from qcompile.backends.tvm.schedules.vectors import Rounding
+from qcompile.backends.tvm.schedules.x86 import PROCESSORS as PROCESSOR_KINDS
+from qcompile.backends.tvm.schedules.x86_linear import Linear
+from qcompile.backends.tvm.schedules.x86_products import Packed
 
 PROCESSORS = ("avx512-vnni", "avx-vnni", "avx2", "amx")
 #: What one rounding to float32 takes, relatively.
 HALF = 2.0**-24
-
-
-def program_of(operation, inputs, output):
-    """Return one operation as a program: `inputs` and `output` are tensors."""
-    tensors = {tensor.name: tensor for tensor in (*inputs, output)}
-    ports = [Port(t.name, t.name, t.shape, tuple(range(len(t.shape)))) for t in (*inputs, output)]
-    return Program("net", tensors, (operation,), tuple(ports[:-1]), (ports[-1],))
-
-
-def floats(name, *shape):
-    return Tensor(name, shape, "float32", 1.0, 0)
-
-
-def codes(name, *shape, scale=0.05, zero=3):
-    return Tensor(name, shape, "int8", scale, zero)
-
-
-def pointwise(expression, *operands, shape):
-    """Return the program of an expression of floats, all of which have axes of their own or one element."""
-    leaves = tuple(
-        ops.Leaf(k, tuple(axis if operand.shape[axis] > 1 else None for axis in range(len(shape))))
-        for k, operand in enumerate(operands)
-    )
-    inputs = [floats(f"x{k}", *operand.shape) for k, operand in enumerate(operands)]
-    names = tuple(tensor.name for tensor in inputs)
-    return program_of(ops.Pointwise("p", names, "y", leaves, expression), inputs, floats("y", *shape))
 
 
 def evaluated(load, processor, expression, *operands, shape=None):
@@ -112,12 +96,6 @@ def test_codes_are_read_and_written_as_their_scales_say(load, processor, width):
     real = (x.astype(np.float64) + 5) * np.float64(np.float32(0.07)) * np.float64(np.float32(1.3)) / np.float32(0.11)
     # Half a step, and the roundings of two products and of 1 / scale.
     assert np.all(np.abs(np.clip(real + 9, -128, 127) - found) <= 0.5 + 4 * HALF * np.abs(real))
-
-
-def rows(kind, shape, more=(), target=None):
-    leaves = (ops.Leaf(0, tuple(range(len(shape)))),)
-    operation = kind("n", ("x",), "y", leaves, leaf(0), *more)
-    return program_of(operation, [floats("x", *shape)], target or floats("y", *shape))
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -207,21 +185,6 @@ def test_rows_of_a_table_are_looked_up_and_never_beyond_it(load, dtype):
     np.testing.assert_array_equal(load(program).run_codes([given])[0][0], expected)
 
 
-def product(batch, m, k, n, step, target, heads=False, turned=False):
-    """Return a product of two activations; with `heads`, rows stand in front of the batch as stored."""
-    rank = len(batch) + 2
-    order = (*range(len(batch)), len(batch), len(batch) + 1)
-    if heads:
-        order = (rank - 2, *range(rank - 2), rank - 1)
-    places = tuple(order.index(axis) for axis in range(rank))
-    swapped = (*places[:-2], places[-1], places[-2]) if turned else places
-    shape_a, shape_b, shape_c = (
-        tuple((*batch, *last)[axis] for axis in order) for last in ((m, k), (n, k) if turned else (k, n), (m, n))
-    )
-    operation = ops.MatMul("m", ("a", "b"), "y", (places, swapped, places), (*batch, m, k, n), -7, step)
-    return program_of(operation, [codes("a", *shape_a), codes("b", *shape_b)], target(shape_c))
-
-
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize(
     ("real", "batch", "m", "k", "n", "heads", "turned"),
@@ -229,7 +192,9 @@ def product(batch, m, k, n, step, target, heads=False, turned=False):
      (True, (2,), 7, 6, 33, False, True), (True, (), 1, 1, 1, False, False), (True, (4,), 3, 9, 70, True, False),
      (False, (1, 3), 5, 32, 16, False, False),
      (False, (1, 2), 128, 128, 32, True, False), (False, (2,), 16, 24, 64, False, True),
-     (False, (1, 3), 5, 32, 40, True, True)],
+     (False, (1, 3), 5, 32, 40, True, True),
+     (True, (2, 3), 33, 70, 50, True, True), (False, (3, 2), 20, 66, 81, True, False),
+     (False, (2,), 17, 1030, 35, False, True), (True, (2,), 17, 1030, 35, False, False)],
 )  # fmt: skip
 def test_products_of_activations_equal_the_interpreter(load, processor, real, batch, m, k, n, heads, turned):
     random = np.random.default_rng(k)
@@ -238,11 +203,29 @@ def test_products_of_activations_equal_the_interpreter(load, processor, real, ba
     else:
         multiplier, shift = numerics.fixed_point([60.0 / (74 * 74 * math.sqrt(k))])
         step, target = Requantize(multiplier, shift, -4, -128, 120), lambda shape: codes("y", *shape)
-    program = product(batch, m, k, n, step, target, heads, turned)
+    program = product(batch, m, k, n, step, target, heads, turned, zero=-128 if m == 20 else -7)
     given = {name: random.integers(-128, 128, program.tensors[name].shape).astype(np.int8) for name in "ab"}
     expected = interpret(program, given)["y"]
     assert m * n == 1 or len(np.unique(expected)) > 8, "an output that says something"
     np.testing.assert_array_equal(load(program, processor).run_codes([given["a"], given["b"]])[0], expected)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_what_is_packed_fits_its_room(processor):
+    random, known = np.random.default_rng(0), PROCESSOR_KINDS[processor]
+    for _ in range(200):
+        m, k, n = (int(2 ** random.uniform(0, limit)) for limit in (8, 11, 8))
+        program = product((2,), m, k, n, ops.Dequantize(np.ones(1, np.float32)), lambda shape: floats("y", *shape))
+        (operation,) = program.operations
+        shape = Linear(1, m, n, ((1, 0), (1, 0)), k, 0, k, 0, n, Rounding(False, 0, 0, 0), reals=(-np.inf, np.inf))
+        _, whole, tile, _ = product_form(shape, known)
+        assert Packed(whole, tile, k, n, 1, 0, (1, 0)).nbytes(known) <= packed_bytes(operation)
+
+
+def test_a_division_by_a_number_is_a_product():
+    assert expressions.inverse(number(4.0)) == number(0.25)
+    for divisor in (number(0.0), number(np.inf), number(1e-45), leaf(0)):
+        assert expressions.inverse(divisor) is None
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -277,3 +260,10 @@ def test_the_header_has_the_types_of_what_is_no_codes(load, tmp_path):
     assert "NET_INPUT_SCALE" not in header and "NET_INPUT_BYTES 48" in header
     assert [port.type for port in (*session.get_inputs(), *session.get_outputs())] == ["tensor(int64)", "tensor(float)"]
     np.testing.assert_array_equal(session.run(None, {"x": np.zeros((1, 6), np.int64)})[0], np.ones((1, 6, 8)))
+
+
+def test_floats_are_joined_along_any_axis(load):
+    given = [np.random.default_rng(draw).normal(size=(1, 3 + draw, 5)).astype(np.float32) for draw in range(2)]
+    joined = Concat("join", ("a", "b"), "y", 1)
+    program = program_of(joined, [floats("a", 1, 3, 5), floats("b", 1, 4, 5)], floats("y", 1, 7, 5))
+    np.testing.assert_array_equal(load(program).run_codes(given)[0], np.concatenate(given, 1))

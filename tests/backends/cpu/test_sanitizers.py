@@ -13,7 +13,7 @@ from random_programs import random_program, wide, with_table
 
 from qcompile.backends.cpu import library
 from qcompile.backends.cpu.backend import write
-from qcompile.backends.cpu.layout import POOL, THREADS
+from qcompile.backends.cpu.layout import NETWORK, POOL, THREADS
 from qcompile.backends.cpu.session import InferenceSession, absent
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 
@@ -93,7 +93,7 @@ def test_what_is_touched_beside_a_workspace_is_found(tmp_path, offset):
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_the_pool_under_sanitizers(tmp_path, sanitizers):
-    macros = [f"-DMOST={THREADS}", f"-DBYTES={POOL}", f"-I{pool.HERE}"]
+    macros = [f"-DMOST={THREADS}", f"-DBYTES={POOL}", f"-DNETWORK={NETWORK}", f"-I{pool.HERE}"]
     words = [*GCC, f"-fsanitize={sanitizers}", *macros, str(HERE / "pool_check.c"), "-o", str(tmp_path / "check")]
     subprocess.run(words, check=True)
     done = subprocess.run([tmp_path / "check"], capture_output=True, check=False)
@@ -105,7 +105,7 @@ def test_a_wait_that_does_not_wait_is_found(tmp_path):
     weaker = source.replace("__ATOMIC_ACQ_REL", "__ATOMIC_RELAXED").replace("__ATOMIC_RELEASE", "__ATOMIC_RELAXED")
     assert weaker != source
     (tmp_path / "pool.c").write_text(weaker)
-    macros = [f"-DMOST={THREADS}", f"-DBYTES={POOL}", f"-I{tmp_path}"]
+    macros = [f"-DMOST={THREADS}", f"-DBYTES={POOL}", f"-DNETWORK={NETWORK}", f"-I{tmp_path}"]
     shutil.copy(HERE / "pool_check.c", tmp_path)
     words = [*GCC, "-fsanitize=thread", *macros, str(tmp_path / "pool_check.c"), "-o", str(tmp_path / "check")]
     subprocess.run(words, check=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from float_programs import floats, pointwise, product, program_of, rows
 from random_programs import random_codes, random_program, wide, with_table
 
 from qcompile.backends.cpu import library
@@ -17,6 +18,8 @@ from qcompile.backends.cpu.backend import write
 from qcompile.backends.cpu.network import Call
 from qcompile.backends.cpu.phases import phases
 from qcompile.backends.cpu.session import InferenceSession
+from qcompile.backends.integer import float_operations as ops
+from qcompile.backends.integer.expressions import leaf, number
 from qcompile.backends.integer.interpret import interpret
 
 pytest.importorskip("tvm")
@@ -74,6 +77,43 @@ def test_whichever_loop_is_shared(
     program = with_table(wide(random, channels, outputs, size, stride, groups, side), random)
     load(program, processor)
     check(program, tmp_path)
+
+
+def in_float(kind):
+    """Return a program of one operation in float."""
+    if kind == "Pointwise":
+        return pointwise(("exp", ("add", leaf(0), leaf(1))), np.ones((7, 61)), np.ones((1, 61)), shape=(7, 61))
+    if kind == "flat":
+        return pointwise(("mul", leaf(0), number(0.5)), np.ones((1, 1001)), shape=(1, 1001))
+    if kind == "Normalize":
+        return rows(ops.Normalize, (2, 9, 33), (np.ones(33, np.float32), np.ones(33, np.float32), 1e-5, True))
+    if kind == "FloatSoftmax":
+        return rows(ops.FloatSoftmax, (9, 77))
+    if kind == "Reduce":
+        leaves = (ops.Leaf(0, (1, 0)),)
+        operation = ops.Reduce("r", ("x",), "y", leaves, leaf(0), (12,), "sum", 0.5)
+        return program_of(operation, [floats("x", 12, 83)], floats("y", 83))
+    step = ops.Dequantize(np.array([0.013], np.float32))
+    return product((2, 3), 21, 70, 35, step, lambda shape: floats("y", *shape), True, kind == "turned")
+
+
+@pytest.mark.usefixtures("everything_shared")
+@pytest.mark.parametrize("processor", ["avx2", "amx"])
+@pytest.mark.parametrize("kind", ["Pointwise", "flat", "Normalize", "FloatSoftmax", "Reduce", "MatMul", "turned"])
+def test_any_number_of_threads_gives_the_same_floats(load, tmp_path, processor, kind):
+    program = in_float(kind)
+    alone, random = load(program, processor), np.random.default_rng(0)
+    (call,) = library.network_of(program, PROCESSORS[processor]).calls
+    assert call.shared > 1
+    tensors = [program.tensors[port.tensor] for port in program.inputs]
+    given = [random.integers(-128, 128, tensor.shape).astype(tensor.dtype) for tensor in tensors]
+    given = [array / np.float32(64) if array.dtype == np.float32 else array for array in given]
+    expected = alone.run_codes(given)[0]
+    assert len(np.unique(expected)) > 16, "an output that says something"
+    for threads in (2, 3, 5):
+        session = InferenceSession(tmp_path, threads)
+        for _ in range(3):
+            np.testing.assert_array_equal(session.run_codes(given)[0], expected, err_msg=f"{threads} threads")
 
 
 def test_only_what_is_worth_it_is_shared():

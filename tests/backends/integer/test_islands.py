@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
-import onnx.parser
 import onnx_ir as ir
-import onnxruntime
 import pytest
+from island_models import FLOATS, agree, model_of
 
 from qcompile.backends.integer import float_operations as ops
-from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 from qcompile.backends.integer.lower import lower
-from qcompile.backends.integer.operations import Dense
+from qcompile.backends.integer.operations import Concat, Dense, Slice
 from qcompile.core.errors import TargetError
 
-FLOATS = (
-    "Add", "Cast", "Clip", "Div", "Equal", "Erf", "Gather", "LayerNormalization", "Mul", "Pow", "ReduceL2",
-    "ReduceMean", "Relu", "Sigmoid", "Softmax", "Sqrt", "Sub", "Where",
-)  # fmt: skip
-HEAD = '<ir_version: 10, opset_import: ["": 21]>\n'
 #: Codes of x (scale 1/32) and a dense layer of it.
 LAYER = """
     s = Constant<value = float {0.03125}>()  z = Constant<value = int8 {0}>()
@@ -28,40 +20,6 @@ LAYER = """
     dw = DequantizeLinear(w, sw)
     m = MatMul(dx, dw)
 """
-WEIGHTS = np.random.default_rng(0).integers(-127, 128, (8, 8)).astype(np.int8)
-
-
-def model_of(body, inputs="float[1,4,8] x", outputs="float[1,4,8] y", **constants):
-    text = f"{HEAD} g ({inputs}) => ({outputs}) {{ {body} }}"
-    model = onnx.parser.parse_model(text)
-    given = {"w": WEIGHTS} | constants
-    read = {name for node in model.graph.node for name in node.input}
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in given.items() if k in read)
-    _lift(model.graph)
-    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
-
-
-def _lift(graph):
-    """Make initializers of constants, as canonicalizing does."""
-    for node in [node for node in graph.node if node.op_type == "Constant"]:
-        (given,) = node.attribute
-        array = onnx.numpy_helper.to_array(given.t) if given.HasField("t") else np.float32(given.f)
-        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), node.output[0]))
-        graph.node.remove(node)
-
-
-def agree(model, feeds, tolerance):
-    """Hold the interpreter's outputs to ONNX Runtime's without optimizations, and return the program."""
-    program = lower(ir.from_proto(model), FLOATS)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    expected = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feeds)
-    found = interpret(program, {p.name: quantize_input(program, p, feeds[p.name]) for p in program.inputs})
-    for port, wanted in zip(program.outputs, expected, strict=True):
-        assert np.abs(wanted).max() > 0.0
-        real = dequantize_output(program, port, found[port.name])
-        np.testing.assert_allclose(real, wanted, atol=tolerance * np.abs(wanted).max())
-    return program
 
 
 def x(shape=(1, 4, 8)):
@@ -170,12 +128,11 @@ def test_what_has_no_kernel_in_float_is_refused_by_name():
         lower(ir.from_proto(model_of("y = Softmax(x)")), ("Add",))
 
 
-def test_products_in_float_are_refused():
+def test_products_in_float_are_a_target_s_that_has_floats():
+    model = model_of("t = Transpose<perm = [0, 2, 1]>(x)  y = MatMul(x, t)", outputs="float[1,4,4] y")
+    assert kinds(agree(model, x(), 1e-6)) == [ops.FloatMatMul]
     with pytest.raises(TargetError, match=r"MatMul.*float"):
-        lower(
-            ir.from_proto(model_of("t = Transpose<perm = [0, 2, 1]>(x)  y = MatMul(x, t)", outputs="float[1,4,4] y")),
-            FLOATS,
-        )
+        lower(ir.from_proto(model))
 
 
 def test_a_target_without_floats_goes_on_refusing_them():
@@ -194,3 +151,31 @@ def test_what_depends_on_one_code_alone_is_a_table():
     )
     program = agree(model_of(body), x(), 1e-6)
     assert [kind.__name__ for kind in kinds(program)] == ["Lookup"]
+
+
+def test_floats_are_joined_as_they_are_and_never_with_codes():
+    model = model_of("a = Sigmoid (x) b = Sub (a, x) y = Concat <axis = 1> (a, b)", outputs="float[1,8,8] y")
+    program = agree(model, x(), 1e-6)
+    assert Concat in kinds(program)
+    mixed = LAYER + "r = Sigmoid (m) one = Transpose <perm = [0, 1, 2]> (dx) y = Concat <axis = 1> (r, one)"
+    with pytest.raises(TargetError, match="joins floats and codes"):
+        lower(ir.from_proto(model_of(mixed, outputs="float[1,8,8] y")), FLOATS)
+
+
+@pytest.mark.parametrize(("axis", "index"), [(0, 0), (1, -1), (2, 3)])
+def test_one_place_of_an_activation_is_a_slice(axis, index):
+    shape = [str(size) for place, size in enumerate((1, 4, 8)) if place != axis]
+    body = (
+        f"i = Constant <value = int64 {{{index}}}> () a = Sigmoid (x) b = Sub (a, x) y = Gather <axis = {axis}> (b, i)"
+    )
+    program = agree(model_of(body, outputs=f"float[{','.join(shape)}] y"), x(), 1e-6)
+    assert Slice in kinds(program)
+    codes = f"{LAYER} i = Constant <value = int64 {{{index}}}> () p = Gather <axis = {axis}> (dx, i) y = Sigmoid (p)"
+    made = agree(model_of(codes, outputs=f"float[{','.join(shape)}] y"), x(), 1e-2)
+    assert Slice in kinds(made)
+
+
+def test_what_picks_several_places_is_refused():
+    body = "i = Constant <value = int64[2] {0, 2}> () a = Sigmoid (x) y = Gather <axis = 1> (a, i)"
+    with pytest.raises(TargetError, match="Gather"):
+        lower(ir.from_proto(model_of(body, outputs="float[1,2,8] y")), FLOATS)

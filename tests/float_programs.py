@@ -1,0 +1,54 @@
+"""Programs of one operation in float, or of a product of two activations."""
+
+from __future__ import annotations
+
+from qcompile.backends.integer import float_operations as ops
+from qcompile.backends.integer.expressions import leaf
+from qcompile.backends.integer.program import Port, Program, Tensor
+
+
+def program_of(operation, inputs, output):
+    """Return one operation as a program: `inputs` and `output` are tensors."""
+    tensors = {tensor.name: tensor for tensor in (*inputs, output)}
+    ports = [Port(t.name, t.name, t.shape, tuple(range(len(t.shape)))) for t in (*inputs, output)]
+    return Program("net", tensors, (operation,), tuple(ports[:-1]), (ports[-1],))
+
+
+def floats(name, *shape):
+    return Tensor(name, shape, "float32", 1.0, 0)
+
+
+def codes(name, *shape, scale=0.05, zero=3):
+    return Tensor(name, shape, "int8", scale, zero)
+
+
+def pointwise(expression, *operands, shape):
+    """Return the program of an expression of floats, all of which have axes of their own or one element."""
+    leaves = tuple(
+        ops.Leaf(k, tuple(axis if operand.shape[axis] > 1 else None for axis in range(len(shape))))
+        for k, operand in enumerate(operands)
+    )
+    inputs = [floats(f"x{k}", *operand.shape) for k, operand in enumerate(operands)]
+    names = tuple(tensor.name for tensor in inputs)
+    return program_of(ops.Pointwise("p", names, "y", leaves, expression), inputs, floats("y", *shape))
+
+
+def rows(kind, shape, more=(), target=None):
+    leaves = (ops.Leaf(0, tuple(range(len(shape)))),)
+    operation = kind("n", ("x",), "y", leaves, leaf(0), *more)
+    return program_of(operation, [floats("x", *shape)], target or floats("y", *shape))
+
+
+def product(batch, m, k, n, step, target, heads=False, turned=False, zero=-7):
+    """Return a product of two activations; with `heads`, rows stand in front of the batch as stored."""
+    rank = len(batch) + 2
+    order = (*range(len(batch)), len(batch), len(batch) + 1)
+    if heads:
+        order = (rank - 2, *range(rank - 2), rank - 1)
+    places = tuple(order.index(axis) for axis in range(rank))
+    swapped = (*places[:-2], places[-1], places[-2]) if turned else places
+    shape_a, shape_b, shape_c = (
+        tuple((*batch, *last)[axis] for axis in order) for last in ((m, k), (n, k) if turned else (k, n), (m, n))
+    )
+    operation = ops.MatMul("m", ("a", "b"), "y", (places, swapped, places), (*batch, m, k, n), zero, step)
+    return program_of(operation, [codes("a", *shape_a), codes("b", *shape_b)], target(shape_c))
