@@ -53,8 +53,12 @@ class Lowered:
         What the device stores, where that is not the files; without it the first file is an ONNX model.
     measured : mapping of str to object, optional
         What this machine's tools say of the artifact, JSON-ready.
+    segments : tuple of mapping
+        Of an artifact in segments, what the report says of each, JSON-ready.
     placement : tuple of Placed, optional
         Where each node runs, of what a device and its host run together; those first that the host is left with.
+    notes : tuple of str
+        What a user must know of it first.
     """
 
     files: tuple[str, ...]
@@ -62,7 +66,9 @@ class Lowered:
     refusals: tuple[Refusal, ...]
     bytes_by_cause: Mapping[str, int] | None = None
     measured: Mapping[str, Any] | None = None
+    segments: tuple[Mapping[str, Any], ...] = ()
     placement: tuple[Placed, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,24 @@ class Subject:
     model: ir.Model
     canonical: ir.Model
     samples: Sequence[Feeds]
+
+
+class OnDevice(Protocol):
+    """A model that was loaded where the target is.
+
+    Attributes
+    ----------
+    provider, device, runtime : str
+        What runs it, where, and what that is a part of, with its version.
+    """
+
+    provider: str
+    device: str
+    runtime: str
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one sample."""
+        ...
 
 
 class Backend(Protocol):
@@ -144,6 +168,17 @@ class Backend(Protocol):
         """
         ...
 
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], OnDevice]:
+        """Return what loads a model file on the device of a target that has one.
+
+        Parameters
+        ----------
+        target : Target
+        fallback : bool
+            Whether what the device has no kernel for may run on the host; otherwise it is an error.
+        """
+        ...
+
     def halvable(self, node: ir.Node, target: Target) -> bool:
         """Tell whether the target computes a standard operator in float16, where its values fit that."""
         ...
@@ -177,8 +212,30 @@ def require_one_length(target: Target, fact: str) -> None:
         raise UsageError(f"--shape with the lengths {target.settings['lengths']}", fact, "name one, or leave it open")
 
 
+def require_no_segments(target: Target) -> None:
+    """Refuse segments where everything is one runtime's, or has to be.
+
+    Raises
+    ------
+    UsageError
+    """
+    if target.settings.get("allow_ort_segments"):
+        fact = f"means nothing for {target.name}, which has no libraries for a CPU"
+        raise UsageError("--allow-ort-segments", fact, "leave it out")
+
+
 class Unbounded:
     """What a backend says whose targets have all the memory that an artifact may want."""
+
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], OnDevice]:
+        """Refuse: nothing here runs on a device of its own.
+
+        Raises
+        ------
+        TargetError
+        """
+        del fallback
+        raise TargetError(target.name, "has no device that runs files", "see docs/comparing.md")
 
     def halvable(self, node: ir.Node, target: Target) -> bool:
         """Tell that whatever has a type for it has a kernel for it."""

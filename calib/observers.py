@@ -99,6 +99,22 @@ class Histogram:
         counts += np.bincount((codes - first).astype(np.int64), minlength=counts.size)
         self.exponent, self.start, self.counts = exponent, first, counts
 
+    def mirrored(self) -> Histogram:
+        """Return the counts of x and of -x together: what ranges around zero are chosen by."""
+        if self.exponent is None:
+            return self
+        first, last, exponent = self.start, self.start + self.counts.size - 1, self.exponent
+        edge = max(last, -first - 1)
+        counts = np.zeros(2 * (edge + 1), np.int64)
+        counts[first + edge + 1 : last + edge + 2] += self.counts
+        counts[edge - last : edge - first + 1] += self.counts[::-1]
+        while counts.size > self.bins:  # on either side of zero, neighbours become one
+            counts = np.pad(counts, (edge + 1) % 2)
+            counts, exponent = counts.reshape(-1, 2).sum(axis=1), exponent + 1
+            edge = counts.size // 2 - 1
+        reach, mean = max(abs(self.low), abs(self.high)), max(abs(self.mean_low), abs(self.mean_high))
+        return Histogram(self.bins, -reach, reach, -mean, mean, self.arrays, exponent, -edge - 1, counts)
+
     @property
     def width(self) -> float:
         """Width of a bin."""

@@ -98,6 +98,7 @@ def choose_observers(
     workers: Workers,
     dynamic: Mapping[str, float] = MappingProxyType({}),
     fitted: Callable[[Dataset], Dataset] = lambda data: data,
+    symmetric: bool = False,
 ) -> Choice:
     """Choose for each measured tensor the observer whose range moves the model's outputs least.
 
@@ -138,10 +139,11 @@ def choose_observers(
         It is a choice for single tensors: others pay for it what it does not gain.
     fitted : callable
         Adds to samples what is to be measured with them.
+    symmetric : bool
+        Codes are around zero.
     """
-    candidates = {
-        name: quantizations(seen, among, dtype, name in dynamic) for name, seen in statistics.histograms.items()
-    }
+    candidates = {name: quantizations(seen, among, dtype, name in dynamic, symmetric)
+                  for name, seen in statistics.histograms.items()}  # fmt: skip
     if not candidates or not cuttable(model):
         return Choice(dict.fromkeys(candidates, among[-1]))
     first = next(iter(data))
@@ -153,6 +155,7 @@ def choose_observers(
         readers,
         first,
         dynamic,
+        symmetric,
     )
     search = _Search(trials, candidates, data, among, track, workers, fitted)
     if len(among) == 1:
@@ -202,9 +205,9 @@ class _Search:
         found = []
         for measured, held_out in ((even := range(0, count, 2), odd := range(1, count, 2)), (odd, even)):
             chosen = _evenly(measured, min(MEASURED, TOGETHER / self.trials.work / 2))
-            part, threads = self.fitted(_subset(self.data, chosen)), self.workers.threads
-            seen = collect(model, list(self.candidates), part, self.track, threads)
-            ranges = {name: quantizations(histogram, self.among, self.trials.dtype, name in self.trials.dynamic)
+            part, trials = self.fitted(_subset(self.data, chosen)), self.trials
+            seen = collect(model, list(self.candidates), part, self.track, self.workers.threads)
+            ranges = {name: quantizations(histogram, self.among, trials.dtype, name in trials.dynamic, trials.symmetric)
                       for name, histogram in seen.histograms.items()}  # fmt: skip
             found.append(_Half(measured, held_out, ranges))
         return found

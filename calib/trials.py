@@ -36,9 +36,10 @@ Quantizations = Mapping[Observer, Parameters]
 
 
 def quantizations(
-    histogram: Histogram, observers: Iterable[Observer], dtype: str, dynamic: bool = False
+    histogram: Histogram, observers: Iterable[Observer], dtype: str, dynamic: bool = False, symmetric: bool = False
 ) -> dict[Observer, Parameters]:
     """Return scale and zero point by each observer; those of a dynamic one only where the tensor may have it."""
+    histogram = histogram.mirrored() if symmetric else histogram
     found: dict[Observer, Parameters] = {}
     for observer in observers:
         if dynamic and observer is Observer.DYNAMIC:
@@ -46,6 +47,8 @@ def quantizations(
             continue
         low, high = value_range(histogram, observer, dtype)
         scale, zero_point = numerics.affine_scale(np.array(low), np.array(high), dtype)
+        if symmetric:
+            scale, zero_point = numerics.symmetric_scale(np.array(high), dtype), np.zeros((), np.int64)
         found[observer] = np.asarray(scale, np.float32), np.asarray(zero_point, dtype)
     return found
 
@@ -110,6 +113,8 @@ class Trials:
         The work is reckoned by this one.
     dynamic : collection of str
         The values whose range may be that of each run's own values.
+    symmetric : bool
+        Codes are around zero.
     """
 
     model: ir.Model
@@ -119,6 +124,7 @@ class Trials:
     readers: Mapping[str, Collection[str]]
     sample: Sample
     dynamic: Collection[str] = ()
+    symmetric: bool = False
 
     @cached_property
     def _cost(self) -> Cost:

@@ -110,6 +110,7 @@ def place(
     outside = [node for node in nodes if node.graph is model.graph]
     placer.extend_forward(outside)
     placer.extend_backward(outside)
+    placer.extend_residuals(outside)
     return placer.placement(nodes)
 
 
@@ -184,7 +185,7 @@ class _Placer:
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, "a table lookup: rows are dequantized")
         elif self.kept_in_float(node):
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, self.wishes[name].reason)
-        elif self.target.ops[node.op_type].kind is OpKind.STORED:
+        elif self.target.ops[node.op_type].kind in (OpKind.PACKED, OpKind.STORED):
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, f"{self.target.name} runs it in float")
         elif reason := integer_obstacle(node):
             self.ops[name] = OpPlan(node.op_type, Precision.WEIGHT_ONLY, reason)
@@ -206,7 +207,7 @@ class _Placer:
             fate = "not absorbed by the operator in front of it"
             kernel = f": {why}" if (why := self.target.absent.get(node.op_type)) else ""
             reason = fate if absorbable else f"{self.target.name} has no integer {node.op_type}{kernel}"
-        elif rule.kind in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH):
+        elif rule.kind in (OpKind.ELEMENTWISE, OpKind.PASSTHROUGH, OpKind.RESIDUAL):
             reason = "not between integer operators"
         else:
             return self._weights_obstacle(node, rule, wish)
@@ -301,9 +302,8 @@ class _Placer:
             if structure.node_name(node) in self.absorbed or self.kept_in_float(node):
                 continue
             # A target without floats makes numbers of constants when it lowers, and refuses what it cannot.
-            if _other_float_inputs(node) and not self.target.integer_only:
-                continue
-            if any(self.behind_inexact_pool(value) for value in node.outputs):
+            constants = _other_float_inputs(node) and not self.target.integer_only
+            if constants or any(self.behind_inexact_pool(value) for value in node.outputs):
                 continue
             inputs = list(structure.activation_inputs(node))
             if inputs and all(self.arrives_as_codes(value) for value in inputs):
@@ -344,6 +344,14 @@ class _Placer:
                 self.ops[structure.node_name(node)] = OpPlan(
                     node.op_type, Precision.INTEGER, output=structure.name_of(value)
                 )
+
+    def extend_residuals(self, nodes: list[ir.Node]) -> None:
+        """Take in sums of what an integer Conv makes, which it makes for them alone, and something else."""
+        for node in nodes if self.activations else ():
+            rule = self.rule(node)
+            asked = rule is not None and rule.kind is OpKind.RESIDUAL and not self.kept_in_float(node)
+            if rule is not None and asked and structure.residual_branch(node, self.is_integer) is not None:
+                self._take(node, rule)
 
     def placement(self, nodes: list[ir.Node]) -> Placement:
         """Say which values must be measured and which share a scale."""

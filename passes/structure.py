@@ -5,7 +5,7 @@ Queries only; nothing here changes a graph, and recognised patterns stay decompo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -140,20 +140,32 @@ def stored_weights(node: ir.Node, kind: OpKind) -> list[tuple[ir.Value, int]]:
     """
     recurrent = node.op_type in RECURRENT_OPS
     everything = (1, 2) if recurrent else range(len(node.inputs))
-    places = {OpKind.LINEAR: (WEIGHT_INPUT,), OpKind.LOOKUP: (0,), OpKind.STORED: everything}.get(kind, ())
+    linear = kind in (OpKind.LINEAR, OpKind.PACKED)
+    places = {OpKind.LOOKUP: (0,), OpKind.STORED: everything}.get(kind, (WEIGHT_INPUT,) if linear else ())
     found = []
     for value in (node.inputs[index] for index in places):
         tensor = constant_tensor(value)
         if value is None or tensor is None or (kind is OpKind.STORED and not _is_matrix(tensor)):
             continue
         last = len(tensor.shape) - 1
-        found.append((value, weight_axis(node) if kind is OpKind.LINEAR else 1 if recurrent else last))
+        found.append((value, weight_axis(node) if linear else 1 if recurrent else last))
     return found
 
 
 def _is_matrix(tensor: ir.TensorProtocol) -> bool:
     """Tell whether a constant has several axes of float32."""
     return tensor.dtype is ir.DataType.FLOAT and len(tensor.shape) > 1
+
+
+def residual_branch(node: ir.Node, is_integer: Callable[[ir.Node], bool]) -> ir.Value | None:
+    """Return what an Add adds to the result of an integer Conv that nobody else reads; None where it does not."""
+    if not is_standard(node, "Add") or len(set(node.inputs)) != 2 or len(list(activation_inputs(node))) != 2:
+        return None
+    for value, other in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+        made = produced_by(value, "Conv")
+        if made is not None and value is not None and is_integer(made) and only_reader(value) is node:
+            return other
+    return None
 
 
 def absorbed_activation(node: ir.Node, kinds: Collection[str]) -> ir.Node | None:

@@ -29,18 +29,32 @@ FOLDER = click.argument("output", metavar="OUT", type=click.Path(path_type=Path)
 @click.option("--on", type=click.Choice(["qemu"]), default="qemu", show_default=True, help="Where to run it.")
 @click.option("--data", help="Inputs to run, as of a compile; without them random ones.")
 @click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@FLOAT_MODEL
+@click.option("--fallback", is_flag=True, help="Let the host run what the device has no kernel for.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was seen as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def run_command(package: Path, on: str, data: str | None, samples: int, as_json: bool, debug: bool) -> None:
-    """Run PACKAGE, a microcontroller's artifact, under emulation: check its outputs, count its instructions."""
-    from qcompile import terminal
-    from qcompile.emulation import run
+def run_command(
+    package: Path, on: str, data: str | None, samples: int, model: Path | None, fallback: bool, as_json: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Run PACKAGE, an artifact: a microcontroller's under emulation, one for a GPU on that.
 
-    seen = run(package, data, samples)
-    if as_json:
-        click.echo(json.dumps(asdict(seen), indent=1))
+    The former checks outputs and counts instructions; the latter times it, beside the float model where that is given.
+    """
+    from qcompile import device_run, emulation, terminal
+
+    if device_run.device_target(package) is not None:
+        timed = device_run.run(package, model, data, samples, fallback)
+        content, lines = asdict(timed), timed.lines()
     else:
-        terminal.show_run(Console(), seen)
+        seen = emulation.run(package, data, samples)
+        content, lines = asdict(seen), []
+        if not as_json:
+            terminal.show_run(Console(), seen)
+    if as_json:
+        click.echo(json.dumps(content, indent=1))
+    for line in () if as_json else lines:
+        click.echo(line)
 
 
 def _part(_: click.Context, __: click.Parameter, text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from qcompile.core.contract import Track
     from qcompile.driver import CompileResult
 
-INTERRUPTED = 130
+#: Exit codes of a process that was ended by a signal: Ctrl-C's, and the one that build systems send.
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class DefaultToCompile(click.Group):
@@ -68,8 +70,8 @@ def cli() -> None:
 @cli.command("compile")
 @takes(
     "target", "data", "enlarge", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
-    "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "board", "max_sram", "max_flash",
-    "min_fidelity", "pairs", "pareto", "recipe", "cache", "seed", "threads", "workers",
+    "no_added_nodes", "costs", "shape", "allow_ort_segments", "max_size", "max_bops", "max_latency", "board",
+    "max_sram", "max_flash", "min_fidelity", "pairs", "pareto", "recipe", "cache", "seed", "threads", "workers",
 )  # fmt: skip
 @click.option("--depfile", type=click.Path(path_type=Path), help="Write what was read, as make and ninja read it.")
 @click.option(
@@ -147,8 +149,8 @@ def plan_command(
 
 @cli.command("apply")
 @takes(
-    "target", "data", "eval", "output", "costs", "board", "max_sram", "max_flash", "min_fidelity", "recipe", "cache",
-    "seed", "threads",
+    "target", "data", "eval", "output", "costs", "allow_ort_segments", "board", "max_sram", "max_flash", "min_fidelity",
+    "recipe", "cache", "seed", "threads",
 )  # fmt: skip
 @click.option("--plan", required=True, type=click.Path(path_type=Path), help="What 'qcompile plan' wrote; edit it.")
 def apply_command(model: Path, plan: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
@@ -274,6 +276,7 @@ def main() -> None:
         # Libraries talk about their inner workings; what a user needs to know is in the report.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -301,3 +304,9 @@ def main() -> None:
         kind = f"{type(error).__name__}: {first_line(error)}"
         click.echo(f"error: internal error: {kind}; this is a bug, run again with --debug and report it", err=True)
         sys.exit(1)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as Ctrl-C does, so that what was begun is taken away."""
+    click.echo("terminated: nothing was written; run it again, with --cache to go on from here", err=True)
+    sys.exit(TERMINATED)

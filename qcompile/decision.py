@@ -22,14 +22,15 @@ from qcompile.calib.synthetic import carried_over, derivable, propagate
 from qcompile.calib.weighing import weights_alone
 from qcompile.calibration import Calibration
 from qcompile.core import model as models
+from qcompile.core import numerics
 from qcompile.core.contract import Effect
 from qcompile.core.errors import ModelError, UsageError, VerificationError
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import OpKind, Target
 from qcompile.evidence import SYNTHETIC
 from qcompile.job import Job, with_limits
-from qcompile.latency_budget import quietest
-from qcompile.options import Options
+from qcompile.latency_budget import noisiest, quietest
+from qcompile.options import EXPECTED_SQNR, Options
 from qcompile.override import wishes
 from qcompile.passes.allocate_bits import allocate_bits, round_to_codes
 from qcompile.passes.insert_qdq import InsertQdq
@@ -86,6 +87,8 @@ def _ranged(job: Job, canonical: ir.Model, kept: Mapping[str, Wish]) -> Calibrat
             best = _within_latency(job, canonical, pricer, weights, best, text)
         else:
             best = _spare(job, canonical, pricer, weights, best)
+    elif job.target.device:
+        best = _spare_noisiest(job, canonical, best)
     return _calibration(job, best.statistics, best.choice, best.spared, calibrated=True)
 
 
@@ -147,6 +150,23 @@ def _spare(job: Job, canonical: ir.Model, pricer: Pricer, weights: Mapping[str, 
         # Where an operator goes back to float, its neighbours get codes elsewhere: these have to be measured.
         other = _measure(job, canonical, pricer, {**best.spared, **spoiling}, f" {attempt}")
         if other.worth(pricer) >= best.worth(pricer):
+            break
+        best = other
+    return best
+
+
+def _spare_noisiest(job: Job, canonical: ir.Model, best: _Measured) -> _Measured:
+    """Spare what makes most noise where nothing tells what integers are worth, until the outputs are usable."""
+    bound = 10.0 ** (-EXPECTED_SQNR / 10.0)
+    for attempt in range(2, ATTEMPTS + 1):
+        names = noisiest(best.choice.alone, best.choice.noise, bound)
+        if not names:
+            break
+        fact = f"its codes leave {numerics.decibel(1.0, best.choice.noise):.1f} dB of the outputs, with others"
+        placement = choose_operators(canonical, job.target, job.options, True, best.spared)
+        wishes = sparing(canonical, placement, dict.fromkeys(names, fact))
+        other = _measure(job, canonical, None, {**best.spared, **wishes}, f" {attempt}")
+        if other.choice.noise >= best.choice.noise:
             break
         best = other
     return best
@@ -255,6 +275,7 @@ def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = Mapping
 def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mapping[str, Wish], turn: str) -> _Measured:
     data, track, pipeline, dtype = job.evidence.calibration, job.track, job.pipeline, job.target.activation_dtype
     among, workers, fitted = job.options.observers, job.workers, job.evidence.fitted
+    symmetric = job.target.symmetric
 
     def seen(wishes: Mapping[str, Wish], stage: str) -> tuple[Placement, Statistics]:
         placement = choose_operators(canonical, job.target, job.options, True, wishes)
@@ -276,7 +297,7 @@ def _measure(job: Job, canonical: ir.Model, pricer: Pricer | None, spared: Mappi
         f"observers{turn}",
         CHOICE,
         lambda: choose_observers(
-            canonical, rounded, statistics, readers, among, dtype, data, track, workers, dynamic, fitted
+            canonical, rounded, statistics, readers, among, dtype, data, track, workers, dynamic, fitted, symmetric
         ),
     )
     return _Measured(spared, statistics, choice)

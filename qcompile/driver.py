@@ -102,7 +102,8 @@ def canonicalize(job: Job) -> ir.Model:
 
 def canonical_form(target: Target, options: Options, calibrated: bool) -> Canonicalize:
     """Return the pass that does so; integers want float32 beside them."""
-    return Canonicalize(target.opset, options.shape, widen=any(options.quantized(calibrated)))
+    widen = any(options.quantized(calibrated))
+    return Canonicalize(target.opset, options.shape, widen, target.static_shapes, target.joined_activations)
 
 
 def quantize(job: Job, canonical: ir.Model, plan: QuantPlan) -> ir.Model:

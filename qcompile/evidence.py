@@ -23,6 +23,13 @@ VERIFIED_ON = 4
 #: The source of the evaluation samples where there are none.
 SYNTHETIC = "one random input"
 RANDOM_ONLY = " Fidelity is that on one random input, which says little about real ones."
+#: What must be said first where nothing tells what activations reach.
+WEIGHTS_ALONE = (
+    "No calibration data: weights are stored as int8, activations and arithmetic stay float. The file is smaller, "
+    "the model is not faster; pass --data for integer kernels."
+)
+#: The same of a target that has no codes of activations.
+NO_RANGES = "No calibration data: weights are codes, and what activations reach is not known."
 #: What must be said first of ranges that no sample was measured for.
 GUESSED = (
     "No calibration data: the ranges of activations are GUESSED from what BatchNormalization remembers of the training "
@@ -99,8 +106,15 @@ class Evidence:
         return f"{self.calibrated} {self.calibration.digest} {self.evaluation.digest}"
 
 
-def gather(model: ir.Model, options: Options) -> Evidence:
+def gather(model: ir.Model, options: Options, codes: bool = True) -> Evidence:
     """Open the data that the options name and say what stands in for what is missing.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    options : Options
+    codes : bool
+        Whether the target has codes of activations, which data would lead to.
 
     Raises
     ------
@@ -114,7 +128,7 @@ def gather(model: ir.Model, options: Options) -> Evidence:
     # Data have the shapes that the compiled model takes, not those that it could have taken.
     model = FixShapes(options.shape)(model.clone()).model
     check_interface(model)
-    evidence = _given(model, options)
+    evidence = _given(model, options, codes)
     if options.enlarge is None or not evidence.calibrated:
         return evidence
     return _enlarged(model, evidence, options.enlarge)
@@ -130,13 +144,13 @@ def _enlarged(model: ir.Model, evidence: Evidence, count: int) -> Evidence:
     return replace(evidence, enlarger=enlarger, caveat=" ".join(filter(None, (caveat, evidence.caveat))))
 
 
-def _given(model: ir.Model, options: Options) -> Evidence:
+def _given(model: ir.Model, options: Options, codes: bool) -> Evidence:
     """Return what the options name, and what stands in for what is missing."""
     specs = input_specs(model)
     given = open_data(options.data, specs) if options.data is not None else None
     evaluation = open_data(options.eval, specs) if options.eval is not None else None
     if given is None:
-        return _without_calibration(model, options, evaluation)
+        return _without_calibration(model, options, evaluation, codes)
     if evaluation is not None:
         caveat = "" if len(given) > 1 else "Calibrated on a single sample: the ranges are a guess."
         return Evidence(given, evaluation, f"{len(evaluation)} evaluation samples", True, caveat)
@@ -147,17 +161,15 @@ def _given(model: ir.Model, options: Options) -> Evidence:
     return Evidence(calibration, held_out, f"{len(held_out)} samples held out of the calibration data", True)
 
 
-def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset | None) -> Evidence:
-    caveat = (
-        "No calibration data: weights are stored as integers, activations stay float. The file is smaller, and a model "
-        "whose weights are unpacked at load is not faster; pass --data for integer kernels."
-    )
+def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset | None, codes: bool) -> Evidence:
+    caveat = WEIGHTS_ALONE if codes else NO_RANGES
     if evaluation is not None:
         return Evidence(evaluation, evaluation, f"{len(evaluation)} evaluation samples", False, caveat)
     known = known_moments(model)
+    open_axis = 1 if options.lengths is None else options.lengths.sizes[-1]
     feeds = {
         name: known[name].drawn(array) if name in known else array
-        for name, array in synthetic_feeds(model, options.seed).items()
+        for name, array in synthetic_feeds(model, options.seed, open_axis).items()
     }
     synthetic = Dataset("synthetic", lambda: [feeds], input_specs(model))
     return Evidence(synthetic, synthetic, SYNTHETIC, False, caveat + RANDOM_ONLY)

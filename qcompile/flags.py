@@ -61,6 +61,12 @@ FLAGS = {
         metavar="NAME=1x128",
         help="Fix an input's open axes; a library may have several lengths, 1x32,128. Repeatable.",
     ),
+    "allow_ort_segments": click.option(
+        "--allow-ort-segments",
+        is_flag=True,
+        default=None,
+        help="Of a library: let ONNX Runtime run what has no form there, for Python alone.",
+    ),
     "max_size": click.option("--max-size", metavar="0.2x|5MB", help="Bytes at most; weights get the bits for it."),
     "max_bops": click.option(
         "--max-bops", metavar="0.05x|20G", help="Bit operations at most, bits of weights by those of activations."

@@ -98,7 +98,7 @@ class Job:
         options = fitting(options, target)
         backend.check(with_limits(target, options))
         taken = take(source)
-        evidence = gather(taken.model, options)
+        evidence = gather(taken.model, options, codes=bool(target.activation_dtype))
         pipeline = Pipeline.start(taken.model, evidence, target, options)
         if taken.modified:
             pipeline.record(LowerOpset, taken)
@@ -132,8 +132,9 @@ def fitting(options: Options, target: Target) -> Options:
 
 def with_limits(target: Target, options: Options) -> Target:
     """Return a target whose settings hold what the options say of the device's memory, and of lengths."""
-    lengths = {} if options.lengths is None else {"lengths": options.lengths}
-    return replace(target, settings={**target.settings, **options.limits, **lengths})
+    asked = {"lengths": options.lengths, "allow_ort_segments": options.allow_ort_segments}
+    given = {key: value for key, value in asked.items() if value}
+    return replace(target, settings={**target.settings, **options.limits, **given})
 
 
 def take(source: Source) -> Rewritten:

@@ -106,3 +106,23 @@ def _wishes(pricer: Pricer, placement: Placement, names: Collection[str], reason
         for group in pricer.groups(placement, names).values()
         for node in group
     }
+
+
+def noisiest(alone: Mapping[str, float], noise: float, bound: float) -> list[str]:
+    """Return the fewest tensors without which noise should be within a bound; none where it is, or nothing tells.
+
+    Parameters
+    ----------
+    alone : mapping of str to float
+        Noise over signal with one tensor quantized.
+    noise, bound : float
+        With all of them, and what it may be.
+    """
+    left, total = noise, sum(alone.values())
+    found: list[str] = []
+    for name in sorted(alone, key=lambda name: -alone[name]):
+        if not left > bound or total <= 0.0:
+            break
+        found.append(name)
+        left -= noise * alone[name] / total
+    return found

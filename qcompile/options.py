@@ -68,6 +68,8 @@ class Options:
         whatever can be integers becomes integers, whether it pays or not.
     shape : mapping of str to Shape
         Inputs to fix; of libraries, an axis may have several lengths.
+    allow_ort_segments : bool
+        Whether ONNX Runtime may run what a library has no form for, in an artifact for Python.
     max_size : str, optional
         The artifact's bytes at most: in parts of float's, ``0.2x``, or with a unit, ``5MB``.
     max_bops : str, optional
@@ -114,6 +116,7 @@ class Options:
     no_added_nodes: bool = False
     costs: Path | None = None
     shape: Mapping[str, Shape] = field(default_factory=dict)
+    allow_ort_segments: bool = False
     max_size: str | None = None
     max_bops: str | None = None
     max_latency: str | None = None
@@ -172,7 +175,8 @@ class Options:
         if self.threads < 1:
             raise UsageError("--threads", f"{self.threads} is not a number of threads", "give 1 or more")
         Workers(self.threads, self.workers)
-        Lengths.of(self.shape)
+        if Lengths.of(self.shape) is not None and self.allow_ort_segments:
+            raise UsageError("--allow-ort-segments", "is for one shape", "name one length, or leave it out")
 
     def quantized(self, calibrated: bool) -> tuple[bool, bool]:
         """Return whether weights and whether activations are to be quantized; the latter take ranges."""
@@ -235,7 +239,7 @@ class Options:
         """Return what decides a plan, as a recipe has it; data, places and bounds on the result do not."""
         decisive = self.decisive()
         decisive["override"] = decisive.pop("overrides")
-        left_out = ("min_fidelity", "seed", *LIMITS)
+        left_out = ("min_fidelity", "seed", "allow_ort_segments", *LIMITS)
         return {key: value for key, value in decisive.items() if key not in left_out and value is not None}
 
     def measured_by(self) -> dict[str, Any]:
@@ -243,7 +247,7 @@ class Options:
         # What is made of a model for weights of four bits alone is none of them.
         weights = "4" if (self.weights, self.activations) == ("4", "none") else self.weights != "none"
         free = dict.fromkeys(("max_size", "max_bops", "max_latency", "min_fidelity", "pairs", *LIMITS))
-        return self.decisive() | free | {"weights": weights}
+        return self.decisive() | free | {"weights": weights, "allow_ort_segments": False}
 
 
 def parse_shape(text: str) -> tuple[str, Shape]:

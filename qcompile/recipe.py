@@ -187,6 +187,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "no_added_nodes": ("true or false", _switch),
     "costs": ("a path, or none", _costs),
     "shape": ("a table of lists of sizes, such as x = [1, 128], or x = [1, [32, 128]] of several lengths", _shapes),
+    "allow_ort_segments": ("true or false", _switch),
     "min_fidelity": ("a table of numbers, such as sqnr = 20", _bounds),
     "max_size": ("a text, such as 0.2x or 5MB", _text),
     "max_bops": ("a text, such as 0.05x or 20G", _text),

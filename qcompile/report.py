@@ -67,6 +67,7 @@ def build(
         "size": _size(model, lowered, folder),
         "fidelity": _fidelity(proof.fidelity),
         "lengths": _lengths(lengths, proof),
+        "segments": [dict(segment) for segment in lowered.segments] or None,
         "kernel_rounding": _outputs(proof.rounding),
         "precision": {precision.value: plan.count(precision) for precision in Precision},
         "activation_ranges": _ranges(plan),
@@ -85,7 +86,8 @@ def build(
     }  # fmt: skip
     if lowered.placement is not None:
         content["placement"] = _placement(lowered.placement, target)
-    content["warnings"] = [*(note for step in steps for note in step.notes), *_warnings(content, lowered)]
+    notes = (*(note for step in steps for note in step.notes), *lowered.notes)
+    content["warnings"] = [*notes, *_warnings(content, lowered)]
     return content
 
 
@@ -168,6 +170,8 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
         names = ", ".join(maps["bits"])
         cost = f"{_said(maps['sqnr'])} expected on held-out samples, {_said(maps['sqnr_of_eight'])} with all in eight"
         warnings.append(f"Stored in four bits to fit the memory: {names}; {cost}.")
+    if (segments := content["segments"]) is not None:
+        warnings.append(_in_segments(segments))
     for name, measures in content["fidelity"]["outputs"].items():
         if measures["equal"] is not None:
             if measures["equal"] < 1.0:
@@ -191,6 +195,17 @@ def _warnings(content: Mapping[str, Any], lowered: Lowered) -> list[str]:
         names = ", ".join(refusal.node for refusal in lowered.refusals[:3])
         warnings.append(f"{len(lowered.refusals)} quantized operators run in float all the same: {names}.")
     return warnings
+
+
+def _in_segments(segments: Sequence[Mapping[str, Any]]) -> str:
+    elsewhere = [segment for segment in segments if segment["runs_on"] == "onnxruntime"]
+    forced = [one["node"] for segment in elsewhere for one in segment["forced_by"]]
+    named = ", ".join(forced[:3]) + (f" and {len(forced) - 3} more" if forced[3:] else "")
+    share = sum(segment["share"] for segment in elsewhere)
+    return (
+        f"Runs from Python alone, with onnxruntime: {len(elsewhere)} of {len(segments)} segments are no library, "
+        f"{share:.1%} of the work. What forced that: {named}."
+    )
 
 
 def _said(decibel: float | None) -> str:

@@ -162,7 +162,7 @@ def memory(kind: str) -> int | None:
 def child(artifact: Mapping[str, Any], labels: Sequence[int | None], threads: int) -> None:
     """Load an artifact, then do what standard input says: a number is a sample to be timed."""
     inputs = inputs_of(artifact)
-    if artifact["kind"] != "library":
+    if artifact["kind"] != "library" or "needs" in artifact:
         import onnxruntime  # noqa: F401  what the library itself takes is no artifact's
     before, began = memory("VmRSS"), time.perf_counter()
     run = load(artifact, threads)

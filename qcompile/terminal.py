@@ -9,7 +9,6 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,6 +22,7 @@ from qcompile.inspection import by_fate
 from qcompile.regression import Checked, text
 from qcompile.report import warnings
 from qcompile.stages import Planned, Written
+from qcompile.tables import lengths_table, new_table, segments_table
 
 if TYPE_CHECKING:
     from qcompile.backends.mcu.emulated_run import EmulatedRun
@@ -65,7 +65,9 @@ def show_result(console: Console, result: CompileResult) -> None:
         console.print(f"[yellow]warning:[/] {_plain(warning)}", highlight=False)
     console.print(_gains(report, measurements))
     if report["lengths"] is not None:
-        console.print(_lengths(report["lengths"]))
+        console.print(lengths_table(report["lengths"]))
+    if report["segments"] is not None:
+        console.print(segments_table(report["segments"]))
     console.print(_operators(report))
     if report["refusals"]:
         console.print(_refusals(report))
@@ -84,19 +86,13 @@ def _add_device(table: Table, placement: Mapping[str, Any] | None, measurements:
     if (seen := measurements.get("on_device")) is None:
         table.add_row("latency there", "", "not measured here", "")
     else:
-        ratio = f"{seen['ratio']:.2f}x"
-        table.add_row("latency there", f"{seen['float_ms']:.3g} ms", f"{seen['artifact_ms']:.3g} ms", ratio)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, overflow="fold", justify="left" if index == 0 else "default")
-    return table
+        reference = "" if seen["float_ms"] is None else f"{seen['float_ms']:.3g} ms"
+        ratio = "" if seen["ratio"] is None else f"{seen['ratio']:.2f}x"
+        table.add_row("latency there", reference, f"{seen['artifact_ms']:.3g} ms", ratio)
 
 
 def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
-    table = _table(f"{report['target']}, against the float model", "", "float", "artifact", "")
+    table = new_table(f"{report['target']}, against the float model", "", "float", "artifact", "")
     size, latency, fidelity = report["size"], measurements["latency"], report["fidelity"]
     table.add_row("size", _bytes(size["float_bytes"]), _bytes(size["artifact_bytes"]), f"{size['ratio']:.2f}x")
     if (allocation := report["allocation"]) is not None:
@@ -138,18 +134,6 @@ def _gains(report: Mapping[str, Any], measurements: Mapping[str, Any]) -> Table:
     return table
 
 
-def _lengths(lengths: Mapping[str, Any]) -> Table:
-    """Show each length with the samples that ran at it, and of these the least SQNR of an output."""
-    padding = lengths["padding"]
-    title = "lengths, and no others" if padding is None else f"lengths, shorter ones padded under '{padding['mask']}'"
-    table = _table(title, "length", "samples", "SQNR, dB")
-    for size in map(str, lengths["sizes"]):
-        told = lengths["fidelity"].get(size, {"samples": 0, "outputs": {}})
-        ratios = [one["sqnr"] for one in told["outputs"].values() if not one["exact"] and one["sqnr"] is not None]
-        table.add_row(size, str(told["samples"]), f"{min(ratios):.1f}" if ratios else "")
-    return table
-
-
 def _operators(report: Mapping[str, Any]) -> Table:
     """Group operators that share a fate."""
     groups: dict[tuple[str, str, str], int] = Counter()
@@ -164,7 +148,7 @@ def _operators(report: Mapping[str, Any]) -> Table:
         groups[key] += 1
         if op["sqnr"] is not None:
             worst[key] = min(worst[key], op["sqnr"])
-    table = _table("operators", "precision", "operator", "count", "worst SQNR, dB", "kernel, or why not integer")
+    table = new_table("operators", "precision", "operator", "count", "worst SQNR, dB", "kernel, or why not integer")
     order = {"integer": 0, "weight_only": 1, "float": 2}
     for key, count in sorted(groups.items(), key=lambda item: (order[item[0][0]], -item[1], item[0])):
         precision, op_type, fate = key
@@ -177,7 +161,7 @@ def _refusals(report: Mapping[str, Any]) -> Table:
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for refusal in report["refusals"]:
         groups[refusal["stage"], refusal["reason"]].append(refusal["node"])
-    table = _table("left alone", "stage", "where", "why")
+    table = new_table("left alone", "stage", "where", "why")
     for (stage, reason), nodes in groups.items():
         more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
         table.add_row(stage, _plain(nodes[0] + more), _plain(reason))
@@ -186,7 +170,9 @@ def _refusals(report: Mapping[str, Any]) -> Table:
 
 def show_run(console: Console, seen: EmulatedRun) -> None:
     """Print what a package did under emulation."""
-    table = _table(f"{seen.processor}, emulated", "layer", "operation", "multiply-accumulates", "instructions", "each")
+    table = new_table(
+        f"{seen.processor}, emulated", "layer", "operation", "multiply-accumulates", "instructions", "each"
+    )
     for layer in seen.layers:
         each = f"{layer['instructions'] / layer['macs']:.2f}" if layer["macs"] else ""
         counts = f"{layer['macs']:,}", f"{layer['instructions']:,}"
@@ -200,7 +186,7 @@ def show_check(console: Console, found: Checked) -> None:
     """Print an artifact's figures beside those of an earlier report, what makes them hard to compare first."""
     for note in found.notes:
         console.print(f"[yellow]note:[/] {_plain(note)}", highlight=False, soft_wrap=True)
-    table = _table(f"{found.output}, against the earlier report", "", "earlier", "now", "worse by", "")
+    table = new_table(f"{found.output}, against the earlier report", "", "earlier", "now", "worse by", "")
     for one in found.figures:
         values = text(one.before, one.unit), text(one.now, one.unit)
         table.add_row(
@@ -216,7 +202,7 @@ def show_comparison(console: Console, found: Compared) -> None:
     """Print artifacts side by side, then why some rows are not whole."""
     threads = "one thread" if found.threads == 1 else f"{found.threads} threads"
     title = f"on {found.samples} samples, {threads}, {found.device}"
-    table = _table(title, "", "size", "SQNR\ndB", "acc.", "median\nms", "p90\nms",
+    table = new_table(title, "", "size", "SQNR\ndB", "acc.", "median\nms", "p90\nms",
                    "of\nfloat", "load\nms", "memory", "in-\nstruc-\ntions")  # fmt: skip
     table.padding, table.show_edge, table.pad_edge = (0, 1, 0, 0), False, False
     for column in table.columns:
@@ -254,7 +240,7 @@ def show_explanations(console: Console, found: Iterable[Explanation]) -> None:
 
 def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> None:
     """Print the targets and whether each can run on this machine."""
-    table = _table("targets", "name", "backend", "here", "what it is")
+    table = new_table("targets", "name", "backend", "here", "what it is")
     for target, available in targets:
         table.add_row(target.name, target.backend, "yes" if available else "no runtime", _plain(target.summary))
     console.print(table)
@@ -262,7 +248,7 @@ def show_targets(console: Console, targets: Iterable[tuple[Target, bool]]) -> No
 
 def show_inspection(console: Console, content: Mapping[str, Any], ops: bool) -> None:
     """Print what a model is, what was recognised in it, and what the target would make of it, by operator if asked."""
-    table = _table(content["model"], "", "")
+    table = new_table(content["model"], "", "")
     for key in ("opset", "nodes", "nodes_after_canonicalize", "weight_bytes"):
         value = content[key]
         table.add_row(key.replace("_", " "), _bytes(value) if key.endswith("bytes") else str(value))
@@ -274,7 +260,7 @@ def show_inspection(console: Console, content: Mapping[str, Any], ops: bool) -> 
     if content["outliers"]:
         console.print(_outliers(content["outliers"]))
     if ops:
-        names = _table("operators by name", "name", "operator", "precision", "why not integer")
+        names = new_table("operators by name", "name", "operator", "precision", "why not integer")
         for op in content["ops"]:
             names.add_row(_plain(op["name"]), op["op_type"], _word(op["precision"]), _plain(op["reason"]))
         console.print(names)
@@ -285,7 +271,7 @@ def show_calibration(console: Console, done: Written) -> None:
     if done.caveat:
         console.print(f"[yellow]warning:[/] {_plain(done.caveat)}", highlight=False)
     statistics = done.calibration.statistics
-    table = _table("activations", "observer", "tensors")
+    table = new_table("activations", "observer", "tensors")
     for observer, count in done.calibration.chosen.items():
         table.add_row(observer, str(count))
     console.print(table)
@@ -306,7 +292,7 @@ def show_plan(console: Console, done: Planned, output: Path, folder: Path | None
 
 
 def _front(content: Mapping[str, Any]) -> Table:
-    table = _table("best bits for every size", "size", "SQNR expected, dB", "weights in 4 bits", "plan")
+    table = new_table("best bits for every size", "size", "SQNR expected, dB", "weights in 4 bits", "plan")
     rows = [(row, row["plan"]) for row in content["points"]]
     rows += [(row, f"all in {bits} bits") for bits, row in content["uniform"].items()]
     for row, name in (*rows, (content["chosen"], "chosen")):
@@ -316,7 +302,7 @@ def _front(content: Mapping[str, Any]) -> Table:
 
 
 def _fates(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
-    fates = _table(title, "precision", "operator", "count", "why not integer")
+    fates = new_table(title, "precision", "operator", "count", "why not integer")
     for row in rows:
         fates.add_row(_word(row["precision"]), row["op_type"], str(row["count"]), _plain(row["reason"]))
     return fates
@@ -328,7 +314,7 @@ def _word(precision: str) -> str:
 
 def _outliers(rows: Sequence[Mapping[str, Any]]) -> Table:
     keys = ("channels", "largest", "of the median", "SQNR, dB", "with a scale each")
-    table = _table("activations by what their outliers cost", "tensor", *keys)
+    table = new_table("activations by what their outliers cost", "tensor", *keys)
     for row in rows[:MOST_OUTLIERS]:
         numbers = (f"{row['ratio']:.1f}x", f"{row['per_tensor']:.1f}", f"{row['per_channel']:.1f}")
         table.add_row(_plain(row["tensor"]), str(row["channels"]), str(row["worst"]), *numbers)
@@ -337,18 +323,18 @@ def _outliers(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _show_structure(console: Console, content: Mapping[str, Any]) -> None:
     if content["patterns"]:
-        patterns = _table("recognised", "pattern", "count", "details")
+        patterns = new_table("recognised", "pattern", "count", "details")
         for row in content["patterns"]:
             patterns.add_row(row["pattern"], str(row["count"]), _plain(row["detail"]))
         console.print(patterns)
     if content["not_recognised"]:
-        missed = _table("not recognised", "where", "why")
+        missed = new_table("not recognised", "where", "why")
         for row in content["not_recognised"]:
             missed.add_row(_plain(row["node"]), _plain(row["reason"]))
         console.print(missed)
     if content["streams"]:
         keys = ("kind", "width", "segments", "sums", "writers", "readers")
-        streams = _table("residual streams", "kind", "count", *keys[1:], "against folding a rotation")
+        streams = new_table("residual streams", "kind", "count", *keys[1:], "against folding a rotation")
         alike = Counter((*(row[key] for key in keys), _against(row["obstacles"])) for row in content["streams"])
         for (kind, *numbers, against), count in alike.items():
             streams.add_row(kind, str(count), *map(str, numbers), _plain(against))
@@ -360,7 +346,7 @@ def _show_structure(console: Console, content: Mapping[str, Any]) -> None:
 def _show_members(console: Console, content: Mapping[str, Any]) -> None:
     for stream in content["stream_members"]:
         for segment in stream["segments"]:
-            table = _table(f"{stream['kind']}, {stream['width']} channels", "role", "name", "what")
+            table = new_table(f"{stream['kind']}, {stream['width']} channels", "role", "name", "what")
             for member in segment["members"]:
                 table.add_row(member["role"], _plain(member["name"]), member["what"])
             for refusal in segment["obstacles"]:

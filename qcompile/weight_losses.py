@@ -42,14 +42,14 @@ Pairs = Mapping[tuple[str, str], float]
 def packable(model: ir.Model, planned: Planned) -> dict[str, int]:
     """Return how many numbers the weights have that can be stored in four bits, by name."""
     sizes = _in_eight(model, planned)
+    kept = _kept_as_four(model, sizes, planned)
     # What unpacks codes takes bytes of a file too; kernels that take four bits as they are need nothing.
-    fewest = 1 if _kept_as_four(sizes, planned) else packing.FEWEST
-    return {name: size for name, size in sizes.items() if size >= fewest}
+    return {name: size for name, size in sizes.items() if size >= (1 if name in kept else packing.FEWEST)}
 
 
 def takes_four(model: ir.Model, planned: Planned) -> bool:
     """Tell whether kernels take weights of four bits as they are, so that nothing need unpack them."""
-    return _kept_as_four(_in_eight(model, planned), planned)
+    return bool(_kept_as_four(model, _in_eight(model, planned), planned))
 
 
 def _in_eight(model: ir.Model, planned: Planned) -> dict[str, int]:
@@ -61,13 +61,21 @@ def _in_eight(model: ir.Model, planned: Planned) -> dict[str, int]:
             if quant.role is Role.WEIGHT and quant.dtype == "int8" and name in sizes}  # fmt: skip
 
 
-def _kept_as_four(names: Iterable[str], planned: Planned) -> bool:
-    """Tell whether four bits are stored as they are: of all weights or of none, so that one is planned and not all."""
-    first = next(iter(names), None)
-    if first is None:
-        return False
-    four = planned({first: FOUR}).tensors[first]
-    return four.bits < EIGHT and not four.block_size
+def _kept_as_four(model: ir.Model, names: Iterable[str], planned: Planned) -> frozenset[str]:
+    """Return the weights whose four bits are stored as they are.
+
+    It is the same for all that are read alike, so that one of them is planned and not all.
+    """
+    ops, alike = planned({}).ops, dict[frozenset[str], list[str]]()
+    for name in names:
+        readers = structure.readers(model.graph.initializers[name])
+        plans = (ops[structure.node_name(reader)] for reader in readers if structure.node_name(reader) in ops)
+        alike.setdefault(frozenset(plan.precision.value for plan in plans), []).append(name)
+    kept = []
+    for group in alike.values():
+        four = planned({group[0]: FOUR}).tensors[group[0]]
+        kept += group if four.bits < EIGHT and not four.block_size else []
+    return frozenset(kept)
 
 
 def in_four(bits: Mapping[str, int]) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -14,12 +15,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.base import Lowered, Subject, Unbounded
-from qcompile.backends.cpu import executable, library
+from qcompile.backends.cpu import executable, library, segmented_session
+from qcompile.backends.cpu import write_segments as segments
 from qcompile.backends.cpu.emulate import EmulatedSession, emulator
 from qcompile.backends.cpu.header import header
 from qcompile.backends.cpu.layout import ALIGNMENT
 from qcompile.backends.cpu.network import Network
+from qcompile.backends.cpu.segments import cut
 from qcompile.backends.cpu.session import DESCRIPTION, InferenceSession, absent, is_here
+from qcompile.backends.cpu.write_segments import named, write_description, write_models
 from qcompile.backends.integer.fix_length import at_length
 from qcompile.backends.integer.float_operations import BlockDense, FloatDense, Gather
 from qcompile.backends.integer.lower import lower
@@ -33,7 +37,7 @@ from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.core import model as models
 from qcompile.core.contract import Track
 from qcompile.core.costs import CostTable
-from qcompile.core.errors import TargetError, UsageError
+from qcompile.core.errors import OperatorError, TargetError, UsageError
 from qcompile.core.execution import Kernel
 from qcompile.core.lengths import Lengths
 from qcompile.core.plan import Precision, QuantPlan
@@ -91,8 +95,17 @@ class CpuBackend(Unbounded):
         Raises
         ------
         TargetError
-            If an operator has no integer form, or no kernel.
+            If an operator has no integer form, or no kernel, and segments are not allowed, or there is none without.
         """
+        if target.settings.get("allow_ort_segments"):
+            return self._lower_segments(model, plan, target, folder)
+        try:
+            return self._lower(model, plan, target, folder)
+        except OperatorError as error:
+            remedy = f"{error.remedy}, or let ONNX Runtime run it: --allow-ort-segments"
+            raise TargetError(error.place, error.fact, remedy) from error
+
+    def _lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         lengths: Lengths | None = target.settings.get("lengths")
         network = _network(model, target, lengths)
         name, processor = identifier(network.layout.program.name), network.processor
@@ -105,9 +118,38 @@ class CpuBackend(Unbounded):
         sizes = {"weights, biases and multipliers": stored, "code": code}
         return Lowered((*written, REFERENCE), kernels, (), sizes)
 
+    def _lower_segments(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
+        """Write libraries, and ONNX models of what is between; one library where nothing is."""
+        processor = _processor(target)
+        static, parts = cut(model, target.floats, lambda program: library.network_of(program, processor))
+        if len(parts) == 1:
+            return self._lower(model, plan, target, folder)
+        name, written, sizes = identifier(model.graph.name or "model"), list[str](), Counter[str]()
+        for index, network in enumerate(part.network for part in parts):
+            if network is not None:
+                (folder / named(index)).mkdir()
+                made = write(network, f"{name}_{index}", folder / named(index))
+                written += [f"{named(index)}/{file}" for file in made]
+                stored = len(network.constants)
+                sizes["weights, biases and multipliers"] += stored
+                sizes["code"] += (folder / written[-len(made)]).stat().st_size - stored
+        between = write_models(parts, folder)
+        sizes["models that ONNX Runtime runs"] = sum((folder / file).stat().st_size for file in between[:-1])
+        described = write_description(folder, segments.describe(parts, static, processor, name))
+        models.save(model, folder / REFERENCE)
+        in_library = {node for part in parts if part.network is not None for node in part.operators}
+        kernels = {node: processor.name if node in in_library else "onnxruntime" for node, op in plan.ops.items()
+                   if op.precision is Precision.INTEGER and not op.reason}  # fmt: skip
+        files = (described, *between, *written, REFERENCE)
+        return Lowered(files, kernels, (), sizes, segments=segments.told(parts, static))
+
     def size(self, model: ir.Model) -> int:
         """Return the bytes of constants that `lower` would write, but for rounding up to whole vectors."""
-        operations = lower(model, self._floats).operations
+        try:
+            operations = lower(model, self._floats).operations
+        except OperatorError:
+            # Refused in the end, or in segments: weights are stored all the same.
+            return models.initializer_bytes(model)
         weighted = [part for part in operations if isinstance(part, Conv | Dense | FloatDense)]
         others = sum(part.table.nbytes for part in operations if isinstance(part, Gather))
         others += sum(block_bytes(part) for part in operations if isinstance(part, BlockDense))
@@ -191,9 +233,11 @@ def write(network: Network, name: str, folder: Path, lengths: Lengths | None = N
     return shared, f"{name}.h", DESCRIPTION, SESSION, *alone
 
 
-def opened(folder: Path, threads: int = 1) -> InferenceSession:
-    """Return a session of what `write` wrote: here, or where this machine is another, emulated."""
+def opened(folder: Path, threads: int = 1) -> InferenceSession | segmented_session.InferenceSession:
+    """Return a session of what a compile wrote: here, or where this machine is another, emulated."""
     about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    if "segments" in about:
+        return segmented_session.InferenceSession(folder, threads, opened)
     emulated = _is_emulated(PROCESSORS[about["processor"]])
     return EmulatedSession(folder) if emulated else InferenceSession(folder, threads)
 

@@ -104,8 +104,10 @@ def instructions(folder: Path, feeds: Mapping[str, Array]) -> int:
     Raises
     ------
     TargetError
-        If the emulator or a compiler for its plugin is not installed.
+        If the emulator or a compiler for its plugin is not installed, or ONNX Runtime runs a part.
     """
+    if "segments" in json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")):
+        raise TargetError(folder.name, "ONNX Runtime runs a part of it, which is not emulated", "leave it out")
     with tempfile.TemporaryDirectory() as scratch:
         counts = Path(scratch) / "counts.tsv"
         # The emulator knows functions by name only where it writes a log.

@@ -21,7 +21,7 @@ from qcompile.backends.tvm.schedules import x86_float_kernels as float_kernels
 from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Rounding, high_word
-from qcompile.core.errors import TargetError
+from qcompile.core.errors import OperatorError
 
 Array = npt.NDArray[Any]
 #: Elements that kernels know.
@@ -50,10 +50,10 @@ def _require(network: Network, operation: Operation) -> None:
     for name in (*operation.inputs, operation.output):
         if network.tensor(name).dtype not in TYPES:
             fact = f"has {network.tensor(name).dtype} activations, for which there is no kernel yet"
-            raise TargetError(f"operator '{operation.name}'", fact, "leave its activations at 8 bits")
+            raise OperatorError("operator", operation.name, fact, "leave its activations at 8 bits")
     if type(operation) not in GENERATORS:
         fact = f"{type(operation).__name__} has no kernel for this processor yet"
-        raise TargetError(f"operator '{operation.name}'", fact, "choose --target cpu")
+        raise OperatorError("operator", operation.name, fact, "choose --target cpu")
 
 
 def finishing(network: Network, step: ops.Requantize | Dequantize) -> dict[str, Any]:

@@ -84,10 +84,10 @@ class Port:
         """Return room for an output's codes as stored, or its floats in the model's order."""
         return np.empty(self.stored if self.is_codes else self.shape, self.dtype)
 
-    def give(self, codes: Array) -> npt.NDArray[np.float32]:
-        """Return the floats that an output is, or its codes as stored stand for."""
+    def give(self, codes: Array) -> Array:
+        """Return the numbers that an output is, or the floats that its codes as stored stand for."""
         if not self.is_codes:
-            return np.asarray(codes, np.float32)
+            return codes
         ordered = codes.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
         real: npt.NDArray[np.float32] = (ordered.astype(np.int32) - self.zero_point).astype(np.float32)
         return np.ascontiguousarray(real * np.float32(self.scale))
@@ -193,7 +193,7 @@ class InferenceSession:
         given = [self._given(port, feeds) for port in at.inputs]
         pairs = list(zip(at.inputs, given, strict=True))
         if all(array.dtype.kind == "f" or not port.is_codes for port, array in pairs):
-            made = [np.empty(port.shape, np.float32) for port in at.outputs]
+            made = [np.empty(port.shape, np.float32 if port.is_codes else port.dtype) for port in at.outputs]
             real = [np.ascontiguousarray(array, np.float32 if port.is_codes else port.dtype) for port, array in pairs]
             self._call(at.run_floats, real, made)
         else:

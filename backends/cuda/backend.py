@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,11 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject, Unbounded
+from qcompile.backends.base import Lowered, Placed, Subject, Unbounded, require_no_segments, require_one_length
 from qcompile.backends.cuda import compiler
-from qcompile.backends.cuda.driver import has_device
 from qcompile.backends.cuda.linear import linear_kernel
-from qcompile.backends.cuda.network import Network, network_of
+from qcompile.backends.cuda.network import MANY, Network, network_of
 from qcompile.backends.cuda.session import DESCRIPTION, InferenceSession
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 from qcompile.backends.integer.lower import lower
@@ -46,11 +44,11 @@ class CudaBackend(Unbounded):
     name: ClassVar[str] = "cuda"
 
     def targets(self) -> Iterable[Target]:
-        """Return the targets of backends/cuda/targets; timed where there is a device."""
+        """Return the targets of backends/cuda/targets."""
         here = files("qcompile.backends.cuda") / "targets"
         for entry in sorted(here.iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith(".toml"):
-                yield replace(Target.from_toml(entry), timed_here=has_device())
+                yield Target.from_toml(entry)
 
     def available(self) -> bool:
         """Tell whether TVM, which generates kernels, and NVRTC, which compiles them, are installed."""
@@ -63,6 +61,8 @@ class CudaBackend(Unbounded):
         ------
         UsageError, TargetError
         """
+        require_no_segments(target)
+        require_one_length(target, f"has no package of {target.name}, which is for one shape")
         for key in LIMITS:
             if target.settings.get(key) is not None:
                 fact = f"means nothing for {target.name}, whose devices have memory of their own"
@@ -85,7 +85,8 @@ class CudaBackend(Unbounded):
         kernels = {node: "cuda" for node, op in plan.ops.items()
                    if op.precision is Precision.INTEGER and not op.reason}  # fmt: skip
         sizes = {"weights, biases and multipliers": len(network.constants), "code of all architectures": len(code)}
-        return Lowered((*written, REFERENCE), kernels, (), sizes)
+        placed = tuple(Placed(str(node.name), node.op_type) for node in model.graph if node.name in kernels)
+        return Lowered((*written, REFERENCE), kernels, (), sizes, placement=placed)
 
     def size(self, model: ir.Model) -> int:
         """Return the bytes of constants that `lower` would write."""
@@ -112,13 +113,47 @@ class CudaBackend(Unbounded):
         raise TargetError(f"probe {target.name}", fact, "leave it out")
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
-        """Load the kernels where there is a device, or interpret what they compute; return what runs one sample."""
+        """Return what interprets the kernels' program, so that a report is the same with a device and without."""
         del files, threads
-        if not has_device():
-            return _interpreted(lower(models.load(folder / REFERENCE)))
-        session = InferenceSession(folder)
-        names = [port.name for port in session.get_outputs()]
-        return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
+        return _interpreted(lower(models.load(folder / REFERENCE)))
+
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], DeviceSession]:
+        """Return what loads an artifact by its `network.json`; nothing of it can fall back."""
+        del target, fallback
+        return DeviceSession
+
+
+class DeviceSession:
+    """An artifact on a device.
+
+    Parameters
+    ----------
+    description : Path
+        Its `network.json`.
+
+    Raises
+    ------
+    TargetError
+        If that is another file, or there is no device.
+    """
+
+    provider = "kernels of its own"
+
+    def __init__(self, description: Path) -> None:
+        if description.name != DESCRIPTION:
+            raise TargetError("--model", "has kernels on no device: cuda:tvm runs artifacts alone", "leave it out")
+        try:
+            self._session = InferenceSession(description.parent)
+        except OSError as error:
+            fact, _, remedy = str(error).removeprefix("cuda: ").partition("; ")
+            raise TargetError("device", fact, remedy or "compile for the device's architecture") from error
+        self.device = f"{self._session.driver.name} ({self._session.driver.capability})"
+        self.runtime = f"the driver for CUDA {self._session.driver.version}"
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one sample, inputs and outputs in the host's memory."""
+        names = [port.name for port in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(None, feeds), strict=True))
 
 
 def write(network: Network, name: str, code: bytes, folder: Path) -> tuple[str, ...]:
@@ -152,6 +187,7 @@ def describe(network: Network, name: str) -> dict[str, Any]:
         "architectures": list(compiler.ARCHITECTURES),
         "compiler": f"NVRTC {compiler.version()}",
         "arena_bytes": network.arena_bytes,
+        "many": MANY,
         "inputs": [_port(network, port) for port in program.inputs],
         "outputs": [_port(network, port) for port in program.outputs],
         "taking": [launch.as_json() for launch in network.taking],

@@ -18,7 +18,7 @@ from typing import Any
 from qcompile.core.errors import TargetError, VerificationError
 
 #: What kernels are compiled for: Turing, A100, other Amperes, Jetson Orin, Ada, Hopper.
-ARCHITECTURES = ("75", "80", "86", "87", "89", "90a")
+ARCHITECTURES: tuple[str, ...] = ("75", "80", "86", "87", "89", "90a")
 #: By library, the folder of its package below `nvidia`, and what installs it.
 PACKAGES = {
     "libnvrtc.so.12": ("cuda_nvrtc", "nvidia-cuda-nvrtc-cu12"),

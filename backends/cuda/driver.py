@@ -17,6 +17,7 @@ THREAD_LOCAL = 1
 MAJOR, MINOR, MULTIPROCESSORS = 75, 76, 16
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
+    "cuDriverGetVersion": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
@@ -139,6 +140,13 @@ class Driver:
         return f"sm_{self.attribute(MAJOR)}{self.attribute(MINOR)}"
 
     @property
+    def version(self) -> str:
+        """The newest CUDA that the driver knows: ``12.4``."""
+        number = c_int()
+        self.call("cuDriverGetVersion", byref(number))
+        return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+    @property
     def name(self) -> str:
         """What the device is called."""
         text = ctypes.create_string_buffer(128)
@@ -157,9 +165,39 @@ class Driver:
         self.call("cuMemAlloc_v2", byref(address), max(size, 1))
         return address.value
 
+    def upload(self, content: bytes) -> int:
+        """Return the address of bytes that were copied to the device's memory, of its own."""
+        address = self.allocate(len(content))
+        self.call("cuMemcpyHtoD_v2", address, content, len(content))
+        # The call returns while bytes are on their way, and streams of ours do not wait for the one that they are in.
+        self.call("cuStreamSynchronize", None)
+        return address
+
     def function(self, module: c_void_p, name: str) -> c_void_p:
         """Return a kernel of a module."""
         return self.made("cuModuleGetFunction", module, name.encode())
+
+    def captured(self, stream: c_void_p) -> c_void_p:
+        """End a capture and return what was captured, ready to be launched; `cuGraphExecDestroy` gives it back."""
+        graph = c_void_p()
+        self.call("cuStreamEndCapture", stream, byref(graph))
+        ready = self.made("cuGraphInstantiateWithFlags", graph, 0)
+        self.call("cuGraphDestroy", graph)
+        return ready
+
+    def timed(self, graph: c_void_p, stream: c_void_p, each: int) -> float:
+        """Return milliseconds of one of so many launches of a graph behind one another, by the device's clock."""
+        events = [self.made("cuEventCreate", 0) for _ in range(2)]
+        self.call("cuEventRecord", events[0], stream)
+        for _ in range(each):
+            self.call("cuGraphLaunch", graph, stream)
+        self.call("cuEventRecord", events[1], stream)
+        self.call("cuEventSynchronize", events[1])
+        taken = ctypes.c_float()
+        self.call("cuEventElapsedTime", byref(taken), *events)
+        for event in events:
+            self.call("cuEventDestroy_v2", event)
+        return taken.value / each
 
     def launch(
         self, function: c_void_p, grid: Sequence[int], threads: int, addresses: Sequence[int], numbers: Sequence[int],

@@ -129,8 +129,10 @@ class LinearKernel:
     table: Int32Array
 
 
-def linear_kernel(operation: ops.Conv | ops.Dense, source: Tensor, target: Tensor) -> LinearKernel:
-    """Return the kernel of a layer."""
+def linear_kernel(
+    operation: ops.Conv | ops.Dense, source: Tensor, target: Tensor, samples: int = 1
+) -> LinearKernel:  # fmt: skip
+    """Return the kernel of a layer, in a tile for so many samples: what it stores is the same for all."""
     high = bool(np.all(operation.requantize.shift >= HIGH_WORD))
     table = _table(operation, high)
     flag = "true" if high else "false"
@@ -141,7 +143,7 @@ def linear_kernel(operation: ops.Conv | ops.Dense, source: Tensor, target: Tenso
     alike = shape.depth == shape.channels and shape.rows * shape.columns == shape.pixels
     if alike and groups == 1 and shape.pixels <= FEW and not (shape.top or shape.left):
         return _gemv_kernel(operation, shape, table, flag)
-    tile = tile_of(shape)
+    tile = tile_of(shape, samples)
     blocks = -(-shape.group_outputs // tile.outputs)
     shape = _shape(operation, source, target, high, tile.outputs)
     widest = 16 if tile.down else 4
@@ -155,14 +157,14 @@ def linear_kernel(operation: ops.Conv | ops.Dense, source: Tensor, target: Tenso
     return LinearKernel(body, stem, shape, grid, tile.threads, filled(rows, shape.stored_depth), table)
 
 
-def tile_of(shape: Shape) -> Tile:
+def tile_of(shape: Shape, samples: int = 1) -> Tile:
     """Return the tile that takes fewest cycles by count: the same everywhere, whatever device it will run on."""
     if shape.group_outputs < 8 or shape.depth < 16:
         return NARROW
     groups = shape.outputs // shape.group_outputs
 
     def cycles(tile: Tile) -> tuple[int, int]:
-        blocks = -(-shape.pixels // tile.pixels) * -(-shape.group_outputs // tile.outputs) * groups
+        blocks = -(-shape.pixels // tile.pixels) * -(-shape.group_outputs // tile.outputs) * groups * samples
         # A step's products at 1024 a cycle, or the bytes that it takes at 32 a cycle, and what passing a barrier takes.
         step = max(tile.pixels * tile.outputs * STEP // 1024, (tile.pixels + tile.outputs) * STEP // 32) + 60
         waves = max(1.0, blocks / PROCESSORS)

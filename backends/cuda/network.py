@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.cuda import arena
-from qcompile.backends.cuda.linear import linear_kernel
+from qcompile.backends.cuda.linear import LinearKernel, linear_kernel
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.program import Operation, Port, Program, Strips
 from qcompile.backends.tvm.schedules import cuda_maps
@@ -23,6 +23,8 @@ Array = npt.NDArray[Any]
 Argument = tuple[str, int]
 #: Constants begin at multiples of this.
 ALIGNMENT = 256
+#: From so many samples on tiles are chosen as if there were that many.
+MANY = 8
 #: Threads of a block of `join`.
 JOINING = 256
 #: In the order in which they build on one another.
@@ -47,6 +49,8 @@ class Launch:
         The kernel's pointers.
     numbers : tuple of int
         The fields of the struct of int32 that follows them, if any.
+    many : Launch, optional
+        What takes its place from `MANY` samples on: the same in larger tiles.
     """
 
     operation: str
@@ -55,13 +59,15 @@ class Launch:
     threads: int
     arguments: tuple[Argument, ...]
     numbers: tuple[int, ...] = ()
+    many: Launch | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return it JSON-ready."""
-        return {
+        content = {
             "operation": self.operation, "kernel": self.kernel, "grid": list(self.grid), "threads": self.threads,
             "arguments": [list(argument) for argument in self.arguments], "numbers": list(self.numbers),
         }  # fmt: skip
+        return content if self.many is None else content | {"many": self.many.as_json()}
 
 
 @dataclass
@@ -132,12 +138,16 @@ class Network:
 
     def _layer(self, operation: ops.Conv | ops.Dense) -> Launch:
         tensors = self.program.tensors
-        made = linear_kernel(operation, tensors[operation.inputs[0]], tensors[operation.output])
-        head = f'extern "C" __global__ void __launch_bounds__({made.threads}) {{name}}({LAYER})'
-        kernel = self.kernel(made.stem, f"{head}\n{{\n    {made.body}(input, weights, table, output, shape);\n}}\n")
-        places = (self.at(operation.inputs[0]), self.constant(made.weights), self.constant(made.table),
+        few, many = (linear_kernel(operation, tensors[operation.inputs[0]], tensors[operation.output], samples)
+                     for samples in (1, MANY))  # fmt: skip
+        places = (self.at(operation.inputs[0]), self.constant(few.weights), self.constant(few.table),
                   self.at(operation.output))  # fmt: skip
-        return Launch(operation.name, kernel, made.grid, made.threads, places, made.shape.numbers)
+        first, second = (
+            Launch(operation.name, self.kernel(made.stem, layer_source(made)), made.grid, made.threads, places,
+                   made.shape.numbers)
+            for made in (few, many)
+        )  # fmt: skip
+        return replace(first, many=None if second == first else second)
 
     def _joined(self, operation: ops.Concat) -> list[Launch]:
         tensors, axis = self.program.tensors, operation.axis
@@ -186,10 +196,21 @@ def network_of(program: Program) -> Network:
     return network
 
 
+def layer_source(made: LinearKernel) -> str:
+    """Return the CUDA C++ of a layer's kernel, which it calls {name}."""
+    bounds = f"{made.threads}, RESIDENT" if made.threads == 256 else str(made.threads)
+    head = f'extern "C" __global__ void __launch_bounds__({bounds}) {{name}}({LAYER})'
+    return f"{head}\n{{\n    {made.body}(input, weights, table, output, shape);\n}}\n"
+
+
 def prelude() -> str:
     """Return what all kernels build on."""
-    folder = files("qcompile.backends.cuda") / "kernels"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+    return "\n".join(template(name) for name in SOURCES)
+
+
+def template(name: str) -> str:
+    """Return a file of backends/cuda/kernels."""
+    return (files("qcompile.backends.cuda") / "kernels" / name).read_text(encoding="utf-8")
 
 
 def operation_stem(made: MapKernel) -> str:

@@ -155,7 +155,7 @@ class InferenceSession:
                        True: [self._memory.host((batch * port.size,), "float32") for port in self.inputs]}  # fmt: skip
         self._made = {False: [self._memory.host((batch * port.size,), "int8") for port in self.outputs],
                       True: [self._memory.host((batch * port.size,), "float32") for port in self.outputs]}  # fmt: skip
-        self._graphs = dict[bool, Any]()
+        self._graphs = dict[tuple[bool, bool], Any]()
 
     def _load(self, folder: Path) -> None:
         content = (folder / self.about["kernels"]).read_bytes()
@@ -165,12 +165,13 @@ class InferenceSession:
             made = ", ".join(f"sm_{architecture}" for architecture in self.about["architectures"])
             here = f"{self.driver.name} ({self.driver.capability})"
             raise OSError(f"{folder}: the kernels are for {made}, and this is {here} ({error})") from error
-        known = {launch["kernel"] for part in ("taking", "launches", "giving") for launch in self.about[part]}
+        launches = [launch for part in ("taking", "launches", "giving") for launch in self.about[part]]
+        known = {launch["kernel"] for launch in launches}
+        known |= {launch["many"]["kernel"] for launch in launches if "many" in launch}
         self._functions = {name: self.driver.function(module, name) for name in sorted(known)}
         constants = (folder / self.about["constants"]).read_bytes()
         places = {"arena": self._memory.device(self.batch * self.about["arena_bytes"]),
-                  "constants": self._memory.device(len(constants))}  # fmt: skip
-        self.driver.call("cuMemcpyHtoD_v2", places["constants"], constants, len(constants))
+                  "constants": int(self._memory.keep("cuMemFree_v2", self.driver.upload(constants)))}  # fmt: skip
         for key, ports in (("input", self.inputs), ("output", self.outputs)):
             for index, port in enumerate(ports):
                 places[f"{key} {index}"] = self._memory.device(4 * self.batch * port.size)
@@ -229,33 +230,32 @@ class InferenceSession:
         self.driver.call("cuStreamSynchronize", self._stream)
         return self._made[floats]
 
-    def graph(self, floats: bool) -> Any:
+    def graph(self, floats: bool, copied: bool = True) -> Any:
         """Return a run as the driver has it, captured when it is first asked for.
 
         Parameters
         ----------
         floats : bool
             Whether it takes and gives the model's floats, or codes.
+        copied : bool
+            Whether inputs go to the device and outputs come back, or both stay there.
         """
-        if floats not in self._graphs:
+        if (floats, copied) not in self._graphs:
             self.driver.enter()
             self.driver.call("cuStreamBeginCapture_v2", self._stream, _driver().THREAD_LOCAL)
-            self._copy(self.inputs, "input", floats)
+            self._copy(self.inputs if copied else (), "input", floats)
             self._launch("taking" if floats else "")
             self._launch("launches")
             self._launch("giving" if floats else "")
-            self._copy(self.outputs, "output", floats)
-            graph = ctypes.c_void_p()
-            self.driver.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-            self._graphs[floats] = self._memory.keep(
-                "cuGraphExecDestroy", self.driver.made("cuGraphInstantiateWithFlags", graph, 0)
-            )
-            self.driver.call("cuGraphDestroy", graph)
-        return self._graphs[floats]
+            self._copy(self.outputs if copied else (), "output", floats)
+            ready = self._memory.keep("cuGraphExecDestroy", self.driver.captured(self._stream))
+            self._graphs[floats, copied] = ready
+        return self._graphs[floats, copied]
 
     def _copy(self, ports: Sequence[Port], key: str, floats: bool) -> None:
         pinned = (self._given if key == "input" else self._made)[floats]
-        for index, (port, array) in enumerate(zip(ports, pinned, strict=True)):
+        for index, port in enumerate(ports):
+            array = pinned[index]
             address = self._places[f"{key} {index}"] if floats else self._places["arena"] + self.batch * port.at
             if key == "input":
                 self.driver.call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self._stream)
@@ -263,7 +263,8 @@ class InferenceSession:
                 self.driver.call("cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, self._stream)
 
     def _launch(self, part: str) -> None:
-        for launch in self.about[part] if part else ():
+        for few in self.about[part] if part else ():
+            launch = few["many"] if self.batch >= self.about["many"] and "many" in few else few
             addresses = [self._address(*argument) for argument in launch["arguments"]]
             grid = (*launch["grid"], self.batch)
             function = self._functions[launch["kernel"]]
@@ -275,22 +276,20 @@ class InferenceSession:
         # A tensor's samples lie behind one another, so that everything is so many times as far from the start.
         return int(self._places[place]) + (self.batch * at if place == "arena" else at)
 
-    def time(self, runs: int, floats: bool = True) -> list[float]:
-        """Return milliseconds of so many runs on the device, by its own clock."""
-        driver, graph = self.driver, self.graph(floats)
-        events = [driver.made("cuEventCreate", 0) for _ in range(2)]
-        found = []
-        for _ in range(runs):
-            driver.call("cuEventRecord", events[0], self._stream)
-            driver.call("cuGraphLaunch", graph, self._stream)
-            driver.call("cuEventRecord", events[1], self._stream)
-            driver.call("cuEventSynchronize", events[1])
-            taken = ctypes.c_float()
-            driver.call("cuEventElapsedTime", ctypes.byref(taken), *events)
-            found.append(taken.value)
-        for event in events:
-            driver.call("cuEventDestroy_v2", event)
-        return found
+    def time(self, rounds: int, each: int = 1, floats: bool = True, copied: bool = True) -> list[float]:
+        """Return milliseconds of a run by the device's own clock, once for each round.
+
+        Parameters
+        ----------
+        rounds : int
+        each : int
+            Runs of a round, one right behind the other.
+        floats, copied : bool
+            See `graph`.
+        """
+        graph = self.graph(floats, copied)
+        self.driver.enter()
+        return [self.driver.timed(graph, self._stream, each) for _ in range(rounds)]
 
     def _shape(self, port: Port) -> tuple[int, ...]:
         return (self.batch * port.shape[0], *port.shape[1:]) if port.shape else ()

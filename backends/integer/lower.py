@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.integer import ports
+from qcompile.backends.integer.fix_length import at_length
 from qcompile.backends.integer.islands import Islands
 from qcompile.backends.integer.join_tables import join_tables
 from qcompile.backends.integer.lower_affine import is_affine, lower_affine
@@ -24,6 +25,7 @@ from qcompile.backends.integer.lower_floats import Known, Rows, is_float, real, 
 from qcompile.backends.integer.lower_linear import lower_conv, lower_gemm, lower_matmul
 from qcompile.backends.integer.lower_moves import (
     lower_concat,
+    lower_pick,
     lower_reshape,
     lower_slice,
     lower_split,
@@ -39,8 +41,8 @@ from qcompile.backends.integer.lower_windows import (
 )
 from qcompile.backends.integer.program import Port, Program
 from qcompile.backends.integer.storage import require_forms
-from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, refuse, spanning
-from qcompile.core.errors import TargetError
+from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, refuse, shape_of, spanning
+from qcompile.core.errors import OperatorError, TargetError
 from qcompile.passes import structure
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
 
@@ -52,6 +54,7 @@ RULES: dict[str, Rule] = {
     "Concat": lower_concat,
     "Conv": lower_conv,
     "Flatten": lower_reshape,
+    "Gather": lower_pick,
     "Gemm": lower_gemm,
     "GlobalAveragePool": lower_global_average_pool,
     "MatMul": lower_matmul,
@@ -92,6 +95,9 @@ def lower(model: ir.Model, floats: Collection[str] = ()) -> Program:
         and what would help.
     """
     static = with_batch_of_one(model)
+    if any(not is_known(value) for node in static.graph for value in node.outputs):
+        # Shapes that the graph computes follow from those of the inputs.
+        static = at_length(static, {str(value.name): shape_of(value) for value in static.graph.inputs})
     lowering = _Lowering(static, floats)
     for value in static.graph.inputs:
         lowering.take_input(value)
@@ -120,6 +126,11 @@ def with_batch_of_one(model: ir.Model) -> ir.Model:
         for value in node.outputs:
             value.shape = None
     return InferShapes()(static).model
+
+
+def is_known(value: ir.Value) -> bool:
+    """Tell whether all of a value's shape is known."""
+    return value.shape is not None and all(isinstance(length, int) for length in value.shape)
 
 
 class _Lowering:
@@ -220,7 +231,7 @@ class _Lowering:
 
     def _require_shapes(self, node: ir.Node) -> None:
         for value in node.outputs:
-            if value.shape is None or any(not isinstance(length, int) for length in value.shape):
+            if not is_known(value):
                 refuse(node, f"has the open shape {value.shape}", "fix the shapes of the inputs with --shape")
 
     def _clipped(self, node: ir.Node) -> bool:
@@ -264,8 +275,10 @@ class _Lowering:
         if self.islands is not None:
             known = self.islands.output(value)
         if known is None or producer is None:
-            fact = "is a constant or an input handed through"
-            raise TargetError(f"output '{value.name}'", fact, "remove it from the model's outputs")
+            fact, remedy = "is a constant or an input handed through", "remove it from the model's outputs"
+            if producer is not None:
+                raise OperatorError("output of", structure.node_name(producer), fact, remedy)
+            raise TargetError(f"output '{value.name}'", fact, remedy)
         if isinstance(known, Pending):
             if known.natural is None or (known.low, known.high) != (-np.inf, np.inf):
                 fact = f"leaves the model in float as '{value.name}'"

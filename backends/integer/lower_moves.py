@@ -9,6 +9,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from qcompile.backends.integer.operations import Concat, Slice
+from qcompile.backends.integer.program import PLAIN
 from qcompile.backends.integer.values import Codes, Grid, Pending, Writer, refuse, shape_of
 from qcompile.passes import structure
 
@@ -90,7 +91,7 @@ def lower_concat(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending 
     order = parts[0].order
 
     def finish(grid: Grid, low: int, high: int, name: str) -> str:
-        if (low, high) != (grid.low, grid.high):
+        if (low, high) != bounds_of(grid):
             refuse(node, "has a Relu or Clip behind it", "put it in front of the Concat")
         joined = tuple(writer.on_grid(part, grid, f"{part.tensor}_{name}", node).tensor for part in parts)
         output = writer.add_tensor(name, tuple(shape[place] for place in order), grid)
@@ -100,8 +101,15 @@ def lower_concat(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Pending 
         refuse(node, "joins constants too", "keep constants out of the quantized part")
     if all(part.grid.same(parts[0].grid) for part in parts):
         grid = parts[0].grid
-        return Codes(finish(grid, grid.low, grid.high, str(node.outputs[0].name)), shape, order, grid)
+        return Codes(finish(grid, *bounds_of(grid), str(node.outputs[0].name)), shape, order, grid)
+    if any(part.grid.dtype in PLAIN for part in parts):
+        refuse(node, "joins floats and codes", "quantize all of its inputs, or none")
     return Pending(node, shape, order, finish)
+
+
+def bounds_of(grid: Grid) -> tuple[int, int]:
+    """Return the lowest and the highest code; floats have none."""
+    return (0, 0) if grid.dtype in PLAIN else (grid.low, grid.high)
 
 
 def lower_slice(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
@@ -124,6 +132,28 @@ def lower_slice(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
         first[place], pace[place] = min(max(start + length if start < 0 else start, 0), length), step
     shape = shape_of(node.outputs[0])
     return _cut(writer, node, x, shape, first, pace, str(node.outputs[0].name))
+
+
+def picks_one(node: ir.Node) -> bool:
+    """Tell whether a Gather takes one place of an activation, which a constant names."""
+    if not structure.is_standard(node, "Gather") or structure.constant_tensor(node.inputs[0]) is not None:
+        return False
+    index = structure.constant(node.inputs[1])
+    return index is not None and index.size == 1
+
+
+def lower_pick(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
+    """Lower a Gather of one place, which is a Slice and a view of it."""
+    if not picks_one(node):
+        refuse(node, "picks several places, or what is computed", "pick one that is constant, or split its input")
+    x = writer.plain(inputs[0], node)
+    index, axis = structure.constant(node.inputs[1]), node.attributes.get_int("axis", 0) % len(x.shape)
+    assert index is not None
+    first, shape = [0] * len(x.shape), list(x.shape)
+    first[x.place_of(axis)], shape[axis] = int(index.reshape(-1)[0]) % x.shape[axis], 1
+    name = str(node.outputs[0].name)
+    part = _cut(writer, node, x, tuple(shape), first, [1] * len(shape), f"{name}_one")
+    return lower_reshape(writer, node, [part])
 
 
 def lower_split(writer: Writer, node: ir.Node, inputs: list[Codes]) -> list[Codes]:

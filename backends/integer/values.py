@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompile.backends.integer.operations import Lookup, Requantize, Rescale, Transpose, View
 from qcompile.backends.integer.program import Operation, Tensor
 from qcompile.core import numerics
-from qcompile.core.errors import TargetError
+from qcompile.core.errors import OperatorError
 
 FloatArray = npt.NDArray[np.float32]
 Factors = npt.NDArray[np.float64]
@@ -21,7 +21,7 @@ Factors = npt.NDArray[np.float64]
 
 def refuse(node: ir.Node, fact: str, remedy: str) -> NoReturn:
     """Say in one line why an operator has no place in an integer program."""
-    raise TargetError(f"{node.op_type} '{node.name}'", fact, remedy)
+    raise OperatorError(node.op_type, str(node.name), fact, remedy)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject, require_one_length
+from qcompile.backends.base import Lowered, Subject, require_no_segments, require_one_length
 from qcompile.backends.integer import map_bits
 from qcompile.backends.integer.interpret import dequantize_output, quantize_input
 from qcompile.backends.integer.lower import lower
@@ -72,6 +72,7 @@ class McuBackend:
         ------
         UsageError, TargetError
         """
+        require_no_segments(target)
         require_one_length(target, f"has no package of {target.name}, which is for one shape")
         if board := target.settings.get("board"):
             check_board(board, target)

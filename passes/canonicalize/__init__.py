@@ -31,6 +31,7 @@ from qcompile.passes.canonicalize.remove_trivial_moves import RemoveTrivialMoves
 from qcompile.passes.canonicalize.remove_unused_opsets import RemoveUnusedOpsets
 from qcompile.passes.canonicalize.share_results import ShareResults
 from qcompile.passes.canonicalize.widen_float16 import WidenFloat16
+from qcompile.passes.join_activations import JoinActivations
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,31 @@ class Canonicalize(ir.passes.InPlacePass):
         Inputs to fix, by name.
     widen : bool
         Compute in float32 what is float16.
+    batch_of_one : bool
+        Where the first axis of an input is all that is open, it is fixed to 1, and what follows from that is folded.
+    joins : bool
+        Write activations of several operators as one, before a factor of theirs goes into weights.
     """
 
     opset: int
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     widen: bool = False
+    batch_of_one: bool = False
+    joins: bool = False
     effect: ClassVar[Effect] = Effect.CLOSE
 
     def rules(self) -> tuple[ir.passes.PassBase, ...]:
         """Return the rules in the order in which they run."""
-        return (*self.prepare(), *SETTLE, *tidy())
+        return (*self.prepare(), *SETTLE, *self.joining(), *tidy())
+
+    def joining(self) -> tuple[ir.passes.PassBase, ...]:
+        """Return what writes activations as one operator each, where that is asked for."""
+        return (JoinActivations(), *SETTLE) if self.joins else ()
 
     def prepare(self) -> tuple[ir.passes.PassBase, ...]:
         """Return the rules that bring any model to one opset, with shapes, constants and names."""
         return (
-            FixShapes(self.shapes),
+            FixShapes(self.shapes, self.batch_of_one),
             RaiseOpset(self.opset),
             InferShapes(),
             FoldConstants(),
@@ -77,6 +88,8 @@ class Canonicalize(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> Rewritten:
         """Apply the rules in place; those that make work for one another run until nothing changes."""
         modified, refusals, notes = _apply(self.prepare(), model)
+        if self.joins:
+            modified |= _apply((*SETTLE, *self.joining()), model)[0]
         for _ in range(ROUNDS):
             settled, _, _ = _apply(SETTLE, model)
             changed, left, _ = _apply(tidy(), model)

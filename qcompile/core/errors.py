@@ -66,6 +66,22 @@ class TargetError(QcompileError):
     exit_code = 7
 
 
+class OperatorError(TargetError):
+    """An operator has no form on the target.
+
+    Parameters
+    ----------
+    op_type : str
+    operator : str
+        Its name.
+    fact, remedy : str
+    """
+
+    def __init__(self, op_type: str, operator: str, fact: str, remedy: str) -> None:
+        super().__init__(f"{op_type} '{operator}'", fact, remedy)
+        self.operator = operator
+
+
 class WorkerError(QcompileError):
     """What measures elsewhere cannot be reached, or died."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
+import io
+import logging
 import os
 import re
 import tempfile
@@ -194,6 +197,36 @@ class Session:
     def end_profiling(self) -> Path:
         """Stop timing nodes, and return the file with the events."""
         return Path(self._session.end_profiling())
+
+
+def write_ort_format(model: Path) -> None:
+    """Write a model for ARM in ORT format beside it, and what that needs, by the runtime's own tools.
+
+    Raises
+    ------
+    TargetError
+        If what they are made with is not installed.
+    """
+    load_onnxruntime()
+    try:
+        from onnxruntime.tools import convert_onnx_models_to_ort as tool
+    except ImportError as error:
+        raise TargetError("onnxruntime's tools", f"cannot be loaded ({error})", "pip install flatbuffers") from error
+    said = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            tool.convert_onnx_models_to_ort(
+                model, optimization_styles=[tool.OptimizationStyle.Fixed], target_platform="arm",
+                save_optimized_onnx_model=True, enable_type_reduction=True,
+            )  # fmt: skip
+    finally:
+        logging.disable(said)
+
+
+def ort_format(table: str) -> ModuleType:
+    """Return what reads and writes a table of files in ORT format."""
+    return importlib.import_module(f"onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs.{table}")
 
 
 @contextlib.contextmanager

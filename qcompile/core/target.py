@@ -29,6 +29,10 @@ class OpKind(StrEnum):
     """Moves or selects codes: its output has its input's scale."""
     LOOKUP = "lookup"
     """Picks rows of a constant table: the table is stored as integers, the rows are dequantized."""
+    PACKED = "packed"
+    """Multiplies by constant weights, in float: these are stored as integers, by output channel."""
+    RESIDUAL = "residual"
+    """Adds something to what a Conv in integers makes, which its kernel does as it goes if that comes as codes."""
     STORED = "stored"
     """Has no integer kernel: large constants that it reads are stored as integers."""
 
@@ -53,7 +57,9 @@ class OpRule:
         The integer kernel also reads codes whose range is taken when the model runs, and leaves in float then.
 
     activations : bool
-        The integer kernel also multiplies two activations, the second with codes around zero.
+        The integer kernel also multiplies two activations, the second with codes around zero where codes have a sign.
+    per_tensor : bool
+        Weights have one scale, though those of other operators may have one per output channel.
 
     `quantized_output`, `fuses` and `dynamic` follow from the capabilities of the target's cost table where it
     has them.
@@ -66,6 +72,7 @@ class OpRule:
     fewest_weights: int = 0
     dynamic: bool = False
     activations: bool = False
+    per_tensor: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,10 @@ class Target:
         timed there.
     declared : mapping of str to OpRule
         `ops` as the file has them, where a cost table's capabilities made others of them.
+    static_shapes : bool
+        It takes no open shapes: an open batch is fixed to 1.
+    joined_activations : bool
+        It has kernels for activations that models write as several operators, such as GELU.
     absent : mapping of str to str
         By op type, why a declared operator is not among `ops`: what the runtime has in place of an integer kernel.
     """
@@ -143,6 +154,8 @@ class Target:
     float_dtype: str = "float32"
     symmetric: bool = False
     device: str = ""
+    static_shapes: bool = False
+    joined_activations: bool = False
     declared: Mapping[str, OpRule] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
 

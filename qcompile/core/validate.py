@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import google.protobuf.message
 import ml_dtypes
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ import onnx_ir.passes.common as common_passes
 from qcompile.core.errors import ModelError, first_line
 
 OLDEST_OPSET = 7
+
+NO_TEXT = "has a name that is no text in UTF-8"
 
 #: Operators of the QOperator format: they compute on codes, so there is no float model to start from.
 QOPERATORS = frozenset({
@@ -33,6 +36,7 @@ WEIGHTED_OPS = frozenset({
 
 def check_proto(proto: onnx.ModelProto, folder: Path | None, place: object) -> None:
     """Refuse what must not even be turned into a graph: no graph, an opset out of range, unsafe external data."""
+    _check_text(proto, place)
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError(place, "holds no graph", "export the model again")
     versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
@@ -48,6 +52,21 @@ def check_proto(proto: onnx.ModelProto, folder: Path | None, place: object) -> N
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
             _check_external(tensor, folder, place)
+
+
+def _check_text(message: google.protobuf.message.Message, place: object) -> None:
+    """Refuse names that are no UTF-8: protobuf reads them all the same, as bytes in place of text."""
+    if isinstance(message, onnx.TensorProto):  # its numbers would be copied to be looked at
+        found = [message.name, *(text for entry in message.external_data for text in (entry.key, entry.value))]
+        if any(isinstance(text, bytes) for text in found):
+            raise ModelError(place, NO_TEXT, "export or download it again")
+        return
+    for field, value in message.ListFields():
+        for one in value if field.is_repeated else (value,):
+            if field.type == field.TYPE_STRING and isinstance(one, bytes):
+                raise ModelError(place, NO_TEXT, "export or download it again")
+            if field.type == field.TYPE_MESSAGE:
+                _check_text(one, place)
 
 
 def _check_external(tensor: onnx.TensorProto, folder: Path | None, place: object) -> None:
@@ -126,6 +145,10 @@ def _check_operators(model: ir.Model, place: object) -> None:
             raise ModelError(place, fact, "start from the float model, or from the QDQ format")
         if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type, node.domain.removeprefix("ai.onnx")):
             raise ModelError(place, f"{label} is no ONNX operator", "export it with standard operators")
+        for attribute in node.attributes.values():
+            if attribute.type is ir.AttributeType.STRING and not isinstance(attribute.value, str):
+                fact = f"attribute '{attribute.name}' of {label} is no text in UTF-8"
+                raise ModelError(place, fact, "export or download it again")
 
 
 def _check_graph(model: ir.Model, place: object) -> None:
@@ -138,7 +161,13 @@ def _check_graph(model: ir.Model, place: object) -> None:
             raise ModelError(place, fact, "declare its rank, with open axes where they vary")
     try:
         common_passes.CheckerPass(full_check=True)(model)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:
         version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
         fact = f"is no valid opset {version} model ({first_line(error)})"
         raise ModelError(place, fact, "export it again; is its opset labelled rightly?") from error

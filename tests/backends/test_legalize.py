@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ from qcompile.backends.ort.legalize import RULES, legalize
 from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
-from qcompile.backends.ort.legalize.join_activations import JoinActivations
 from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.core import model as models
 from qcompile.core import runtime
+from qcompile.passes.join_activations import JoinActivations
 
 Build = Callable[..., Any]
 
@@ -242,6 +244,38 @@ def test_a_shift_in_front_of_a_norm_stays_an_add() -> None:
     text = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,T,2] x) => (float[1,T,2] y)
         <float[2] g = {1, 1}, float[2] c = {1, 2}> { a = Add (x, c) y = LayerNormalization (a, g) }"""
     assert not HideSkipAdd()(parsed(text)).modified
+
+
+#: A value in codes that is moved, and read by what is within an If.
+CAPTURED = """<ir_version: 10, opset_import: ["" : 21]> f (float[1,4,5,5] x, bool flag) => (float[M,N,O,P] y)
+    <float s = {{0.02}}, uint8 z = {{128}}, int64[1] b = {{1}}, int64[1] e = {{9}}, int64[1] a = {{2}},
+     int64[1] t = {{1}}> {{
+    q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) m = Slice (d, b, e, a, t) {more}
+    y = If (flag) <then_branch = g () => (float[1,4,4,5] u) {{ u = Relu ({read}) }},
+                   else_branch = h () => (float[1,4,4,5] v) {{ v = Neg ({read}) }}> }}"""
+
+
+@pytest.mark.parametrize(("more", "read"), [("", "m"), ("r = Transpose <perm = [0, 1, 2, 3]> (m)", "r")])
+def test_what_a_subgraph_reads_of_codes_is_not_moved_in_front_of_it(tmp_path: Path, more: str, read: str) -> None:
+    """The runtime's optimizer would write beyond the inputs of the If; seen in another process, since it may end it."""
+    model = parsed(CAPTURED.format(more=more, read=read))
+    legal = legalize(model)
+    models.save(legal, tmp_path / "m.onnx")
+    feeds = {"x": np.linspace(-3, 3, 100, dtype=np.float32).reshape(1, 4, 5, 5)}
+    for flag in (True, False):
+        given = {**feeds, "flag": np.array(flag)}
+        plain = runtime.Session(model, optimize=False).run(given)["y"]
+        np.save(tmp_path / "x.npy", feeds["x"])
+        script = (
+            "import sys, numpy, onnxruntime as o; s = o.InferenceSession(sys.argv[1]);"
+            "y = s.run(None, {'x': numpy.load(sys.argv[2]), 'flag': numpy.array(sys.argv[3] == 'True')})[0];"
+            "numpy.save(sys.argv[4], y)"
+        )
+        words = [str(tmp_path / "m.onnx"), str(tmp_path / "x.npy"), str(flag), str(tmp_path / "y.npy")]
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), plain)
+    assert types(legal).count("QuantizeLinear") == 2
 
 
 #: An integer Conv with its bias, and the same bias read by an operator in float where that is filled in.

@@ -239,3 +239,22 @@ def test_entropy_is_near_the_least_divergence_of_a_brute_force(random: np.random
     high = value_range(histogram(x), Observer.ENTROPY, "uint8")[1]
     least = min(divergence(x, end) for end in np.linspace(2, float(x.max()), 150))
     assert divergence(x, high) <= 1.05 * least + 1e-5
+
+
+@given(x=arrays, bins=st.sampled_from([2, 3, 16, BINS]))
+def test_mirrored_counts_are_those_of_either_sign(x: np.ndarray, bins: int) -> None:
+    seen = histogram(x, bins=bins)
+    both = seen.mirrored()
+    assert both.high == -both.low == max(abs(seen.low), abs(seen.high)) and both.counts.size <= max(bins, 2)
+    np.testing.assert_array_equal(both.counts, both.counts[::-1])
+    assert both.counts.sum() == 2 * x.size and both.start == -(both.counts.size // 2)
+    assert both.mirrored().counts.tolist() == (2 * both.counts).tolist()
+    # No value is beyond the outermost bins.
+    assert both.high <= both.counts.size // 2 * both.width
+
+
+@pytest.mark.parametrize("observer", [each for each in Observer if each is not Observer.DYNAMIC])
+def test_ranges_of_mirrored_counts_are_around_zero(observer: Observer, random: np.random.Generator) -> None:
+    seen = histogram(np.abs(random.standard_normal(4000)).astype(np.float32)).mirrored()
+    low, high = value_range(seen, observer, "int8")
+    assert high > 0.5 and abs(low + high) < 0.1 * high

@@ -343,3 +343,46 @@ def test_inputs_and_outputs_that_no_data_can_hold(text: str, line: str, model_of
 def test_outputs_that_can_be_taken_apart_are_accepted(output: str, model_of: Model) -> None:
     op = "SequenceConstruct" if output.startswith("seq") else "Optional"
     validate.check_interface(model_of(f"(float[2] x) => ({output} y) {{ y = {op} (x) }}"))
+
+
+def test_attributes_that_are_no_text_are_refused(folder: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> m (float[1,1,4] x, float[1,1,1] w) => (float[1,1,4] y)
+        { y = Conv <auto_pad = "SAME_UPPER"> (x, w) }"""
+    path = folder / "m.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString().replace(b"SAME_UPPER", b"SAME\xffUPPER"))
+    with pytest.raises(ModelError, match="attribute 'auto_pad' of a node of type Conv is no text in UTF-8"):
+        models.load(path)
+
+
+def test_tensors_without_a_type_are_refused(folder: Path) -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> m (float[1] x) => (float[1] y) <float[1] w = {1}> { y = Add (x, w) }'
+    )
+    proto.graph.initializer[0].data_type = 0
+    onnx.save(proto, folder / "m.onnx")
+    with pytest.raises(ModelError):
+        models.load(folder / "m.onnx")
+
+
+@pytest.mark.parametrize("where", ["op_type", "name", "input", "graph", "initializer", "attribute"])
+def test_names_that_are_no_text_are_refused(folder: Path, where: str) -> None:
+    """Protobuf takes them, and gives bytes where text is meant."""
+    text = '<ir_version: 10, opset_import: ["" : 21]> m (float[4] x) => (float[4] y) { y = Softmax <axis = 0> (x) }'
+    proto = onnx.parser.parse_model(text)
+    node = proto.graph.node[0]
+    if where == "op_type":
+        node.op_type = "MARK_a"
+    elif where == "name":
+        node.name = "MARK_a"
+    elif where == "input":
+        node.input[0] = "MARK_a"
+    elif where == "graph":
+        proto.graph.name = "MARK_a"
+    elif where == "attribute":
+        node.attribute[0].name = "MARK_a"
+    else:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(1, np.float32), "MARK_a"))
+    path = folder / "m.onnx"
+    path.write_bytes(proto.SerializeToString().replace(b"MARK_a", b"MAR\xff_a"))
+    with pytest.raises(ModelError, match="no text in UTF-8"):
+        models.load(path)

@@ -39,7 +39,7 @@ def compiled(qcompile, resnet8, tmp_path):
     return json.loads(done.out), output
 
 
-def test_a_model_becomes_kernels_for_cuda_devices(compiled, resnet8, tmp_path, monkeypatch):
+def test_a_model_becomes_kernels_for_cuda_devices(qcompile, compiled, resnet8, tmp_path, monkeypatch):
     sys.path.insert(0, str(ROOT / "tests/backends/cuda"))
     import emulate
 
@@ -50,6 +50,8 @@ def test_a_model_becomes_kernels_for_cuda_devices(compiled, resnet8, tmp_path, m
     assert {op["kernel"] for op in report["operators"] if op["op_type"] == "Conv"} == {"cuda"}
     assert all(measures["sqnr"] > 20 for measures in report["fidelity"]["outputs"].values())
     assert measurements["latency"] is None, "no device is here"
+    assert report["placement"]["device"] == "an NVIDIA GPU" and report["placement"]["on_host"] == []
+    assert report["placement"]["on_device"]["Conv"] == 9
     files = json.loads((output / "manifest.json").read_text())["files"]
     assert {"resnet8.fatbin", "resnet8.weights", "network.json", "session.py", "driver.py"} <= set(files)
     # The folder as it is, on a device that is emulated: two samples at once.
@@ -63,6 +65,21 @@ def test_a_model_becomes_kernels_for_cuda_devices(compiled, resnet8, tmp_path, m
     expected = np.concatenate([dequantize_output(program, made, one[made.name]) for one in codes])
     np.testing.assert_array_equal(found, expected)
     session.close()
+    # The command that runs it on a device and adds what it saw.
+    done = qcompile("run", output, "--data", resnet8[2], "--samples", "1", "--json")
+    assert done.code == 0, done.err
+    seen = json.loads(done.out)
+    assert (seen["name"], seen["runtime"]) == ("Emulated Device (sm_90)", "the driver for CUDA 12.4")
+    assert seen["sqnr_of_host"] is None, "the same outputs"
+    measurements = json.loads((output / "measurements.json").read_text())
+    jsonschema.validate(measurements, json.loads((ROOT / "docs/schemas/measurements.schema.json").read_text()))
+    assert measurements["on_device"] == seen
+    done = qcompile("run", output, "--model", resnet8[0])
+    assert (done.code, "--model: has kernels on no device: cuda:tvm runs artifacts alone" in done.err) == (7, True)
+    monkeypatch.setenv("QCOMPILE_LIBCUDA", "libno-such-driver.so")
+    done = qcompile("run", output)
+    assert done.code == 7
+    assert "device: there is no NVIDIA driver here (libno-such-driver.so); run it on a machine with a" in done.err
 
 
 def test_bounds_on_memory_mean_nothing_there(qcompile, resnet8, tmp_path):

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from qcompile import Options, QcompileError
+from qcompile.options import parse_shape
 from qcompile.override import REASON, Override
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,7 @@ def test_every_option_is_a_key(small, recipe):
         smoothing = "none"
         rotation = "none"
         no_added_nodes = true
+        allow_ort_segments = true
         max_size = "0.2x"
         max_bops = "20G"
         max_latency = "12ms"
@@ -79,7 +81,7 @@ def test_every_option_is_a_key(small, recipe):
         threads = 1000
         workers = 3
         [shape]
-        x = [1, 3, 8, [8, 16]]
+        x = [1, 3, 8, 8]
         [min_fidelity]
         sqnr = 20
         cosine = 0.9
@@ -104,8 +106,9 @@ def test_every_option_is_a_key(small, recipe):
         smoothing="none",
         rotation="none",
         no_added_nodes=True,
+        allow_ort_segments=True,
         costs=small.folder / "costs.json",
-        shape={"x": (1, 3, 8, (8, 16))},
+        shape={"x": (1, 3, 8, 8)},
         max_size="0.2x",
         max_bops="20G",
         max_latency="12ms",
@@ -123,6 +126,12 @@ def test_every_option_is_a_key(small, recipe):
     )
     default = Options("other")
     assert [f.name for f in fields(Options) if getattr(found, f.name) == getattr(default, f.name)] == []
+
+
+def test_an_axis_may_have_several_lengths(recipe):
+    found = Options.from_recipe(recipe('target = "cpu:tvm"\nshape = {x = [1, 3, [8, 16], [9]]}'))
+    assert found.shape == {"x": (1, 3, (8, 16), 9)}
+    assert dict([parse_shape("x=1x3x8,16x9")]) == found.shape
 
 
 def test_every_key_is_documented():

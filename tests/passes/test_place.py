@@ -415,3 +415,33 @@ def test_weights_shared_with_an_operator_that_stays_in_float(m: np.ndarray, mode
     result = quantized(model_of(text, m=m), wishes=kept(Precision.FLOAT, "a"))
     assert result.ops == {"a": (FLOAT, "as wished"), "b": INTEGER}
     assert {"m", "m_quantized"} <= set(result.model.graph.initializers)
+
+
+SUM_OF_CONVS = """(float[1,3,6,6] x) => (float[1,4,6,6] y) {{
+    [first] a = Conv <pads = [1,1,1,1]> (x, w) [relu] b = Relu (a) [second] c = Conv <pads = [1,1,1,1]> (b, v)
+    [add] d = Add ({operands}) {more} }}"""
+
+
+@pytest.mark.parametrize(
+    ("operands", "more", "taken"),
+    [
+        ("c, b", "[end] y = Relu (d)", True),
+        ("b, c", "[end] y = Relu (d)", True),
+        ("c, b", "[neg] e = Neg (c) [end] y = Sum (d, e)", False),  # somebody else reads the product
+        ("b, b", "[end] y = Sum (c, d)", False),
+        ("c, k", "[end] y = Relu (d)", False),  # a constant is a bias
+    ],
+)
+def test_what_a_conv_adds_as_it_goes_is_read_as_codes(
+    w: np.ndarray, model_of: Build, operands: str, more: str, taken: bool
+) -> None:
+    from qcompile.backends.base import find_target
+    from qcompile.passes.canonicalize import Canonicalize
+    from qcompile.passes.place import place
+
+    weights = {"w": w, "v": np.ones((4, 4, 3, 3), np.float32), "k": np.ones((1, 4, 1, 1), np.float32)}
+    model = Canonicalize(21, {})(model_of(SUM_OF_CONVS.format(operands=operands, more=more), 21, **weights)).model
+    found = place(model, find_target("cuda:tensorrt")[0], True, True)
+    adds = [op.precision for op in found.ops.values() if op.op_type == "Add"]
+    assert adds == ([Precision.INTEGER] if taken else [Precision.FLOAT] * len(adds))
+    assert all(op.output == "" for op in found.ops.values()) and found.dynamic == frozenset()

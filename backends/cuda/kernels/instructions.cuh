@@ -5,6 +5,13 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer)
     return (uint32_t)__cvta_generic_to_shared(pointer);
 }
 
+// Blocks of 256 threads that a multiprocessor is to have room for, in registers: before sm_80 copies take too many of them.
+#if __CUDA_ARCH__ >= 800
+#define RESIDENT 2
+#else
+#define RESIDENT 1
+#endif
+
 // Copies 4, 8 or 16 bytes to shared memory behind the thread's back; before sm_80 at once.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void *target, const void *source)
@@ -57,16 +64,16 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void *
 __device__ __forceinline__ void multiply_tile(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
 #pragma unroll
     for (int part = 0; part < 4; part++) { // eight rows and sixteen codes each
-        asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                     : "+r"(sums[2 * (part % 2)]), "+r"(sums[2 * (part % 2) + 1])
-                     : "r"(a[part]), "r"(b[part / 2]));
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+r"(sums[2 * (part % 2)]), "+r"(sums[2 * (part % 2) + 1])
+            : "r"(a[part]), "r"(b[part / 2]));
     }
 #endif
 }

@@ -12,15 +12,18 @@ import onnx_ir as ir
 from qcompile.backends.ort.legalize.block_matmuls import BlockMatMuls
 from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
+from qcompile.backends.ort.legalize.four_bit_blocks import FourBitBlocks
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
-from qcompile.backends.ort.legalize.join_activations import JoinActivations
 from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
 from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
 from qcompile.backends.ort.legalize.pack_weights import PackWeights
+from qcompile.backends.ort.legalize.requantize_captured import RequantizeCaptured
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.store_halves import StoreHalves
+from qcompile.backends.ort.legalize.tensorrt_placement import FloatBiases, FreeResiduals, QuantizeConcats
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
+from qcompile.passes.join_activations import JoinActivations
 
 __all__ = ["RULES", "RULES_OF", "legalize"]
 
@@ -35,6 +38,7 @@ RULES: tuple[ir.passes.PassBase, ...] = (
     UnpackBiases(),
     KeepFloatConvs(),
     HideSkipAdd(),
+    RequantizeCaptured(),
     PackWeights(),
     StoreHalves(),
     DropInferable(),
@@ -49,8 +53,18 @@ CUDA_RULES: tuple[ir.passes.PassBase, ...] = (
     PackWeights(),
     DropInferable(),
 )
+#: For TensorRT: its rules of where Q/DQ may stand, and floats for all that it knows no codes of.
+TENSORRT_RULES: tuple[ir.passes.PassBase, ...] = (
+    FloatBiases(),
+    FreeResiduals(),
+    QuantizeConcats(),
+    FourBitBlocks(),
+    UnpackWeightsAtLoad(leave_float=True),
+    PackWeights(),
+    DropInferable(),
+)
 #: By the provider of a target's settings.
-RULES_OF: Mapping[str, tuple[ir.passes.PassBase, ...]] = {"cpu": RULES, "cuda": CUDA_RULES}
+RULES_OF: Mapping[str, tuple[ir.passes.PassBase, ...]] = {"cpu": RULES, "cuda": CUDA_RULES, "tensorrt": TENSORRT_RULES}
 
 
 def legalize(model: ir.Model, rules: Sequence[ir.passes.PassBase] = RULES) -> ir.Model:

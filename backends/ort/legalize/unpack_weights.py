@@ -29,8 +29,14 @@ class UnpackWeightsAtLoad(ir.passes.InPlacePass):
 
     Of a MatMul with float activations it makes MatMulNBits, which rounds these to codes. Where other operators have
     codes, this one was left in float so as not to have them, and its weights are unpacked too.
+
+    Parameters
+    ----------
+    leave_float : bool
+        Every kernel on codes may leave in float, so that only operators with float activations are float operators.
     """
 
+    leave_float: bool = False
     effect: ClassVar[Effect] = Effect.EXACT
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -38,14 +44,16 @@ class UnpackWeightsAtLoad(ir.passes.InPlacePass):
         modified = False
         spared = any(structure.is_standard(node, *QUANTIZERS) for node in model.graph)
         for node in list(model.graph):
-            if structure.is_standard(node, "DequantizeLinear") and _feeds_float_operators(node, spared):
+            if structure.is_standard(node, "DequantizeLinear") and _feeds_float_operators(
+                node, spared, self.leave_float
+            ):
                 _unpack(model.graph, node)
                 modified = True
         common_passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified)
 
 
-def _feeds_float_operators(node: ir.Node, spared: bool) -> bool:
+def _feeds_float_operators(node: ir.Node, spared: bool, leave_float: bool) -> bool:
     """Tell whether a DequantizeLinear unpacks constant weights for operators whose other operands are to stay float."""
     codes = structure.constant_tensor(node.inputs[0])
     zero_point = structure.constant(node.inputs[2]) if len(node.inputs) > 2 else None
@@ -53,13 +61,15 @@ def _feeds_float_operators(node: ir.Node, spared: bool) -> bool:
     if codes is None or codes.dtype not in WEIGHTS or zero_point is None or np.any(zero_point):
         return False
     readers = structure.readers(node.outputs[0])
-    return bool(readers) and all(_is_float_operator(reader, codes, spared) for reader in readers)
+    return bool(readers) and all(_is_float_operator(reader, codes, spared, leave_float) for reader in readers)
 
 
-def _is_float_operator(node: ir.Node, codes: ir.TensorProtocol, spared: bool) -> bool:
+def _is_float_operator(node: ir.Node, codes: ir.TensorProtocol, spared: bool, leave_float: bool) -> bool:
     """Tell whether an operator is to have weights in float: no kernel reads codes of them, or it rounds more."""
     if codes.dtype is not ir.DataType.INT8:
         return True
+    if leave_float:
+        return not any(_is_dequantized_activation(value) for value in node.inputs)
     product = node.op_type == "MatMul" and len(codes.shape) == 2
     if not any(_is_dequantized_activation(value) for value in node.inputs):
         return spared or not product

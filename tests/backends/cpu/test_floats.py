@@ -13,7 +13,7 @@ from qcompile.backends.integer import expressions
 from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.expressions import leaf, number
 from qcompile.backends.integer.interpret import interpret
-from qcompile.backends.integer.operations import Requantize
+from qcompile.backends.integer.operations import Concat, Requantize
 from qcompile.backends.integer.program import Tensor
 from qcompile.core import numerics
 
@@ -260,3 +260,10 @@ def test_the_header_has_the_types_of_what_is_no_codes(load, tmp_path):
     assert "NET_INPUT_SCALE" not in header and "NET_INPUT_BYTES 48" in header
     assert [port.type for port in (*session.get_inputs(), *session.get_outputs())] == ["tensor(int64)", "tensor(float)"]
     np.testing.assert_array_equal(session.run(None, {"x": np.zeros((1, 6), np.int64)})[0], np.ones((1, 6, 8)))
+
+
+def test_floats_are_joined_along_any_axis(load):
+    given = [np.random.default_rng(draw).normal(size=(1, 3 + draw, 5)).astype(np.float32) for draw in range(2)]
+    joined = Concat("join", ("a", "b"), "y", 1)
+    program = program_of(joined, [floats("a", 1, 3, 5), floats("b", 1, 4, 5)], floats("y", 1, 7, 5))
+    np.testing.assert_array_equal(load(program).run_codes(given)[0], np.concatenate(given, 1))

@@ -10,7 +10,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __shared__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -18,6 +18,7 @@
 struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 struct Place { unsigned x, y, z; };
 static Place threadIdx, blockIdx;
 
@@ -107,24 +108,25 @@ static void run_block(int count)
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, run_thread, 0);
     }
-    for (;;) {
-        bool ran = false, left = false;
-        for (int turn = 0; turn < count; turn++) {
-            const int at = backwards ? count - 1 - turn : turn;
-            if (!threads[at].done && threads[at].waiting == NOBODY) {
-                running = at, threadIdx = Place{(unsigned)at, 0, 0}, ran = true;
-                swapcontext(&scheduler, &threads[at].context);
+    // Each warp goes as far as it can before another one begins: what lacks a barrier reads what is not there yet.
+    for (bool left = true; left;) {
+        left = false;
+        for (int turn = 0; turn < count; turn += 32) {
+            const int warp = backwards ? count - 32 - turn : turn;
+            do {
+                for (int lane = 0; lane < 32; lane++) {
+                    const int at = warp + (backwards ? 31 - lane : lane);
+                    if (!threads[at].done && threads[at].waiting == NOBODY) {
+                        running = at, threadIdx = Place{(unsigned)at, 0, 0};
+                        swapcontext(&scheduler, &threads[at].context);
+                    }
+                }
+            } while (released(warp, warp + 32, FOR_WARP));
+            for (int at = warp; at < warp + 32; at++) {
+                left = left || !threads[at].done;
             }
-            left = left || !threads[at].done;
         }
-        if (!left) {
-            return;
-        }
-        bool freed = false;
-        for (int warp = 0; warp < count; warp += 32) {
-            freed = released(warp, warp + 32, FOR_WARP) || freed;
-        }
-        if (!freed && !released(0, count, FOR_BLOCK) && !ran) {
+        if (left && !released(0, count, FOR_BLOCK)) {
             fail("threads wait for one another for ever");
         }
     }
@@ -195,6 +197,12 @@ static uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector)
 template <class T> static T max(T a, T b) { return a > b ? a : b; }
 template <class T> static T min(T a, T b) { return a < b ? a : b; }
 static int __mulhi(int a, int b) { return (int)(((long long)a * b) >> 32); }
+static float __uint_as_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 

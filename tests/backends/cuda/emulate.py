@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from qcompile.backends.cuda.network import SOURCES, Network
+from qcompile.backends.cuda.network import SOURCES, Network, template
 
 HERE = Path(__file__).parent
 #: In place of what only a device understands.
 REPLACED = "instructions.cuh"
-_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\)')
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^)]*)\)')
 
 
 def compiler() -> list[str]:
@@ -26,11 +25,14 @@ def compiler() -> list[str]:
     pytest.skip("no C++ compiler")
 
 
-def library(network: Network, folder: Path, extra: str = "") -> Path:
+def library(network: Network, folder: Path) -> Path:
     """Compile a network's kernels with the driver that runs them here, and return the library."""
-    kernels = files("qcompile.backends.cuda") / "kernels"
-    parts = [(kernels / name).read_text(encoding="utf-8") for name in SOURCES if name != REPLACED]
-    return built([*parts, *network.sources.values(), extra], folder)
+    return built([*templates(), *network.sources.values()], folder)
+
+
+def templates() -> list[str]:
+    """Return the files of kernels that run here."""
+    return [template(name) for name in SOURCES if name != REPLACED]
 
 
 def built(parts: list[str], folder: Path) -> Path:
@@ -39,7 +41,7 @@ def built(parts: list[str], folder: Path) -> Path:
     table, calls = [], []
     for name, signature in _KERNEL.findall(text):
         types = [" ".join(re.split(r"[ *]", one.strip())[:-1]) + "*" * one.count("*") for one in signature.split(",")]
-        types = [one.replace("__restrict__", "").replace("const Linear", "Linear") for one in types]
+        types = [one.replace("__restrict__", "") for one in types]
         passed = ", ".join(f"*({one} *)arguments[{at}]" for at, one in enumerate(types))
         calls.append(f"static void call_{name}(void **arguments) {{ {name}({passed}); }}")
         sizes = "".join(f"sizeof({one}), " for one in types)

@@ -14,6 +14,9 @@ struct Graph { int count; Step *steps; };
 
 static Allocation allocations[MOST];
 static Graph *capturing;
+// A copy from memory that is not pinned: it is done when its stream, the default one, is waited for.
+static struct { void *target; char *content; size_t size; } late[MOST];
+static int late_count;
 static int alive; // handles that were made and not given back
 
 static void note(const char *format, ...)
@@ -97,19 +100,26 @@ static Result take(const Step &step)
     return OK;
 }
 
-static Result copied(const char *name, void *target, const void *source, size_t size, bool in, bool late)
+static Result copied(const char *name, void *target, const void *source, size_t size, bool in, bool pinned)
 {
-    if (!inside(in ? target : source, size, false) || (late && !inside(in ? source : target, size, true))) {
+    if (!inside(in ? target : source, size, false) || (pinned && !inside(in ? source : target, size, true))) {
         return INVALID;
     }
     note("%s %zu", name, size);
+    if (!pinned) {
+        late[late_count].target = target, late[late_count].size = size;
+        late[late_count].content = (char *)malloc(size + 1);
+        memcpy(late[late_count++].content, source, size);
+        return OK;
+    }
     Step step = {};
     step.kind = 1, step.target = target, step.source = source, step.size = size;
-    return late ? take(step) : (run_step(step), OK);
+    return take(step);
 }
 
 extern "C" {
 Result cuInit(unsigned) { return getenv("QCOMPILE_STUB_EMPTY") ? NO_DEVICE : OK; }
+Result cuDriverGetVersion(int *version) { return *version = 12040, OK; }
 Result cuDeviceGetCount(int *count) { return *count = 1, OK; }
 Result cuDeviceGet(int *device, int number) { return *device = number, number ? INVALID : OK; }
 Result cuDeviceGetName(char *name, int size, int) { return snprintf(name, (size_t)size, "Emulated Device"), OK; }
@@ -158,7 +168,14 @@ Result cuMemcpyDtoHAsync_v2(void *target, uint64_t source, size_t size, void *) 
 
 Result cuStreamCreate(void **stream, unsigned) { return *stream = &capturing, alive++, OK; }
 Result cuStreamDestroy_v2(void *) { return alive--, OK; }
-Result cuStreamSynchronize(void *) { return capturing ? INVALID : OK; }
+Result cuStreamSynchronize(void *stream)
+{
+    for (; !stream && late_count; late_count--) {
+        memcpy(late[late_count - 1].target, late[late_count - 1].content, late[late_count - 1].size);
+        free(late[late_count - 1].content);
+    }
+    return capturing ? INVALID : OK;
+}
 Result cuStreamBeginCapture_v2(void *stream, int)
 {
     note("cuStreamBeginCapture");

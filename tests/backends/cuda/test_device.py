@@ -72,7 +72,7 @@ def test_random_layers_equal_the_interpreter(run, seed):
 @pytest.mark.parametrize("tile", [*TILES, NARROW], ids=lambda tile: f"{tile.pixels}x{tile.outputs}")
 @pytest.mark.parametrize("channels", [3, 4, 24, 256])
 def test_every_tile_equals_the_interpreter(run, monkeypatch, tile, channels):
-    monkeypatch.setattr(linear, "tile_of", lambda shape: tile)
+    monkeypatch.setattr(linear, "tile_of", lambda shape, samples: tile)
     program = wide(np.random.default_rng(7), channels, tile.outputs + 17, 3, side=(33, 34))
     check(run(program, batch=2), program)
 

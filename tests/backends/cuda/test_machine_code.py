@@ -32,9 +32,13 @@ _JUMP = re.compile(r"\bBRA\b.*`\((\.L\w+)\)")
 
 
 def source() -> str:
-    parts = [f'extern "C" __global__ void __launch_bounds__({threads(body)}) {name}({LAYER})\n'
+    parts = [f'extern "C" __global__ void __launch_bounds__({bounds(threads(body))}) {name}({LAYER})\n'
              f"{{ {body}(input, weights, table, output, shape); }}\n" for name, body in KERNELS.items()]  # fmt: skip
     return prelude() + "".join(parts)
+
+
+def bounds(threads: int) -> str:
+    return f"{threads}, RESIDENT" if threads == 256 else str(threads)
 
 
 def threads(body: str) -> int:

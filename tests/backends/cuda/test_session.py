@@ -42,6 +42,20 @@ def test_a_run_is_one_graph_captured_once(load, log):
     assert f"cuMemcpyHtoD {len(network.constants)}" in calls[:begin]
 
 
+def test_many_samples_have_larger_tiles(load, log):
+    program = wide(np.random.default_rng(1), 64, 64, 3, side=(14, 14))
+    (launch,) = network_of(program).launches
+    assert launch.many is not None and launch.many.grid < launch.grid and launch.many.arguments == launch.arguments
+    for batch, expected in ((7, launch), (8, launch.many)):
+        log.write_text("")
+        session = load(program, batch=batch)
+        codes = [random_codes(program, draw)["x"] for draw in range(batch)]
+        found = session.run_codes([np.concatenate(codes)])[0]
+        np.testing.assert_array_equal(found, np.concatenate([interpret(program, {"x": one})["y"] for one in codes]))
+        line = f"cuLaunchKernel {expected.kernel} {expected.grid[0]} {expected.grid[1]} {batch} {expected.threads}"
+        assert line in log.read_text().splitlines()
+
+
 def test_floats_have_a_graph_of_their_own(load, log):
     program = wide(np.random.default_rng(1), 8, 12, 3)
     session = load(program, batch=2)
@@ -56,6 +70,13 @@ def test_floats_have_a_graph_of_their_own(load, log):
     assert kinds == ["cuStreamBeginCapture", "cuMemcpyHtoDAsync", *launches, "cuMemcpyDtoHAsync", "cuStreamEndCapture",
                      "cuGraphLaunch"]  # fmt: skip
     assert session.time(3) == [1.0] * 3
+    log.write_text("")
+    assert session.time(2, each=4, floats=False, copied=False) == [0.25] * 2
+    calls = log.read_text().splitlines()
+    assert calls[:3] == ["cuStreamBeginCapture", calls[1], "cuStreamEndCapture"] and calls[1].startswith(
+        "cuLaunchKernel"
+    )
+    assert calls[3:] == ["cuGraphLaunch"] * 8
 
 
 def test_the_models_own_codes_are_taken_too(load):

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from qcompile.core import model as models
-from qcompile.core.errors import UsageError
+from qcompile.core.errors import TargetError, UsageError
 from qcompile.passes.canonicalize.fix_shapes import FixShapes
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
 
@@ -59,3 +59,18 @@ def test_an_input_without_a_shape_takes_any(model_of: Build) -> None:
     model.graph.inputs[0].shape = None
     FixShapes({"x": (4, 5)})(model)
     assert list(model.graph.inputs[0].shape) == [4, 5]
+
+
+def test_an_open_batch_becomes_one(model_of: Build) -> None:
+    model = model_of("(float[N,3] x, float[2] u) => (float[N,3] y, float[2] v) { a = Exp (x) y = Neg (a) v = Neg (u) }")
+    assert FixShapes({}, batch_of_one=True)(model).modified
+    assert not FixShapes({}, batch_of_one=True)(model).modified
+    InferShapes()(model)
+    assert [list(value.shape) for value in (*model.graph.inputs, *model.graph.outputs)] == [[1, 3], [2]] * 2
+
+
+def test_other_open_axes_are_refused_then(model_of: Build) -> None:
+    with pytest.raises(TargetError, match=r"'x'.*open shape.*--shape x=1x"):
+        FixShapes({}, batch_of_one=True)(model_of(TEXT))
+    model = model_of(TEXT)
+    assert FixShapes({"x": (1, 3, 7)}, batch_of_one=True)(model).modified

@@ -1,4 +1,4 @@
-"""Write GELU and hard-swish as the one operator that ONNX Runtime has a kernel or a fusion for."""
+"""Write GELU and hard-swish as the one operator that runtimes have a kernel or a fusion for."""
 
 from __future__ import annotations
 

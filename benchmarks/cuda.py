@@ -1,0 +1,192 @@
+"""Time and check the kernels of `cuda:tvm` on a CUDA device, beside PyTorch's.
+
+    python benchmarks/cuda.py prepare FOLDER [--architecture 90a] [--lite0 ARTIFACT]    anywhere: compiles
+    python benchmarks/cuda.py check FOLDER                             on a device: 200 random programs, bit by bit
+    python benchmarks/cuda.py measure FOLDER                           on a device, with PyTorch: the figures below
+
+A device's machine needs NumPy, the driver and, to measure, PyTorch: FOLDER has all else, this file's neighbours
+included, as FOLDER/cuda.py. What is compared runs in turns, in one process, by the device's clock; figures are medians.
+ResNet-50's shapes have random weights; EfficientNet-Lite0 is an artifact of the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+#: What goes along.
+TAKEN = ("cuda.py", "cuda_rivals.py")
+CASES, ROUNDS = 200, 15
+#: int8 product, W4A16, and samples of a run.
+PRODUCT, GEMV, BATCHES = (4096, 4096, 4096), (4096, 4096), (1, 32)
+#: Matrices that W4A16 goes through in turns, so that none is in a cache.
+MATRICES = 32
+Run = Callable[[int], float]
+
+
+def prepare(folder: Path, architectures: list[str], artifact: Path | None) -> None:
+    """Compile everything that a device is to run."""
+    import cuda_shapes
+    from random_programs import random_codes, random_program
+
+    from qcompile.backends.cuda import backend, compiler, four_bits
+    from qcompile.backends.cuda.network import network_of
+    from qcompile.backends.integer.interpret import interpret
+    from qcompile.backends.integer.lower import lower
+    from qcompile.core import model as models
+
+    compiler.ARCHITECTURES = tuple(architectures) or compiler.ARCHITECTURES
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TAKEN:
+        shutil.copy(HERE / name, folder / name)
+
+    def write(program: Any, place: str) -> Path:
+        output = folder / place
+        output.mkdir(parents=True, exist_ok=True)
+        network = network_of(program)
+        backend.write(network, "net", compiler.compile_all(network.source()), output)
+        return output
+
+    for seed in range(CASES):
+        program = random_program(seed, wide=False)
+        drawn = [random_codes(program, sample)["x"] for sample in range(1 + seed % 3)]
+        made = [interpret(program, {"x": codes})["y"] for codes in drawn]
+        output = write(program, f"cases/{seed}")
+        np.savez_compressed(output / "codes.npz", x=np.concatenate(drawn), y=np.concatenate(made))
+    write(cuda_shapes.product(*PRODUCT), "gemm")
+    programs = {"resnet50": cuda_shapes.resnet50()}
+    write(programs["resnet50"], "resnet50")
+    if artifact:
+        shutil.copytree(artifact, folder / "lite0", ignore=shutil.ignore_patterns("report*", "*.onnx", "dist*"))
+        programs["lite0"] = lower(models.load(artifact / "reference.onnx"))
+    networks = {name: {"layers": cuda_shapes.layers_of(program), "shape": program.inputs[0].shape}
+                for name, program in programs.items()}  # fmt: skip
+    kernel = four_bits.Gemv(*GEMV)
+    (folder / "gemv.fatbin").write_bytes(compiler.compile_all(kernel.source("gemv")))
+    gemv = {"grid": kernel.grid, "threads": kernel.threads, "numbers": kernel.numbers, "nbytes": kernel.nbytes}
+    (folder / "plan.json").write_text(json.dumps({"networks": networks, "gemv": gemv}))
+
+
+def session_of(folder: Path, batch: int) -> Any:
+    """Return a session of an artifact, by the loader that lies in it."""
+    sys.path.insert(0, str(folder))
+    try:
+        sys.modules.pop("session", None)
+        return importlib.import_module("session").InferenceSession(folder, batch)
+    finally:
+        sys.path.pop(0)
+
+
+def check(folder: Path) -> int:
+    """Run all cases and return how many are wrong."""
+    wrong = 0
+    for case in sorted((folder / "cases").iterdir(), key=lambda case: int(case.name)):
+        codes = np.load(case / "codes.npz")
+        session = session_of(case, 1 + int(case.name) % 3)
+        found = session.run_codes([codes["x"]])[0]
+        session.close()
+        if not np.array_equal(found, codes["y"]):
+            wrong += 1
+            print(f"case {case.name}: {np.count_nonzero(found != codes['y'])} of {found.size} codes differ")
+    print(f"{CASES - wrong} of {CASES} random programs are the interpreter's, bit by bit")
+    return wrong
+
+
+def interleaved(runs: dict[str, Run], each: int) -> dict[str, float]:
+    """Return the median milliseconds of what takes turns, `each` runs a turn, after one turn that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(ROUNDS + 1):
+        for name, run in runs.items():
+            taken = run(each)
+            found[name] += [taken] if turn else []
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def gemv_run(folder: Path, plan: dict[str, Any]) -> Run:
+    """Return W4A16 over `MATRICES` in turns: milliseconds of one of them."""
+    session = session_of(folder / "gemm", 1)
+    driver, outputs, depth = session.driver, *GEMV
+    random = np.random.default_rng(0)
+    module = driver.made("cuModuleLoadData", (folder / "gemv.fatbin").read_bytes())
+    function, stream = driver.function(module, "gemv"), driver.made("cuStreamCreate", 1)
+
+    def placed(array: Any) -> int:
+        return int(driver.upload(array.tobytes()))
+
+    x, made = placed(random.normal(size=depth).astype(np.float16)), placed(np.zeros(outputs, np.float16))
+    matrices = [(placed(random.integers(0, 256, outputs * depth // 2).astype(np.uint8)),
+                 placed(random.uniform(0.001, 0.03, outputs * depth // 32).astype(np.float16)))
+                for _ in range(MATRICES)]  # fmt: skip
+    driver.call("cuStreamBeginCapture_v2", stream, 1)
+    for codes, scales in matrices:
+        driver.launch(function, plan["grid"], plan["threads"], [x, codes, scales, made], plan["numbers"], stream)
+    graph = driver.captured(stream)
+    return lambda each: float(driver.timed(graph, stream, each) / MATRICES)
+
+
+def on_device(session: Any, floats: bool) -> Run:
+    """Return what times runs of a session whose inputs and outputs stay on the device."""
+    return lambda each: float(session.time(1, each, floats=floats, copied=False)[0])
+
+
+def beside(rivals: Any, run: Any) -> Run:
+    """Return what times runs of PyTorch."""
+    return lambda each: float(rivals.milliseconds(run, each))
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Return and print the figures."""
+    rivals = importlib.import_module("cuda_rivals")
+    plan = json.loads((folder / "plan.json").read_text())
+    session = session_of(folder / "gemm", 1)
+    found: dict[str, Any] = {"device": session.driver.name, "architecture": session.driver.capability}
+    theirs = rivals.product(*PRODUCT)
+    times = interleaved({"ours": on_device(session, False), "torch._int_mm": beside(rivals, theirs)}, 20)
+    tops = 2 * float(np.prod(PRODUCT, dtype=np.float64)) / times["ours"] / 1e9
+    found["int8 product"] = times | {"tops": tops, "share": times["torch._int_mm"] / times["ours"]}
+    session.close()
+    nbytes = 1 << 30
+    moved = beside(rivals, rivals.copy(nbytes))
+    times = interleaved({"w4a16": gemv_run(folder, plan["gemv"]), "copy": moved}, 5)
+    roofline, rate = nbytes / times["copy"] * 1e-6, plan["gemv"]["nbytes"] / times["w4a16"] * 1e-6
+    found["w4a16"] = times | {"gb_per_s": rate, "roofline": roofline, "share": rate / roofline}
+    for name, content in plan["networks"].items():
+        for batch in BATCHES:
+            network = session_of(folder / name, batch)
+            theirs = rivals.network(content["layers"], content["shape"], batch)
+            times = interleaved({"ours": on_device(network, True), "torch fp16": beside(rivals, theirs)}, 20)
+            found[f"{name}, batch {batch}"] = times | {"times as fast": times["torch fp16"] / times["ours"]}
+            network.close()
+    print(json.dumps(found, indent=1))
+    return found
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prepare", "check", "measure"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--architecture", action="append", default=[], help="compile for this one alone: 80, 90a")
+    parser.add_argument("--lite0", type=Path, metavar="ARTIFACT", help="EfficientNet-Lite0, compiled for cuda:tvm")
+    given = parser.parse_args()
+    if given.what == "prepare":
+        sys.path.insert(0, str(HERE.parent / "tests"))
+        prepare(given.folder, given.architecture, given.lite0)
+    elif given.what == "check":
+        sys.exit(check(given.folder) > 0)
+    else:
+        (given.folder / "figures.json").write_text(json.dumps(measure(given.folder), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""benchmarks/cuda.py: what it takes to a device is whole, what it checks there fails, and figures are what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import cuda
+import cuda_shapes
+import numpy as np
+import pytest
+from random_programs import random_program
+
+from qcompile.backends.cuda import compiler
+from qcompile.backends.cuda.driver import Driver
+from qcompile.backends.cuda.four_bits import Gemv
+from qcompile.backends.cuda.network import network_of
+
+pytest.importorskip("tvm")
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends/cuda"))
+
+
+def small():
+    builder = cuda_shapes.Builder("small", (1, 8, 8, 4))
+    last = builder.conv(builder.max_pool(0), 8, 3)
+    builder.dense(builder.average(builder.add(last, builder.conv(last, 8, 1, relu=False))), 10)
+    return builder.program()
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """Return a folder as it goes to a device, with less in it."""
+    if not compiler.available():
+        pytest.skip("neither NVRTC nor nvFatbin")
+    monkeypatch.setattr(cuda, "CASES", 1)
+    monkeypatch.setattr(cuda, "PRODUCT", (64, 64, 64))
+    monkeypatch.setattr(cuda, "GEMV", (16, 64))
+    monkeypatch.setattr(cuda, "MATRICES", 3)
+    monkeypatch.setattr(cuda_shapes, "resnet50", small)
+    monkeypatch.setattr(compiler, "ARCHITECTURES", ("80",))
+    cuda.prepare(tmp_path / "folder", [], None)
+    return tmp_path / "folder"
+
+
+def test_cases_are_checked_bit_by_bit(prepared, tmp_path, monkeypatch, capsys):
+    import emulate
+
+    library = emulate.library(network_of(random_program(0, wide=False)), tmp_path)
+    monkeypatch.setenv("QCOMPILE_LIBCUDA", str(library))
+    assert cuda.check(prepared) == 0
+    file = prepared / "cases/0/codes.npz"
+    codes = dict(np.load(file))
+    codes["y"].reshape(-1)[0] ^= 1
+    np.savez(file, **codes)
+    assert cuda.check(prepared) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "1 of 1 random programs are the interpreter's, bit by bit"
+    assert said[1].startswith("case 0: 1 of ") and said[2].startswith("0 of 1 ")
+
+
+def test_figures_are_of_what_they_say(prepared, tmp_path, monkeypatch):
+    import emulate
+
+    kernel = Gemv(16, 64).source("gemv")
+    text = kernel[kernel.index("// One row of halves") :]
+    monkeypatch.setenv("QCOMPILE_LIBCUDA", str(emulate.built([*emulate.templates(), text], tmp_path)))
+    monkeypatch.setenv("QCOMPILE_STUB_LOG", str(tmp_path / "log.txt"))
+
+    class Session:
+        def __init__(self, folder: Path, batch: int) -> None:
+            self.driver, self.batch = Driver(), batch
+
+        def time(self, rounds: int, each: int, floats: bool, copied: bool) -> list[float]:
+            assert (rounds, each, copied) == (1, 20, False)
+            return [2.0 * self.batch if floats else 0.5]
+
+        def close(self) -> None:
+            pass
+
+    asked = []
+    rivals = types.ModuleType("cuda_rivals")
+    rivals.product = lambda *shape: asked.append(shape)  # type: ignore[attr-defined]
+    rivals.copy = lambda nbytes: None  # type: ignore[attr-defined]
+    rivals.network = lambda layers, shape, batch: asked.append((len(layers), tuple(shape), batch))  # type: ignore[attr-defined]
+    rivals.milliseconds = lambda run, each: 1.0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda_rivals", rivals)
+    monkeypatch.setattr(cuda, "session_of", Session)
+    found = cuda.measure(prepared)
+    assert asked == [(64, 64, 64), (6, (1, 4, 8, 8), 1), (6, (1, 4, 8, 8), 32)]
+    assert found["int8 product"]["share"] == 2.0 and found["int8 product"]["tops"] == pytest.approx(2 * 64**3 / 0.5e9)
+    # The emulated clock says a millisecond for five runs of three matrices.
+    nbytes = 16 * 64 // 2 + 16 * 2 * 2 + 2 * (16 + 64)
+    assert found["w4a16"]["w4a16"] == pytest.approx(1.0 / 5 / 3)
+    assert found["w4a16"]["share"] == pytest.approx(nbytes / (1 / 15) / (1 << 30))
+    assert found["resnet50, batch 32"]["times as fast"] == 1 / 64
+    launches = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("cuLaunchKernel")]
+    assert launches == ["cuLaunchKernel gemv 2 1 1 128"] * 3
+
+
+def test_resnet50_has_its_shapes():
+    program = cuda_shapes.resnet50()
+    layers = [part for part in program.operations if hasattr(part, "weights")]
+    work = sum(part.weights.size // len(part.weights) * program.tensors[part.output].size for part in layers)
+    assert (len(layers), sum(part.weights.size for part in layers)) == (54, 25_502_912)
+    assert work == pytest.approx(4.09e9, rel=0.001)
+    described = cuda_shapes.layers_of(program)
+    assert len(described) == len(program.operations) == 72
+    assert described[0] == ("Conv", (0,), {"weights": [64, 3, 7, 7], "stride": 2, "ends": [3, 3, 3, 3], "groups": 1,
+                                           "relu": True})  # fmt: skip
+    json.dumps(described)
