@@ -91,10 +91,17 @@ class Subject:
 
 
 class OnDevice(Protocol):
-    """A model that was loaded where the target is."""
+    """A model that was loaded where the target is.
+
+    Attributes
+    ----------
+    provider, device, runtime : str
+        What runs it, where, and what that is a part of, with its version.
+    """
 
     provider: str
     device: str
+    runtime: str
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run one sample."""

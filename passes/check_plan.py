@@ -14,7 +14,13 @@ from qcompile.core.rotation import Rotations
 from qcompile.core.target import OpKind, OpRule, Target
 from qcompile.passes import structure
 from qcompile.passes.allocate_bits import HALVES
-from qcompile.passes.obstacles import integer_obstacle, linear_obstacle, lookup_obstacle, stored_obstacle
+from qcompile.passes.obstacles import (
+    integer_obstacle,
+    linear_obstacle,
+    lookup_obstacle,
+    multiplies_activations,
+    stored_obstacle,
+)
 from qcompile.passes.read_plan import is_quantized, read_ops
 from qcompile.passes.rotations import rotatable
 
@@ -192,7 +198,9 @@ class _Checker:
             return self.weights_obstacle(node, rule)
         if rule.kind in (OpKind.LOOKUP, OpKind.PACKED, OpKind.STORED):
             return "it looks rows up" if rule.kind is OpKind.LOOKUP else "it runs in float"
-        return (linear_obstacle(node) or integer_obstacle(node)) if rule.kind is OpKind.LINEAR else ""
+        if rule.kind is not OpKind.LINEAR or (rule.activations and multiplies_activations(node)):
+            return ""
+        return linear_obstacle(node) or integer_obstacle(node)
 
     def weights_obstacle(self, node: ir.Node, rule: OpRule) -> str:
         """Return why an operator in float cannot have integer weights, or nothing."""

@@ -166,9 +166,10 @@ def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset 
     if evaluation is not None:
         return Evidence(evaluation, evaluation, f"{len(evaluation)} evaluation samples", False, caveat)
     known = known_moments(model)
+    open_axis = 1 if options.lengths is None else options.lengths.sizes[-1]
     feeds = {
         name: known[name].drawn(array) if name in known else array
-        for name, array in synthetic_feeds(model, options.seed).items()
+        for name, array in synthetic_feeds(model, options.seed, open_axis).items()
     }
     synthetic = Dataset("synthetic", lambda: [feeds], input_specs(model))
     return Evidence(synthetic, synthetic, SYNTHETIC, False, caveat + RANDOM_ONLY)

@@ -16,7 +16,7 @@ from qcompile.backends.base import Lowered, Placed, Subject, Unbounded, require_
 from qcompile.backends.cuda import compiler
 from qcompile.backends.cuda.linear import linear_kernel
 from qcompile.backends.cuda.network import MANY, Network, network_of
-from qcompile.backends.cuda.session import DESCRIPTION
+from qcompile.backends.cuda.session import DESCRIPTION, InferenceSession
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.operations import Conv, Dense
@@ -116,6 +116,44 @@ class CudaBackend(Unbounded):
         """Return what interprets the kernels' program, so that a report is the same with a device and without."""
         del files, threads
         return _interpreted(lower(models.load(folder / REFERENCE)))
+
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], DeviceSession]:
+        """Return what loads an artifact by its `network.json`; nothing of it can fall back."""
+        del target, fallback
+        return DeviceSession
+
+
+class DeviceSession:
+    """An artifact on a device.
+
+    Parameters
+    ----------
+    description : Path
+        Its `network.json`.
+
+    Raises
+    ------
+    TargetError
+        If that is another file, or there is no device.
+    """
+
+    provider = "kernels of its own"
+
+    def __init__(self, description: Path) -> None:
+        if description.name != DESCRIPTION:
+            raise TargetError("--model", "has kernels on no device: cuda:tvm runs artifacts alone", "leave it out")
+        try:
+            self._session = InferenceSession(description.parent)
+        except OSError as error:
+            fact, _, remedy = str(error).removeprefix("cuda: ").partition("; ")
+            raise TargetError("device", fact, remedy or "compile for the device's architecture") from error
+        self.device = f"{self._session.driver.name} ({self._session.driver.capability})"
+        self.runtime = f"the driver for CUDA {self._session.driver.version}"
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one sample, inputs and outputs in the host's memory."""
+        names = [port.name for port in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(None, feeds), strict=True))
 
 
 def write(network: Network, name: str, code: bytes, folder: Path) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from qcompile.backends.integer.lower_blocks import lower_blocks, lower_float_pro
 from qcompile.backends.integer.lower_elementwise import bounds_of
 from qcompile.backends.integer.lower_floats import Floats, Known, Real, Rows, is_float, real, stored
 from qcompile.backends.integer.lower_linear import real_of
+from qcompile.backends.integer.lower_moves import picks_one
 from qcompile.backends.integer.lower_products import lower_product
 from qcompile.backends.integer.program import Port
 from qcompile.backends.integer.values import FLOAT, Codes, Grid, Pending, Writer, refuse, shape_of
@@ -71,7 +72,7 @@ class Islands:
         inputs = [self._known(value) for value in node.inputs]
         if not any(known is not None for known in inputs):
             return False
-        if node.op_type in MOVES:
+        if node.op_type in MOVES or picks_one(node):
             self._settle(node)
             return False
         if (folded := self._folded(node, inputs)) is not None:

@@ -25,6 +25,7 @@ from qcompile.backends.integer.lower_floats import Known, Rows, is_float, real, 
 from qcompile.backends.integer.lower_linear import lower_conv, lower_gemm, lower_matmul
 from qcompile.backends.integer.lower_moves import (
     lower_concat,
+    lower_pick,
     lower_reshape,
     lower_slice,
     lower_split,
@@ -53,6 +54,7 @@ RULES: dict[str, Rule] = {
     "Concat": lower_concat,
     "Conv": lower_conv,
     "Flatten": lower_reshape,
+    "Gather": lower_pick,
     "Gemm": lower_gemm,
     "GlobalAveragePool": lower_global_average_pool,
     "MatMul": lower_matmul,

@@ -134,6 +134,28 @@ def lower_slice(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
     return _cut(writer, node, x, shape, first, pace, str(node.outputs[0].name))
 
 
+def picks_one(node: ir.Node) -> bool:
+    """Tell whether a Gather takes one place of an activation, which a constant names."""
+    if not structure.is_standard(node, "Gather") or structure.constant_tensor(node.inputs[0]) is not None:
+        return False
+    index = structure.constant(node.inputs[1])
+    return index is not None and index.size == 1
+
+
+def lower_pick(writer: Writer, node: ir.Node, inputs: list[Codes]) -> Codes:
+    """Lower a Gather of one place, which is a Slice and a view of it."""
+    if not picks_one(node):
+        refuse(node, "picks several places, or what is computed", "pick one that is constant, or split its input")
+    x = writer.plain(inputs[0], node)
+    index, axis = structure.constant(node.inputs[1]), node.attributes.get_int("axis", 0) % len(x.shape)
+    assert index is not None
+    first, shape = [0] * len(x.shape), list(x.shape)
+    first[x.place_of(axis)], shape[axis] = int(index.reshape(-1)[0]) % x.shape[axis], 1
+    name = str(node.outputs[0].name)
+    part = _cut(writer, node, x, tuple(shape), first, [1] * len(shape), f"{name}_one")
+    return lower_reshape(writer, node, [part])
+
+
 def lower_split(writer: Writer, node: ir.Node, inputs: list[Codes]) -> list[Codes]:
     """Lower a Split, a Slice for each of its outputs."""
     x = writer.plain(inputs[0], node)

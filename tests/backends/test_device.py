@@ -152,7 +152,7 @@ def test_a_run_adds_its_figures_to_the_measurements(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
 ) -> None:
     class Here(runtime.Session):
-        provider, device = "CPUExecutionProvider", "this processor"
+        provider, device, runtime = "CPUExecutionProvider", "this processor", "a runtime"
 
     from qcompile.backends.ort.lower import OrtBackend
 

@@ -232,3 +232,27 @@ def test_lengths_know_what_holds_a_sample():
     assert Lengths.of({"x": (1, 8)}) is None
     with pytest.raises(UsageError):
         Lengths.of({"x": (1, tuple(range(1, 66)))})
+
+
+def test_without_data_the_longest_length_is_what_is_run(qcompile, tmp_path):
+    random = np.random.default_rng(0)
+    text = LINE.replace("y = Relu (made)", "normed = BatchNormalization (made, g, b, m, v)\n  y = Relu (normed)")
+    ones = {name: np.ones(16, np.float32) for name in "gv"} | {name: np.zeros(16, np.float32) for name in "bm"}
+    model = saved(tmp_path / "line.onnx", text, w=random.normal(size=(16, 8, 3)).astype(np.float32) / 5, **ones)
+    done = qcompile(model, *ASKED, "--shape", "x=1x8x8,16", "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    assert list(json.loads(done.out)["report"]["lengths"]["fidelity"]) == ["16"]
+
+
+def test_stages_give_what_one_command_does(qcompile, compiled, tmp_path):
+    result, evaluation = compiled
+    folder = evaluation.parent
+    model, data = folder / "encoder.onnx", folder / "calib"
+    done = qcompile("calibrate", model, *ASKED, *BOTH, "--data", data, "-o", tmp_path / "c.npz", costs=None)
+    assert done.code == 0, done.err
+    done = qcompile("plan", model, "--calibration", tmp_path / "c.npz", "-o", tmp_path / "plan.json", costs=None)
+    assert done.code == 0, done.err
+    words = ("--plan", tmp_path / "plan.json", "--data", data, "--eval", evaluation, "-o", tmp_path / "out")
+    done = qcompile("apply", model, *words, costs=None)
+    assert done.code == 0, done.err
+    assert (tmp_path / "out/libencoder.so").read_bytes() == (result.output / "libencoder.so").read_bytes()

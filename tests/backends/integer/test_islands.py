@@ -9,7 +9,7 @@ from island_models import FLOATS, agree, model_of
 
 from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.lower import lower
-from qcompile.backends.integer.operations import Concat, Dense
+from qcompile.backends.integer.operations import Concat, Dense, Slice
 from qcompile.core.errors import TargetError
 
 #: Codes of x (scale 1/32) and a dense layer of it.
@@ -160,3 +160,22 @@ def test_floats_are_joined_as_they_are_and_never_with_codes():
     mixed = LAYER + "r = Sigmoid (m) one = Transpose <perm = [0, 1, 2]> (dx) y = Concat <axis = 1> (r, one)"
     with pytest.raises(TargetError, match="joins floats and codes"):
         lower(ir.from_proto(model_of(mixed, outputs="float[1,8,8] y")), FLOATS)
+
+
+@pytest.mark.parametrize(("axis", "index"), [(0, 0), (1, -1), (2, 3)])
+def test_one_place_of_an_activation_is_a_slice(axis, index):
+    shape = [str(size) for place, size in enumerate((1, 4, 8)) if place != axis]
+    body = (
+        f"i = Constant <value = int64 {{{index}}}> () a = Sigmoid (x) b = Sub (a, x) y = Gather <axis = {axis}> (b, i)"
+    )
+    program = agree(model_of(body, outputs=f"float[{','.join(shape)}] y"), x(), 1e-6)
+    assert Slice in kinds(program)
+    codes = f"{LAYER} i = Constant <value = int64 {{{index}}}> () p = Gather <axis = {axis}> (dx, i) y = Sigmoid (p)"
+    made = agree(model_of(codes, outputs=f"float[{','.join(shape)}] y"), x(), 1e-2)
+    assert Slice in kinds(made)
+
+
+def test_what_picks_several_places_is_refused():
+    body = "i = Constant <value = int64[2] {0, 2}> () a = Sigmoid (x) y = Gather <axis = 1> (a, i)"
+    with pytest.raises(TargetError, match="Gather"):
+        lower(ir.from_proto(model_of(body, outputs="float[1,2,8] y")), FLOATS)
