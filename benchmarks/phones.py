@@ -24,6 +24,7 @@ TARGETS = ("qnn", "xnnpack", "coreml", "aarch64-android:ort")
 HEAD = """
 With all defaults, on data that calibration did not see, by the CPU's provider. SQNR is that of the output that loses
 most; size is over float's; what the device takes is by its documented rules, and what it does not is counted by reason.
+A model that is missing for a target was not compiled for it.
 
 | model | target | SQNR, dB | size | device takes | refused, and why |
 |---|---|---|---|---|---|
