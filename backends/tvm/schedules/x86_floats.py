@@ -97,15 +97,15 @@ class Vectors:
             found = self.fma(found, x, self.number(coefficient))
         return builder().bind(found)
 
-    def exp(self, x: Any, highest: float = HIGHEST) -> Any:
-        """Return e to the x, of which nothing is above `highest`.
+    def exp(self, x: Any, highest: float = HIGHEST, lowest: float = LOWEST) -> Any:
+        """Return e to the x, of which nothing is above `highest`, and what is below `lowest` counts as that.
 
         Beside a number that leaves no bits behind the point, the sum's last bits are the nearest whole number: as a
         float once that number is taken away again, and as what the exponent grows by once they are shifted there.
         """
         ir = builder()
         bounded = x if highest <= 0.0 else ir.min(x, self.number(highest))
-        x = ir.bind(ir.max(bounded, self.number(LOWEST)))
+        x = ir.bind(ir.max(bounded, self.number(lowest)))
         beside = ir.bind(self.fma(x, self.number(float(np.log2(np.e))), self.number(WHOLE)))
         n = ir.bind(beside - self.number(WHOLE))
         r = ir.bind(self.fma(n, self.number(-LN2[1]), self.fma(n, self.number(-LN2[0]), x)))
