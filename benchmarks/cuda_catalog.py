@@ -1,6 +1,6 @@
 """Compile every model of the catalogue for `cuda` and `cuda:tensorrt` and write docs/cuda-figures.md.
 
-    python benchmarks/cuda_catalog.py MODELS [NAME ...] --rows ROWS.jsonl [--target TARGET ...]
+    python benchmarks/cuda_catalog.py MODELS [NAME ...] --rows ROWS.jsonl [--target TARGET ...] [--data no|yes ...]
 
 MODELS is a folder with one folder per model: model.onnx, and calib and eval, each as .npz or as a folder. No GPU is
 needed: artifacts are verified on the CPU provider. A row is appended to ROWS.jsonl as soon as it is there, and what has
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--data", action="append", choices=("no", "yes"), help="Compile without data, with, or both.")
     arguments = parser.parse_args()
     arguments.rows.touch()
     rows = [json.loads(text) for text in arguments.rows.read_text().splitlines()]
@@ -105,7 +106,7 @@ def main() -> None:
     )
     for name in names:
         for target in arguments.target or TARGETS:
-            for given in (False, True):
+            for given in [choice == "yes" for choice in arguments.data or ("no", "yes")]:
                 if any((one["model"], one["target"], one["data"]) == (name, target, given) for one in rows):
                     continue
                 rows.append(row(arguments.models / name, target, given))

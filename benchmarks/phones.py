@@ -2,8 +2,7 @@
 
     python benchmarks/phones.py [NAME ...] [--kept DIR] [--cache DIR] [--no-compile]
 
-With `--kept`, artifacts stay there, and those that are there are not made again; with `--no-compile` no others are told
-of.
+With `--kept`, artifacts stay there, and those that are there are not made again; `--no-compile` tells of these alone.
 """
 
 from __future__ import annotations

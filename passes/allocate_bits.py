@@ -65,13 +65,11 @@ def allocate_bits(
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
             continue
         dtype = HALVES[target.activation_dtype] if name in narrow else target.activation_dtype
-        histogram = statistics.histograms[name]
-        seen = histogram.mirrored() if target.symmetric else histogram
+        seen = statistics.histograms[name].mirrored() if target.symmetric else statistics.histograms[name]
         low, high = narrow.get(name, Clip(observers[name])).bounds(seen, dtype)
         if name in scores:
             high = max(high, min(-low, high + HEADROOM))
-        around = name in placement.symmetric and numerics.code_range(dtype)[0] < 0
-        if around or target.symmetric:
+        if target.symmetric or (name in placement.symmetric and numerics.code_range(dtype)[0] < 0):
             high = max(abs(low), abs(high))
             scale, zero_point = numerics.symmetric_scale([high], dtype), np.zeros(1, np.int64)
         else:
@@ -87,12 +85,7 @@ def allocate_bits(
         for value, axis in structure.stored_weights(node, rule.kind):
             weight = structure.name_of(value)
             wide = all(structure.node_name(reader) in placement.wide for reader in structure.readers(value))
-            dtype = target.wide_weight_dtype if wide else target.weight_dtype
-            packed = bits.get(weight) == PACKED and dtype == target.weight_dtype
-            # Operators in float take what a block has in common into its scale, and tables are rows of bytes.
-            in_blocks = not target.narrow_weight_dtype or op.precision is Precision.WEIGHT_ONLY
-            block = packing.BLOCK if packed and in_blocks else 0
-            dtype = target.narrow_weight_dtype or dtype if packed and not block else dtype
+            dtype, block = _stored_as(target, wide, bits.get(weight) == PACKED, op.precision)
             quant = _weight_quant(node, value, axis, dtype, target.per_channel and not rule.per_tensor, tensors, block)
             if weight in tensors:
                 # Two operators share these weights, and either may need room for its bias.
@@ -100,6 +93,17 @@ def allocate_bits(
                 quant = replace(quant, scale=tuple(map(max, both)))
             tensors[weight] = quant
     return QuantPlan(tensors, placement.ops)
+
+
+def _stored_as(target: Target, wide: bool, packed: bool, precision: Precision) -> tuple[str, int]:
+    """Return the type that weights are stored in, and the length of the blocks that have a scale each, or 0."""
+    dtype = target.wide_weight_dtype if wide else target.weight_dtype
+    if not packed or dtype != target.weight_dtype:
+        return dtype, 0
+    # Operators in float take what a block has in common into its scale, and tables are rows of bytes.
+    if not target.narrow_weight_dtype or precision is Precision.WEIGHT_ONLY:
+        return dtype, packing.BLOCK
+    return target.narrow_weight_dtype, 0
 
 
 def _scores(model: ir.Model) -> frozenset[str]:

@@ -98,7 +98,7 @@ def run(folder: Path, model: Path | None, data: str | None, samples: int, fallba
     files = tuple(json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"])
     here, on_device = backend.open(folder, files), backend.on_device(target, fallback)
     there = on_device(folder / files[0])
-    loaded = models.load(model if model is not None else folder / files[0])
+    loaded = models.load(model or folder / next(name for name in files if name.endswith(".onnx")))
     feeds: list[runtime.Feeds] = [runtime.synthetic_feeds(loaded, 0)]
     if data is not None:
         feeds = list(islice(iter(open_data(data, input_specs(loaded))), samples))
@@ -108,7 +108,7 @@ def run(folder: Path, model: Path | None, data: str | None, samples: int, fallba
     reference = None if model is None else on_device(model)
     seen = _timed(there.run, None if reference is None else reference.run, feeds)
     worst = fidelity.worst("sqnr")
-    found = DeviceRun(there.provider, there.device, runtime.name(), *seen, None if worst == float("inf") else worst)
+    found = DeviceRun(there.provider, there.device, there.runtime, *seen, None if worst == float("inf") else worst)
     _add(folder / MEASUREMENTS, found)
     return found
 

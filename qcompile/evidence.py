@@ -25,8 +25,8 @@ SYNTHETIC = "one random input"
 RANDOM_ONLY = " Fidelity is that on one random input, which says little about real ones."
 #: What must be said first where nothing tells what activations reach.
 WEIGHTS_ALONE = (
-    "No calibration data: weights are stored as int8, activations and arithmetic stay float. The file is smaller, "
-    "the model is not faster; pass --data for integer kernels."
+    "No calibration data: weights are stored as integers, activations stay float. The file is smaller, and a model "
+    "whose weights are unpacked at load is not faster; pass --data for integer kernels."
 )
 #: The same of a target that has no codes of activations.
 NO_RANGES = "No calibration data: weights are codes, and what activations reach is not known."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,11 +12,18 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Placed, Subject, Unbounded, require_no_segments, require_one_length
+from qcompile.backends.base import (
+    Lowered,
+    Placed,
+    Unbounded,
+    Unpriced,
+    require_no_segments,
+    require_one_length,
+)
 from qcompile.backends.cuda import compiler
 from qcompile.backends.cuda.linear import linear_kernel
 from qcompile.backends.cuda.network import MANY, Network, network_of
-from qcompile.backends.cuda.session import DESCRIPTION
+from qcompile.backends.cuda.session import DESCRIPTION, InferenceSession
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.operations import Conv, Dense
@@ -24,10 +31,7 @@ from qcompile.backends.integer.program import Port, Program
 from qcompile.backends.mcu.write_c import identifier
 from qcompile.backends.tvm.emit import load_tvm
 from qcompile.core import model as models
-from qcompile.core.contract import Track
-from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError, UsageError
-from qcompile.core.execution import Kernel
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import LIMITS, Target
@@ -38,7 +42,7 @@ REFERENCE = "reference.onnx"
 LOADER = ("session.py", "driver.py")
 
 
-class CudaBackend(Unbounded):
+class CudaBackend(Unpriced, Unbounded):
     """The backend ``cuda``."""
 
     name: ClassVar[str] = "cuda"
@@ -95,27 +99,48 @@ class CudaBackend(Unbounded):
         made = [linear_kernel(part, program.tensors[part.inputs[0]], program.tensors[part.output]) for part in layers]
         return sum(kernel.weights.nbytes + kernel.table.nbytes for kernel in made)
 
-    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
-        """Return nothing: no table prices these kernels yet."""
-        del model
-        return [[] for _ in samples]
-
-    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
-        """Refuse: every operator becomes integers there, so that no time decides anything.
-
-        Raises
-        ------
-        TargetError
-            Always.
-        """
-        del subjects, processor, track
-        fact = "computes in integers alone, whatever they take: no cost decides anything there"
-        raise TargetError(f"probe {target.name}", fact, "leave it out")
-
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         """Return what interprets the kernels' program, so that a report is the same with a device and without."""
         del files, threads
         return _interpreted(lower(models.load(folder / REFERENCE)))
+
+    def on_device(self, target: Target, fallback: bool) -> Callable[[Path], DeviceSession]:
+        """Return what loads an artifact by its `network.json`; nothing of it can fall back."""
+        del target, fallback
+        return DeviceSession
+
+
+class DeviceSession:
+    """An artifact on a device.
+
+    Parameters
+    ----------
+    description : Path
+        Its `network.json`.
+
+    Raises
+    ------
+    TargetError
+        If that is another file, or there is no device.
+    """
+
+    provider = "kernels of its own"
+
+    def __init__(self, description: Path) -> None:
+        if description.name != DESCRIPTION:
+            raise TargetError("--model", "has kernels on no device: cuda:tvm runs artifacts alone", "leave it out")
+        try:
+            self._session = InferenceSession(description.parent)
+        except OSError as error:
+            fact, _, remedy = str(error).removeprefix("cuda: ").partition("; ")
+            raise TargetError("device", fact, remedy or "compile for the device's architecture") from error
+        self.device = f"{self._session.driver.name} ({self._session.driver.capability})"
+        self.runtime = f"the driver for CUDA {self._session.driver.version}"
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run one sample, inputs and outputs in the host's memory."""
+        names = [port.name for port in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(None, feeds), strict=True))
 
 
 def write(network: Network, name: str, code: bytes, folder: Path) -> tuple[str, ...]:

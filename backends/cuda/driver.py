@@ -17,6 +17,7 @@ THREAD_LOCAL = 1
 MAJOR, MINOR, MULTIPROCESSORS = 75, 76, 16
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
+    "cuDriverGetVersion": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
@@ -137,6 +138,13 @@ class Driver:
     def capability(self) -> str:
         """The device's architecture: ``sm_87``."""
         return f"sm_{self.attribute(MAJOR)}{self.attribute(MINOR)}"
+
+    @property
+    def version(self) -> str:
+        """The newest CUDA that the driver knows: ``12.4``."""
+        number = c_int()
+        self.call("cuDriverGetVersion", byref(number))
+        return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
     @property
     def name(self) -> str:

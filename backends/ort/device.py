@@ -61,6 +61,7 @@ class DeviceSession:
         self._model = model
         self.provider = name
         self.device = device_name()
+        self.runtime = runtime.name()
         self.output_names: tuple[str, ...] = tuple(output.name for output in session.get_outputs())
 
     def run(self, feeds: runtime.Feeds) -> runtime.Outputs:

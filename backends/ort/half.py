@@ -193,6 +193,15 @@ class _Writer:
         for inner in self.graph.subgraphs():
             inner.outputs[:] = [self._as(value, SINGLE) if value in narrowed else value for value in inner.outputs]
         self.graph.sort()
+        self._drop_idle_casts()
+
+    def _drop_idle_casts(self) -> None:
+        """Leave out Casts of what is float16 already: the model's own, of values that were float16 before."""
+        for node in [node for node in self.graph if structure.is_standard(node, "Cast")]:
+            source, result = structure.input_of(node, 0), node.outputs[0]
+            if source.dtype is HALF and result.dtype is HALF and not result.is_graph_output():
+                ir.convenience.replace_all_uses_with(result, source)
+                self.graph.remove(node, safe=True)
 
     def _slots(self, node: ir.Node) -> Slots:
         return self.places.get(node) or Slots((), ())

@@ -26,7 +26,7 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.contract import Refusal, Track
 from qcompile.core.costs import CostTable
-from qcompile.core.errors import ModelError, UsageError, VerificationError
+from qcompile.core.errors import ModelError, TargetError, UsageError, VerificationError
 from qcompile.core.execution import Kernel
 from qcompile.core.plan import OpPlan, Precision, QuantPlan
 from qcompile.core.target import LIMITS, OpKind, Target
@@ -75,6 +75,9 @@ class OrtBackend(Unbounded):
             if target.settings.get(key) is not None:
                 fact = f"means nothing for {target.name}, whose runtime manages memory as it likes"
                 raise UsageError(f"--{key.replace('_', '-')}", fact, "leave it out, or choose a microcontroller")
+        if target.costs is not None and target.device:
+            fact = f"has times of processors, and {target.name} runs on {target.device}"
+            raise UsageError("--costs", fact, "leave it out")
 
     def lower(self, model: ir.Model, plan: QuantPlan, target: Target, folder: Path) -> Lowered:
         """Write ``model.onnx`` and tell which planned operators the runtime really runs as integers."""
@@ -133,7 +136,16 @@ class OrtBackend(Unbounded):
         return executed(model, samples)
 
     def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
-        """Measure what the installed runtime makes of patterns, and what kernels take here."""
+        """Measure what the installed runtime makes of patterns, and what kernels take here.
+
+        Raises
+        ------
+        TargetError
+            If the target's kernels are none of this processor's.
+        """
+        if target.device:
+            remedy = "leave it out: such targets have no costs; 'qcompile run' times whole artifacts"
+            raise TargetError(target.name, f"runs on {target.device}, whose kernels are not measured", remedy)
         return measure(target, subjects, processor, track)
 
     def open(

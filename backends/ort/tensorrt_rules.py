@@ -137,8 +137,23 @@ def four_bits_for_weights(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
             yield node, "has an activation of four bits"
         elif not all(structure.is_standard(reader, "MatMul", "Gemm") for reader in readers):
             yield node, "has weights of four bits for what is no matrix product"
-        elif not node.attributes.get_int("block_size", 0):
-            yield node, "has weights of four bits without blocks"
+        elif reason := _no_blocks(node, readers):
+            yield node, f"has weights of four bits {reason}"
+
+
+def _no_blocks(node: ir.Node, readers: list[ir.Node]) -> str:
+    """Return why four bits are in no blocks that are known: of a matrix, along what it sums, a scale for each."""
+    size = node.attributes.get_int("block_size", 0)
+    codes, scale = structure.constant_tensor(node.inputs[0]), structure.constant_tensor(node.inputs[1])
+    if not size or codes is None or scale is None:
+        return "without blocks"
+    axis, shape = node.attributes.get_int("axis", 1), list(codes.shape.numpy())
+    if len(shape) != 2 or any(axis == structure.weight_axis(reader) for reader in readers):
+        return "in blocks along no axis that is summed"
+    if shape[axis] % size:
+        return f"in rows of {shape[axis]}, no multiple of its blocks of {size}"
+    shape[axis] //= size
+    return "" if list(scale.shape.numpy()) == shape else "without a scale for each block"
 
 
 def float_biases(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qcompile.backends.ort.half import Halve, float_values
 from qcompile.backends.ort.half_values import fits
+from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.passes.canonicalize import Canonicalize
 
@@ -192,3 +193,14 @@ def test_what_has_no_float16_by_the_schema_stays(model_of: Build, text: str) -> 
     model = model_of(f"(float x) => (float y) {{ {text} }}" if "Identity" in text
                      else f"(float x) => (float[n] y) {{ {text} }}", 21)  # fmt: skip
     assert not Halve({"x": 1.0, "y": 1.0}, has_kernel=lambda node: False)(model).modified
+
+
+def test_what_was_float16_is_read_as_it_was(proto_of: Callable[..., Any], random: np.random.Generator) -> None:
+    text = "(float16[2,8] x) => (float16[2,8] y) { a = Cast <to = 1> (x) b = MatMul (a, w) y = Cast <to = 10> (b) }"
+    model = Canonicalize(21, {}, widen=True)(models.from_proto(proto_of(text, 21, w=W))).model
+    x = random.standard_normal((2, 8)).astype(np.float16)
+    before = runtime.Session(model).run({"x": x})["y"]
+    Halve(dict.fromkeys(float_values(model), 4.0))(model)
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    assert product.inputs[0] is model.graph.inputs[0] and casts(model) <= 1
+    np.testing.assert_allclose(runtime.Session(model).run({"x": x})["y"], before, atol=5e-2)

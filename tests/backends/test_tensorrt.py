@@ -12,8 +12,9 @@ from conftest import proto_from_text
 
 from qcompile.backends.base import find_target
 from qcompile.backends.ort import tensorrt_rules as rules
+from qcompile.backends.ort.legalize.four_bit_blocks import FourBitBlocks
 from qcompile.backends.ort.legalize.tensorrt_placement import FloatBiases, FreeResiduals, QuantizeConcats
-from qcompile.core import runtime
+from qcompile.core import packing, runtime
 from qcompile.passes.canonicalize import Canonicalize
 
 Build = Callable[..., ir.Model]
@@ -94,6 +95,8 @@ def test_unsigned_codes_break_a_rule() -> None:
     [
         ("v = DequantizeLinear <axis = 0, block_size = 16> (w4, t4) y = MatMul (x, v)", True, True),
         ("v = DequantizeLinear <axis = 1> (w4, t4) y = MatMul (x, v)", False, False),
+        ("v = DequantizeLinear <axis = 1, block_size = 16> (w4, u4) y = MatMul (x, v)", True, False),
+        ("v = DequantizeLinear <axis = 1, block_size = 16> (w4, u4) y = Gemm <transB = 1> (x, v)", True, True),
         ("v = DequantizeLinear <axis = 0, block_size = 16> (w4, t4) y = Add (x, v)", True, False),
     ],
 )
@@ -102,7 +105,7 @@ def test_four_bits_are_for_weights_of_products(model_of: Build, nodes: str, bloc
 
     text = f"(float[32,32] x) => (float[32,32] y) {{ {nodes} }}"
     scale = np.full((2, 32) if block else 32, S)
-    model = model_of(text, 21, w4=np.ones((32, 32), np.int8), t4=scale)
+    model = model_of(text, 21, w4=np.ones((32, 32), np.int8), t4=scale, u4=np.full((32, 2), S))
     codes = model.graph.initializers["w4"]
     codes.const_value = ir.tensor(np.ones((32, 32), ml_dtypes.int4), name="w4")
     codes.dtype = ir.DataType.INT4
@@ -170,3 +173,36 @@ def test_the_target_knows_no_zero_points() -> None:
     assert (target.symmetric, target.activation_dtype, target.per_channel) == (True, "int8", True)
     model = Canonicalize(21, {})(graph("y = Relu (x)")).model
     assert backend.halvable(next(iter(model.graph)), target)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_packed_weights_of_float_products_are_int4_in_blocks(transposed: bool, random: np.random.Generator) -> None:
+    weights = random.standard_normal((64, 128)).astype(np.float32)
+    scale = packing.packed_scale(np.abs(weights).max(axis=0))
+    codes = packing.pack_codes(weights / scale, packing.multiples(weights / scale, 1))
+    op, axis = ("Gemm <transB = 1> (x, w)", 0) if transposed else ("MatMul (x, w)", 1)
+    text = f"(float[2,64] x) => (float[2,128] y) {{ w = DequantizeLinear <axis = {axis}> (q, s, z) y = {op} }}"
+    given = {"s": scale, "z": np.zeros(128, np.int8)}
+    model = ir.from_proto(proto_from_text(text, 21, q=codes.T if transposed else codes, **given))
+    ir.passes.common.ShapeInferencePass()(model)
+    x = random.standard_normal((2, 64)).astype(np.float32)
+    before = runtime.Session(model, optimize=False).run({"x": x})["y"]
+    assert FourBitBlocks()(model).modified and broken(model) == set()
+    assert not FourBitBlocks()(model).modified
+    node = next(node for node in model.graph if node.op_type == "DequantizeLinear")
+    assert node.inputs[0].const_value.dtype is ir.DataType.INT4
+    after = runtime.Session(model, optimize=False).run({"x": x})["y"]
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_codes_and_ordinary_codes_stay(random: np.random.Generator) -> None:
+    text = """(float[2,64] x) => (float[2,128] y) { q = QuantizeLinear (x, p, o) a = DequantizeLinear (q, p, o)
+        w = DequantizeLinear <axis = 1> (c, s, z) y = MatMul (a, w) }"""
+    weights = random.standard_normal((64, 128)).astype(np.float32)
+    scale = packing.packed_scale(np.abs(weights).max(axis=0))
+    codes = packing.pack_codes(weights / scale, packing.multiples(weights / scale, 1))
+    given = {"s": scale, "z": np.zeros(128, np.int8), "p": S, "o": Z}
+    assert not FourBitBlocks()(ir.from_proto(proto_from_text(text, 21, c=codes, **given))).modified
+    free = random.integers(-127, 128, (64, 128)).astype(np.int8)
+    plain = text.replace("MatMul (a, w)", "MatMul (x, w)")
+    assert not FourBitBlocks()(ir.from_proto(proto_from_text(plain, 21, c=free, **given))).modified

@@ -72,3 +72,33 @@ def test_without_data_the_first_line_says_what_ranges_are_from(qcompile: Any, ro
 def test_activations_of_sixteen_bits_are_refused(qcompile: Any, root: Path, tmp_path: Path) -> None:
     done = qcompile(root / "models/resnet8.onnx", "--target", "cuda", "--activations", "16", "-o", tmp_path / "out")
     assert done.code == 7 and "no kernels for them" in done.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fact"),
+    [
+        (("--costs", "costs.json"), 2, "--costs: has times of processors, and cuda runs on an NVIDIA GPU"),
+        (("--max-sram", "64KB"), 2, "--max-sram: means nothing for cuda"),
+        (("--max-latency", "0.5x"), 2, "nothing tells what integers take"),
+    ],
+)
+def test_what_means_nothing_there_is_refused(
+    qcompile: Any, root: Path, tmp_path: Path, words: tuple[str, ...], code: int, fact: str
+) -> None:
+    costs = root / "backends/ort/costs/avx512-vnni.json"
+    given = [str(costs) if word == "costs.json" else word for word in words]
+    data = ("--data", root / "models/resnet8_calib.npz")
+    done = qcompile(root / "models/resnet8.onnx", "--target", "cuda", *data, *given, "-o", tmp_path / "out", costs=None)
+    assert (done.code, fact in done.err) == (code, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_kernels_of_a_device_are_not_probed(qcompile: Any, tmp_path: Path) -> None:
+    done = qcompile("probe", "--target", "cuda", "-o", tmp_path / "costs.json", costs=None)
+    assert done.code == 7 and "whose kernels are not measured" in done.err
+
+
+def test_no_processor_is_compared_with(qcompile: Any, root: Path, compiled: Path) -> None:
+    models = root / "models"
+    done = qcompile("compare", compiled, "--model", models / "resnet8.onnx", "--data", models / "resnet8_eval.npz")
+    assert done.code == 7 and "is for an NVIDIA GPU, which no runner loads" in " ".join(done.out.split())

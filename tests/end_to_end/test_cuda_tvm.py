@@ -39,7 +39,7 @@ def compiled(qcompile, resnet8, tmp_path):
     return json.loads(done.out), output
 
 
-def test_a_model_becomes_kernels_for_cuda_devices(compiled, resnet8, tmp_path, monkeypatch):
+def test_a_model_becomes_kernels_for_cuda_devices(qcompile, compiled, resnet8, tmp_path, monkeypatch):
     sys.path.insert(0, str(ROOT / "tests/backends/cuda"))
     import emulate
 
@@ -65,6 +65,21 @@ def test_a_model_becomes_kernels_for_cuda_devices(compiled, resnet8, tmp_path, m
     expected = np.concatenate([dequantize_output(program, made, one[made.name]) for one in codes])
     np.testing.assert_array_equal(found, expected)
     session.close()
+    # The command that runs it on a device and adds what it saw.
+    done = qcompile("run", output, "--data", resnet8[2], "--samples", "1", "--json")
+    assert done.code == 0, done.err
+    seen = json.loads(done.out)
+    assert (seen["name"], seen["runtime"]) == ("Emulated Device (sm_90)", "the driver for CUDA 12.4")
+    assert seen["sqnr_of_host"] is None, "the same outputs"
+    measurements = json.loads((output / "measurements.json").read_text())
+    jsonschema.validate(measurements, json.loads((ROOT / "docs/schemas/measurements.schema.json").read_text()))
+    assert measurements["on_device"] == seen
+    done = qcompile("run", output, "--model", resnet8[0])
+    assert (done.code, "--model: has kernels on no device: cuda:tvm runs artifacts alone" in done.err) == (7, True)
+    monkeypatch.setenv("QCOMPILE_LIBCUDA", "libno-such-driver.so")
+    done = qcompile("run", output)
+    assert done.code == 7
+    assert "device: there is no NVIDIA driver here (libno-such-driver.so); run it on a machine with a" in done.err
 
 
 def test_bounds_on_memory_mean_nothing_there(qcompile, resnet8, tmp_path):

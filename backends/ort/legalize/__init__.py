@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qcompile.backends.ort.legalize.block_matmuls import BlockMatMuls
 from qcompile.backends.ort.legalize.drop_bounds import DropBounds
 from qcompile.backends.ort.legalize.drop_inferable import DropInferable
+from qcompile.backends.ort.legalize.four_bit_blocks import FourBitBlocks
 from qcompile.backends.ort.legalize.hide_skip_add import HideSkipAdd
 from qcompile.backends.ort.legalize.join_matmul_bias import JoinMatMulBias
 from qcompile.backends.ort.legalize.keep_float_convs import KeepFloatConvs
@@ -57,6 +58,7 @@ TENSORRT_RULES: tuple[ir.passes.PassBase, ...] = (
     FloatBiases(),
     FreeResiduals(),
     QuantizeConcats(),
+    FourBitBlocks(),
     UnpackWeightsAtLoad(leave_float=True),
     PackWeights(),
     DropInferable(),

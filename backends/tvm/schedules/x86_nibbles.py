@@ -44,7 +44,7 @@ def pack(
     room = -(-shape.length // (2 * FOUR)) * 2 * FOUR - shape.length
     even = np.pad(weights, [(0, 0), (0, 0), (0, room)])
     stored = halves(even.reshape(*even.shape[:2], -1, 2, FOUR)).reshape(*even.shape[:2], -1)
-    return linear.pack(_halved(shape), tile, processor, stored, numbers)
+    return linear.pack(halved(shape), tile, processor, stored, numbers)
 
 
 def halves(pairs: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
@@ -63,7 +63,7 @@ def halves(pairs: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     return (above[..., 0, :] | (above[..., 1, :] << BITS)).view(np.int8)
 
 
-def _halved(shape: linear.Linear) -> linear.Linear:
+def halved(shape: linear.Linear) -> linear.Linear:
     """Return the shape that stored bytes have."""
     return replace(shape, length=-(-shape.quads // 2) * FOUR)
 
@@ -89,7 +89,7 @@ class Emitter(linear.Emitter):
         """Emit the sums of one tile and return where they are."""
         ir = builder()
         shape, lanes, step = self.shape, self.processor.lanes, self.processor.lanes * FOUR
-        depth = _halved(shape).depth
+        depth = halved(shape).depth
         sums = self.started(first, count, pixels)
         start = first * (depth * step)
 

@@ -108,24 +108,25 @@ static void run_block(int count)
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, run_thread, 0);
     }
-    for (;;) {
-        bool ran = false, left = false;
-        for (int turn = 0; turn < count; turn++) {
-            const int at = backwards ? count - 1 - turn : turn;
-            if (!threads[at].done && threads[at].waiting == NOBODY) {
-                running = at, threadIdx = Place{(unsigned)at, 0, 0}, ran = true;
-                swapcontext(&scheduler, &threads[at].context);
+    // Each warp goes as far as it can before another one begins: what lacks a barrier reads what is not there yet.
+    for (bool left = true; left;) {
+        left = false;
+        for (int turn = 0; turn < count; turn += 32) {
+            const int warp = backwards ? count - 32 - turn : turn;
+            do {
+                for (int lane = 0; lane < 32; lane++) {
+                    const int at = warp + (backwards ? 31 - lane : lane);
+                    if (!threads[at].done && threads[at].waiting == NOBODY) {
+                        running = at, threadIdx = Place{(unsigned)at, 0, 0};
+                        swapcontext(&scheduler, &threads[at].context);
+                    }
+                }
+            } while (released(warp, warp + 32, FOR_WARP));
+            for (int at = warp; at < warp + 32; at++) {
+                left = left || !threads[at].done;
             }
-            left = left || !threads[at].done;
         }
-        if (!left) {
-            return;
-        }
-        bool freed = false;
-        for (int warp = 0; warp < count; warp += 32) {
-            freed = released(warp, warp + 32, FOR_WARP) || freed;
-        }
-        if (!freed && !released(0, count, FOR_BLOCK) && !ran) {
+        if (left && !released(0, count, FOR_BLOCK)) {
             fail("threads wait for one another for ever");
         }
     }

@@ -119,6 +119,7 @@ static Result copied(const char *name, void *target, const void *source, size_t 
 
 extern "C" {
 Result cuInit(unsigned) { return getenv("QCOMPILE_STUB_EMPTY") ? NO_DEVICE : OK; }
+Result cuDriverGetVersion(int *version) { return *version = 12040, OK; }
 Result cuDeviceGetCount(int *count) { return *count = 1, OK; }
 Result cuDeviceGet(int *device, int number) { return *device = number, number ? INVALID : OK; }
 Result cuDeviceGetName(char *name, int size, int) { return snprintf(name, (size_t)size, "Emulated Device"), OK; }
