@@ -45,7 +45,9 @@ def data_of(folder: Path, name: str) -> Path:
 def row(folder: Path, target: str, given: bool) -> dict[str, Any]:
     """Compile one model once and return what came of it."""
     entry: dict[str, Any] = {"model": folder.name, "target": target, "data": given}
-    data = {"data": data_of(folder, "calib"), "eval": data_of(folder, "eval")} if given else {}
+    data: dict[str, Any] = {}
+    if given:
+        data = {"data": data_of(folder, "calib"), "eval": data_of(folder, "eval")}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         try:
