@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import onnx_ir as ir
 
@@ -222,6 +222,28 @@ def require_no_segments(target: Target) -> None:
     if target.settings.get("allow_ort_segments"):
         fact = f"means nothing for {target.name}, which has no libraries for a CPU"
         raise UsageError("--allow-ort-segments", fact, "leave it out")
+
+
+class Unpriced:
+    """What a backend says whose kernels no table of costs is about; `unpriced` is why."""
+
+    unpriced: ClassVar[str] = "computes in integers alone, whatever they take: no cost decides anything there"
+
+    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
+        """Return nothing: nothing prices these kernels."""
+        del model
+        return [[] for _ in samples]
+
+    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
+        """Refuse: nobody would ask for the times.
+
+        Raises
+        ------
+        TargetError
+            Always.
+        """
+        del subjects, processor, track
+        raise TargetError(f"probe {target.name}", self.unpriced, "leave it out")
 
 
 class Unbounded:

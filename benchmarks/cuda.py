@@ -5,13 +5,15 @@
     python benchmarks/cuda.py measure FOLDER                           on a device, with PyTorch: the figures below
 
 A device's machine needs NumPy, the driver and, to measure, PyTorch: FOLDER has all else, this file's neighbours
-included, as FOLDER/cuda.py. What is compared runs in turns, in one process, by the device's clock; figures are medians.
+included, as FOLDER/cuda.py. Of its folders gemm, resnet50 and lite0 some may be left behind. What is compared runs in
+turns, in one process, by the device's clock; figures are medians.
 ResNet-50's shapes have random weights; EfficientNet-Lite0 is an artifact of the command line.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import shutil
@@ -49,6 +51,7 @@ def prepare(folder: Path, architectures: list[str], artifact: Path | None) -> No
     folder.mkdir(parents=True, exist_ok=True)
     for name in TAKEN:
         shutil.copy(HERE / name, folder / name)
+    shutil.copy(HERE.parent / "backends/cuda/driver.py", folder / "driver.py")
 
     def write(program: Any, place: str) -> Path:
         output = folder / place
@@ -71,10 +74,17 @@ def prepare(folder: Path, architectures: list[str], artifact: Path | None) -> No
         programs["lite0"] = lower(models.load(artifact / "reference.onnx"))
     networks = {name: {"layers": cuda_shapes.layers_of(program), "shape": program.inputs[0].shape}
                 for name, program in programs.items()}  # fmt: skip
-    kernel = four_bits.Gemv(*GEMV)
+    random, kernel = np.random.default_rng(0), four_bits.Gemv(*GEMV)
+    x, codes = random.normal(size=GEMV[1]).astype(np.float16), random.integers(0, 16, (64, GEMV[1])).astype(np.uint8)
+    scales = random.uniform(0.001, 0.03, (64, GEMV[1] // four_bits.BLOCK)).astype(np.float16)
+    sums, bounds = four_bits.exact(x, codes, scales)
+    np.savez(folder / "gemv.npz", x=x, codes=four_bits.pack(codes), scales=scales, sums=sums, bounds=bounds)
     (folder / "gemv.fatbin").write_bytes(compiler.compile_all(kernel.source("gemv")))
-    gemv = {"grid": kernel.grid, "threads": kernel.threads, "numbers": kernel.numbers, "nbytes": kernel.nbytes}
-    (folder / "plan.json").write_text(json.dumps({"networks": networks, "gemv": gemv}))
+    gemv, checked = (
+        {"grid": one.grid, "threads": one.threads, "numbers": one.numbers, "nbytes": one.nbytes}
+        for one in (kernel, four_bits.Gemv(64, GEMV[1]))
+    )
+    (folder / "plan.json").write_text(json.dumps({"networks": networks, "gemv": gemv, "checked": checked}))
 
 
 def session_of(folder: Path, batch: int) -> Any:
@@ -102,6 +112,29 @@ def check(folder: Path) -> int:
     return wrong
 
 
+def check_gemv(folder: Path) -> float:
+    """Return how far W4A16 is from float64 at most, as a part of what it may be off, of 64 rows."""
+    plan, content = json.loads((folder / "plan.json").read_text())["checked"], np.load(folder / "gemv.npz")
+    driver, function, stream = gemv_of(folder)
+    places = [driver.upload(content[name].tobytes()) for name in ("x", "codes", "scales")]
+    places.append(driver.upload(bytes(128)))
+    pinned = driver.made("cuMemAllocHost_v2", 128)
+    driver.launch(function, plan["grid"], plan["threads"], places, plan["numbers"], stream)
+    driver.call("cuMemcpyDtoHAsync_v2", pinned, places[-1], 128, stream)
+    driver.call("cuStreamSynchronize", stream)
+    found = np.frombuffer(ctypes.string_at(pinned, 128), np.float16).astype(np.float64)
+    most = float((np.abs(found - content["sums"]) / content["bounds"]).max())
+    print(f"W4A16 is off by {most:.2f} of what sums in float32 may be")
+    return most
+
+
+def gemv_of(folder: Path) -> tuple[Any, Any, Any]:
+    """Return the driver, the kernel of W4A16 and a stream."""
+    driver = importlib.import_module("driver").Driver()
+    module = driver.made("cuModuleLoadData", (folder / "gemv.fatbin").read_bytes())
+    return driver, driver.function(module, "gemv"), driver.made("cuStreamCreate", 1)
+
+
 def interleaved(runs: dict[str, Run], each: int) -> dict[str, float]:
     """Return the median milliseconds of what takes turns, `each` runs a turn, after one turn that does not count."""
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -114,11 +147,8 @@ def interleaved(runs: dict[str, Run], each: int) -> dict[str, float]:
 
 def gemv_run(folder: Path, plan: dict[str, Any]) -> Run:
     """Return W4A16 over `MATRICES` in turns: milliseconds of one of them."""
-    session = session_of(folder / "gemm", 1)
-    driver, outputs, depth = session.driver, *GEMV
+    (driver, function, stream), (outputs, depth) = gemv_of(folder), GEMV
     random = np.random.default_rng(0)
-    module = driver.made("cuModuleLoadData", (folder / "gemv.fatbin").read_bytes())
-    function, stream = driver.function(module, "gemv"), driver.made("cuStreamCreate", 1)
 
     def placed(array: Any) -> int:
         return int(driver.upload(array.tobytes()))
@@ -148,20 +178,21 @@ def measure(folder: Path) -> dict[str, Any]:
     """Return and print the figures."""
     rivals = importlib.import_module("cuda_rivals")
     plan = json.loads((folder / "plan.json").read_text())
-    session = session_of(folder / "gemm", 1)
-    found: dict[str, Any] = {"device": session.driver.name, "architecture": session.driver.capability}
-    theirs = rivals.product(*PRODUCT)
-    times = interleaved({"ours": on_device(session, False), "torch._int_mm": beside(rivals, theirs)}, 20)
-    tops = 2 * float(np.prod(PRODUCT, dtype=np.float64)) / times["ours"] / 1e9
-    found["int8 product"] = times | {"tops": tops, "share": times["torch._int_mm"] / times["ours"]}
-    session.close()
+    driver = gemv_of(folder)[0]
+    found: dict[str, Any] = {"device": driver.name, "architecture": driver.capability}
+    if (folder / "gemm").is_dir():
+        session, theirs = session_of(folder / "gemm", 1), rivals.product(*PRODUCT)
+        times = interleaved({"ours": on_device(session, False), "torch._int_mm": beside(rivals, theirs)}, 20)
+        tops = 2 * float(np.prod(PRODUCT, dtype=np.float64)) / times["ours"] / 1e9
+        found["int8 product"] = times | {"tops": tops, "share": times["torch._int_mm"] / times["ours"]}
+        session.close()
     nbytes = 1 << 30
     moved = beside(rivals, rivals.copy(nbytes))
     times = interleaved({"w4a16": gemv_run(folder, plan["gemv"]), "copy": moved}, 5)
     roofline, rate = nbytes / times["copy"] * 1e-6, plan["gemv"]["nbytes"] / times["w4a16"] * 1e-6
     found["w4a16"] = times | {"gb_per_s": rate, "roofline": roofline, "share": rate / roofline}
     for name, content in plan["networks"].items():
-        for batch in BATCHES:
+        for batch in BATCHES if (folder / name).is_dir() else ():
             network = session_of(folder / name, batch)
             theirs = rivals.network(content["layers"], content["shape"], batch)
             times = interleaved({"ours": on_device(network, True), "torch fp16": beside(rivals, theirs)}, 20)
@@ -183,8 +214,10 @@ def main() -> None:
         sys.path.insert(0, str(HERE.parent / "tests"))
         prepare(given.folder, given.architecture, given.lite0)
     elif given.what == "check":
-        sys.exit(check(given.folder) > 0)
+        sys.path.insert(0, str(given.folder))
+        sys.exit(check(given.folder) > 0 or check_gemv(given.folder) > 1.0)
     else:
+        sys.path.insert(0, str(given.folder))
         (given.folder / "figures.json").write_text(json.dumps(measure(given.folder), indent=1) + "\n")
 
 

@@ -49,7 +49,7 @@ HEAD = """# Damaged files and random models
 Written by `python benchmarks/fuzz.py`; do not edit. Each case is a whole compile for `cpu`, of everything in float or
 of everything in integers in turns, in a process that did others before. A finding is a traceback, an internal error,
 more than one line on the standard error output, a process that dies, {seconds:.0f} seconds of a processor without an
-end, or {giga:.0f} GB of memory. What was found before stands in tests/end_to_end/test_fuzzed.py.
+end, or {giga:.0f} GB of memory. What was found before: [reliability.md](reliability.md).
 
 | cases | artifacts | refused, by exit code | findings | slowest, s | most memory, MB |
 |---|---|---|---|---|---|

@@ -2,8 +2,7 @@
 
     python benchmarks/phones.py [NAME ...] [--kept DIR] [--cache DIR] [--no-compile]
 
-With `--kept`, artifacts stay there, and those that are there are not made again; with `--no-compile` no others are told
-of.
+With `--kept`, artifacts stay there, and those that are there are not made again; `--no-compile` tells of these alone.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ TARGETS = ("qnn", "xnnpack", "coreml", "aarch64-android:ort")
 HEAD = """
 With all defaults, on data that calibration did not see, by the CPU's provider. SQNR is that of the output that loses
 most; size is over float's; what the device takes is by its documented rules, and what it does not is counted by reason.
+A model that is missing for a target was not compiled for it.
 
 | model | target | SQNR, dB | size | device takes | refused, and why |
 |---|---|---|---|---|---|
@@ -33,12 +33,16 @@ most; size is over float's; what the device takes is by its documented rules, an
 
 def row(name: str, target: str, output: Path, cache: Path | None) -> str:
     """Return one row of the table; the artifact is made where it is not there yet."""
+    refused = output.with_name(f"{output.name}.refused")
     try:
+        if refused.is_file():
+            return f"| {name} | `{target}` | | | | {refused.read_text(encoding='utf-8').strip()} |"
         if not (output / "report.json").is_file():
             model, calibration, evaluation = map(str, fetch(name, cache))
             compile(model, Options(target, data=calibration, eval=evaluation, output=output))
     except QcompileError as error:
-        return f"| {name} | `{target}` | | | | {str(error).replace('|', '/')} |"
+        refused.write_text(str(error).replace("|", "/"), encoding="utf-8")
+        return row(name, target, output, cache)
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     ratios = [one["sqnr"] for one in report["fidelity"]["outputs"].values() if one["sqnr"] is not None]
     taken, host = "", []
@@ -76,7 +80,8 @@ def main() -> None:
         for name in options.names or known:
             for target in TARGETS:
                 output = (options.kept or Path(scratch)) / f"{name}-{target.replace(':', '_')}"
-                if options.no_compile and not (output / "report.json").is_file():
+                made = (output / "report.json").is_file() or output.with_name(f"{output.name}.refused").is_file()
+                if options.no_compile and not made:
                     continue
                 rows.append(row(name, target, output, options.cache))
                 print(rows[-1], flush=True)

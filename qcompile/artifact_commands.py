@@ -146,9 +146,10 @@ def bundle_command(
 @INPUTS
 @SAMPLES
 @click.option(
-    "--on", default="local", show_default=True, metavar="local|qemu-aarch64|ssh://USER@HOST", help="Where to run."
+    "--on", default="local", show_default=True, metavar="local|qemu-aarch64|adb|ssh://USER@HOST", help="Where to run."
 )
 @click.option("--python", default="python3", show_default=True, help="Command of a device's Python.")
+@click.option("--launcher", default="", help="Command in front of static executables, such as 'taskset f0'.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each run.")
 @click.option("--rank", type=click.Choice(RANKS), default=RANKS[0], show_default=True, help="What comes first.")
 @click.option(
@@ -159,8 +160,8 @@ def bundle_command(
 @JSON
 @DEBUG
 def compare_command(
-    outputs: tuple[Path, ...], model: Path | None, data: str | None, samples: int, on: str, python: str, threads: int,
-    rank: str, timeout: float, costs_out: Path | None, history: Path | None, as_json: bool, debug: bool,
+    outputs: tuple[Path, ...], model: Path | None, data: str | None, samples: int, on: str, python: str, launcher: str,
+    threads: int, rank: str, timeout: float, costs_out: Path | None, history: Path | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Run artifacts OUT... of one model, or one bundle of them, side by side: fidelity, size, latency, memory.
 
@@ -171,7 +172,7 @@ def compare_command(
     from qcompile.core.costs import CostTable
     from qcompile.devices import parse_device
 
-    device, priced = parse_device(on, python), costs_out is not None
+    device, priced = parse_device(on, python, launcher), costs_out is not None
     if costs_out is not None:
         artifact.check_own(costs_out, CostTable.from_json)
     with contextlib.ExitStack() as stack:

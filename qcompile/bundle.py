@@ -173,11 +173,13 @@ def _pack(folder: Path, output: Path, model: str, index: int) -> dict[str, Any]:
 
 
 def _architecture(artifact: Path) -> dict[str, str]:
-    """Return what kind of machine an artifact runs on, where it says so, and which runtime a part of it needs."""
+    """Return what machine an artifact is for, what of it runs alone, and which runtime it needs, where it says so."""
     try:
         about = json.loads((artifact / "network.json").read_text(encoding="utf-8"))
-        needed = {"needs": "onnxruntime"} if "segments" in about else {}
-        return {"architecture": about["architecture"], **needed}
+        found = {"architecture": str(about["architecture"])}
+        if "segments" in about:
+            return found | {"needs": "onnxruntime"}
+        return found | ({"executable": str(about["executable"])} if about.get("executable") else {})
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import isfinite
@@ -16,13 +16,13 @@ import numpy as np
 from qcompile import runner
 from qcompile.backends.base import find_target
 from qcompile.backends.cpu.emulate import instructions
-from qcompile.backends.cpu.session import is_here
 from qcompile.backends.mcu.emulate import MACHINES
 from qcompile.backends.mcu.emulated_run import run_package
 from qcompile.bundle import Failed
 from qcompile.core import numerics
 from qcompile.core.errors import QcompileError, TargetError, UsageError
-from qcompile.devices import EMULATORS, Device, DeviceError, Local
+from qcompile.devices import Device
+from qcompile.static_devices import DeviceError
 from qcompile.timing import processor
 
 
@@ -156,25 +156,46 @@ def compare(
     """
     rows = [Row(one["name"], one["target"], one["bytes"]) for one in content["artifacts"]]
     here = [index for index, one in enumerate(content["artifacts"]) if _is_emulated(one, device)]
-    misplaced = {index: why for index, one in enumerate(content["artifacts"]) if (why := _misplaced(one, device))}
+    misplaced = {index: why for index, one in enumerate(content["artifacts"])
+                 if index not in here and (why := device.misplaced(one))}  # fmt: skip
     there = [index for index in range(len(rows)) if index not in here and index not in misplaced]
-    told, lost = dict[int, dict[str, Any]](), ""
-    words = ("--threads", str(threads), "--only", ",".join(map(str, there)), *(["--profile"] if profile else []))
-    try:
-        for line in device.lines(folder, words, timeout):
-            told[line["artifact"]] = line
-    except DeviceError as error:
-        lost = f"{device.name} was lost: {error}"
+    alone = [index for index in there if device.runs_alone(content["artifacts"][index])]
+    told, lost = _told(folder, device, [index for index in there if index not in alone], threads, timeout, profile)
+    for index in alone:
+        told[index] = _told_alone(folder, device, content["artifacts"][index], content["labels"], timeout)
     for index in there:
-        rows[index] = _seen(rows[index], told.get(index, {}), lost)
+        rows[index] = _seen(rows[index], told.get(index, {}), "" if index in alone else lost)
     for index, why in misplaced.items():
-        rows[index] = replace(rows[index], failure=why, failed=True)
+        rows[index] = replace(rows[index], failure=why, failed=rows[index].target != "float")
     for index in here:
         rows[index] = _emulated(rows[index], folder, content["artifacts"][index], content["labels"])
     rows = [row for row, one in zip(rows, content["artifacts"], strict=True) if "form" not in one]
     rows += [Row(str(one.output), "", failure=one.reason, failed=True) for one in failed]
     ranked = sorted(rows, key=_KEYS[rank])
     return Compared(tuple(ranked), len(content["labels"]), threads, device.name, told)
+
+
+def _told(
+    folder: Path, device: Device, there: Sequence[int], threads: int, timeout: float, profile: bool
+) -> tuple[dict[int, dict[str, Any]], str]:
+    """Run a bundle's runner on a device; return what it told of each artifact, and why it ended before it was done."""
+    told = dict[int, dict[str, Any]]()
+    words = ("--threads", str(threads), "--only", ",".join(map(str, there)), *(["--profile"] if profile else []))
+    try:
+        for line in device.lines(folder, words, timeout) if there else ():
+            told[line["artifact"]] = line
+    except DeviceError as error:
+        return told, f"{device.name} was lost: {error}"
+    return told, ""
+
+
+def _told_alone(
+    folder: Path, device: Device, packed: Mapping[str, Any], labels: Sequence[int | None], timeout: float
+) -> dict[str, Any]:
+    try:
+        return device.alone(folder, packed, labels, timeout)
+    except DeviceError as error:
+        return {"failure": f"{device.name}: {error}"}
 
 
 def _seen(row: Row, told: Mapping[str, Any], lost: str) -> Row:
@@ -199,15 +220,6 @@ def _judged(row: Row, told: Mapping[str, Any]) -> Row:
 def _is_emulated(packed: Mapping[str, Any], device: Device) -> bool:
     """Tell whether an artifact runs under emulation on this side."""
     return packed["kind"] == "package" or (device.emulated != "" and packed.get("architecture") == device.emulated)
-
-
-def _misplaced(packed: Mapping[str, Any], device: Device) -> str:
-    """Return why an artifact cannot run on this machine, if it is for another; devices tell themselves."""
-    architecture = packed.get("architecture", "")
-    if not isinstance(device, Local) or _is_emulated(packed, device) or not architecture or is_here(architecture):
-        return ""
-    emulators = "".join(f"--on {name}, or " for name, each in EMULATORS.items() if each == architecture)
-    return f"is for {architecture}, and this machine is another; give {emulators}a device of that kind"
 
 
 def _emulated(row: Row, folder: Path, packed: Mapping[str, Any], labels: list[int | None]) -> Row:

@@ -1,21 +1,19 @@
 """Make up for what quantization took: weights rounded with regard to one another, biases that take the drift back.
 
-Both are tried on three quarters of the samples and judged on the others. What is kept is measured on all: codes only
-where these have more rows to tell, which beyond `rounding.ROWS` they do not.
+Both are tried on three quarters of the samples and judged on the others; what is kept is measured on all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import onnx_ir as ir
 
 from qcompile.calib.data import Dataset
 from qcompile.calib.drift import losses, measure_drift
 from qcompile.calib.output_error import OutputError, surely_less
-from qcompile.calib.rounding import MANY, ROWS, Operator, SecondMoments, round_weights, second_moments
+from qcompile.calib.rounding import MANY, Operator, SecondMoments, round_weights, second_moments
 from qcompile.calib.workers import abreast
 from qcompile.core.contract import Pass, Refusal
 from qcompile.core.numerics import IntArray
@@ -57,11 +55,9 @@ def compensate(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPl
         return quantized
     data, pipeline, track = job.evidence.fitted(job.evidence.calibration), job.pipeline, job.track
     threads = job.options.threads
-    fit, others = job.evidence.calibration.split(HELD_OUT)
-    trial = _Trial(job, canonical, operators, fit)
-    useful = pipeline.measure("compensation", NAMES, lambda: _useful(trial, quantized, biases, others))
+    useful = pipeline.measure("compensation", NAMES, lambda: _useful(job, canonical, quantized, operators, biases))
     if RoundWeights.__name__ in useful:
-        codes = pipeline.measure("codes", CODES, lambda: trial.settled(data))
+        codes = pipeline.measure("codes", CODES, lambda: _codes(job, canonical, operators, data))
         quantized = pipeline.apply(RoundWeights(codes, weights_left), quantized)
     else:
         _decline(job, RoundWeights, quantized, (_useless(RoundWeights) if operators else ()) + weights_left)
@@ -98,45 +94,22 @@ def rounded_at_once(job: Job, canonical: ir.Model, plan: QuantPlan) -> RoundWeig
     return RoundWeights(codes)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Weights rounded with regard to one another by a part of the samples."""
-
-    job: Job
-    canonical: ir.Model
-    operators: Mapping[str, Operator]
-    fit: Dataset
-
-    @cached_property
-    def data(self) -> Dataset:
-        """What is measured."""
-        return self.job.evidence.fitted(self.fit)
-
-    @cached_property
-    def found(self) -> dict[str, tuple[IntArray, int]]:
-        """The codes, and the rows that they were found by."""
-        return _rounded(self.job, self.canonical, self.operators, self.data)
-
-    def settled(self, data: Dataset) -> dict[str, IntArray]:
-        """Return the codes, by all samples where a part of them has fewer rows than there may be."""
-        codes = {name: codes for name, (codes, _) in self.found.items()}
-        few = {name: one for name, one in self.operators.items() if self.found[name][1] < ROWS}
-        return codes | (_codes(self.job, self.canonical, few, data) if few else {})
-
-
-def _useful(trial: _Trial, quantized: ir.Model, biases: Sequence[str], others: Dataset) -> list[str]:
+def _useful(
+    job: Job, canonical: ir.Model, quantized: ir.Model, operators: Mapping[str, Operator], biases: Sequence[str]
+) -> list[str]:
     """Return the names of the passes that help.
 
     Biases are corrected where that leaves less noise. Weights stay at nearest only where that surely leaves less: of
     two dozen samples few are held out, and rounding helps on nearly all models (docs/rounding.md).
     """
-    job, canonical, operators = trial.job, trial.canonical, trial.operators
+    fit, others = job.evidence.calibration.split(HELD_OUT)
+    fitted = job.evidence.fitted(fit)
     trials: list[tuple[tuple[type[Pass], ...], ir.Model]] = [((), quantized)]
     if operators:
-        codes = {name: codes for name, (codes, _) in trial.found.items()}
+        codes = _codes(job, canonical, operators, fitted)
         trials.append(((RoundWeights,), RoundWeights(codes)(quantized.clone()).model))
     for passes, model in tuple(trials) if biases else ():
-        drift = measure_drift(canonical, model, biases, trial.data, job.track, job.options.threads)
+        drift = measure_drift(canonical, model, biases, fitted, job.track, job.options.threads)
         trials.append(((*passes, CorrectBias), CorrectBias(drift)(model.clone()).model))
     if len(trials) == 1:
         return []
@@ -157,19 +130,12 @@ def _surely_worse(error: OutputError, other: OutputError) -> bool:
 
 def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], data: Dataset) -> dict[str, IntArray]:
     """Return the codes of each operator's weights, by the initializer that holds them."""
-    return {name: codes for name, (codes, _) in _rounded(job, canonical, operators, data).items()}
-
-
-def _rounded(
-    job: Job, canonical: ir.Model, operators: Mapping[str, Operator], data: Dataset
-) -> dict[str, tuple[IntArray, int]]:
-    """Return codes and the number of rows that they were found by, by the initializer that holds the weights."""
     names = {operator: name for name, operator in operators.items()}
     threads = job.options.threads
     moments = second_moments(canonical, list(operators.values()), data, job.track, threads)
 
-    def rounded(pair: tuple[Operator, SecondMoments]) -> tuple[str, tuple[IntArray, int]]:
-        return names[pair[0]], (round_weights(*pair), pair[1].rows)
+    def rounded(pair: tuple[Operator, SecondMoments]) -> tuple[str, IntArray]:
+        return names[pair[0]], round_weights(*pair)
 
     return dict(abreast(rounded, moments, threads))
 

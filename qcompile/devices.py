@@ -1,4 +1,4 @@
-"""Where bundles run: this machine, or one that ssh reaches."""
+"""Where bundles run: this machine, or one that ssh or adb reaches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from qcompile.backends.cpu.session import is_here
 from qcompile.bundle import RUNNER
 from qcompile.core.errors import UsageError
+from qcompile.static_devices import DeviceError, over_ssh, parse_adb
 
 #: Seconds without an answer after which a connection counts as lost, and tries before that.
 ALIVE, TRIES = 5, 3
@@ -50,9 +52,25 @@ class Device(Protocol):
         """
         ...
 
+    def misplaced(self, packed: Mapping[str, Any]) -> str:
+        """Return why an artifact cannot run there, as far as that is known beforehand."""
+        ...
 
-class DeviceError(Exception):
-    """A device went away, or what ran there did."""
+    def runs_alone(self, packed: Mapping[str, Any]) -> bool:
+        """Tell whether it runs an artifact's static executable, without a bundle's runner."""
+        ...
+
+    def alone(
+        self, bundle: Path, packed: Mapping[str, Any], labels: Sequence[int | None], timeout: float
+    ) -> dict[str, Any]:
+        """Run an artifact's executable, and return what the runner would tell of it.
+
+        Raises
+        ------
+        DeviceError
+            If it ends before it is done.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,25 @@ class Local:
         """Run it here; see `Device`."""
         return _talk([sys.executable, str(folder / RUNNER), *words], b"", timeout)
 
+    def misplaced(self, packed: Mapping[str, Any]) -> str:
+        """Return why an artifact is for another machine."""
+        architecture = packed.get("architecture", "")
+        if not architecture or architecture == self.emulated or is_here(architecture):
+            return ""
+        emulators = "".join(f"--on {name}, or " for name, each in EMULATORS.items() if each == architecture)
+        return f"is for {architecture}, and this machine is another; give {emulators}a device of that kind"
+
+    def runs_alone(self, packed: Mapping[str, Any]) -> bool:
+        """Tell that libraries are loaded here."""
+        del packed
+        return False
+
+    def alone(
+        self, bundle: Path, packed: Mapping[str, Any], labels: Sequence[int | None], timeout: float
+    ) -> dict[str, Any]:
+        """Do nothing; see `runs_alone`."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Ssh:
@@ -78,11 +115,14 @@ class Ssh:
     port : int, optional
     python : str
         The command there.
+    launcher : str
+        Command in front of a static executable.
     """
 
     host: str
     port: int | None
     python: str
+    launcher: str = ""
 
     @property
     def emulated(self) -> str:
@@ -106,30 +146,51 @@ class Ssh:
             "d=$(mktemp -d) && cd \"$d\" && trap 'cd / && rm -rf \"$d\"' EXIT && trap 'exit 1' HUP INT TERM && "
             f"head -c {len(content)} | tar xf - && {runner}"
         )
+        return _talk([*self._connect(), f"sh -c {shlex.quote(script)}"], content, timeout)
+
+    def _connect(self) -> list[str]:
         options = {"BatchMode": "yes", "ConnectTimeout": 10, "ServerAliveInterval": ALIVE, "ServerAliveCountMax": TRIES}
         given = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-        port = ["-p", str(self.port)] if self.port else []
-        return _talk(["ssh", *given, *port, "--", self.host, f"sh -c {shlex.quote(script)}"], content, timeout)
+        return ["ssh", *given, *(["-p", str(self.port)] if self.port else []), "--", self.host]
+
+    def misplaced(self, packed: Mapping[str, Any]) -> str:
+        """Return nothing: the device tells itself."""
+        del packed
+        return ""
+
+    def runs_alone(self, packed: Mapping[str, Any]) -> bool:
+        """Tell whether an artifact has a static executable, which wants neither Python nor NumPy."""
+        return "executable" in packed
+
+    def alone(
+        self, bundle: Path, packed: Mapping[str, Any], labels: Sequence[int | None], timeout: float
+    ) -> dict[str, Any]:
+        """Run it there; see `Device`."""
+        return over_ssh(self._connect(), bundle, packed, labels, self.launcher, timeout)
 
 
-def parse_device(text: str, python: str) -> Device:
-    """Read ``local``, ``qemu-aarch64`` or ``ssh://user@host:port``.
+def parse_device(text: str, python: str, launcher: str = "") -> Device:
+    """Read ``local``, ``qemu-aarch64``, ``adb``, ``adb:SERIAL`` or ``ssh://user@host:port``.
 
     Raises
     ------
     UsageError
-        If it is none of these, or ssh is not installed.
+        If it is none of these, or ssh or adb is not installed.
     """
     if text == "local":
         return Local()
     if text in EMULATORS:
         return Local(text, EMULATORS[text])
+    if text == "adb" or (text.startswith("adb:") and text != "adb:"):
+        return parse_adb(text, launcher)
     parts = urlsplit(text)
     if parts.scheme != "ssh" or not parts.hostname or parts.path not in ("", "/"):
-        raise UsageError(f"--on {text}", "is no device", "give local, qemu-aarch64, or ssh://user@host:port")
+        raise UsageError(
+            f"--on {text}", "is no device", "give local, qemu-aarch64, adb, adb:SERIAL, or ssh://user@host:port"
+        )
     if shutil.which("ssh") is None:
         raise UsageError(f"--on {text}", "ssh is not installed here", "install openssh-client")
-    return Ssh(f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname, parts.port, python)
+    return Ssh(f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname, parts.port, python, launcher)
 
 
 def _talk(words: Sequence[str], content: bytes, timeout: float) -> Iterator[dict[str, Any]]:

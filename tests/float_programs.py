@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.expressions import leaf
 from qcompile.backends.integer.program import Port, Program, Tensor
@@ -52,3 +54,25 @@ def product(batch, m, k, n, step, target, heads=False, turned=False, zero=-7):
     )
     operation = ops.MatMul("m", ("a", "b"), "y", (places, swapped, places), (*batch, m, k, n), zero, step)
     return program_of(operation, [codes("a", *shape_a), codes("b", *shape_b)], target(shape_c))
+
+
+def blocked(random, rows, length, outputs, block, bits, halves=False, bounds=(-np.inf, np.inf)):
+    """Return a layer's program."""
+    lowest = -8 if bits == 4 else -128
+    weights = random.integers(lowest, -lowest, (outputs, length)).astype(np.int8)
+    scale = random.uniform(0.001, 0.02, (outputs, -(-length // block))).astype(np.float32)
+    scale = scale.astype(np.float16).astype(np.float32) if halves else scale
+    bias = random.normal(size=outputs).astype(np.float32)
+    operation = ops.BlockDense("d", ("x",), "y", weights, scale, bias, block, bits, *bounds)
+    return program_of(operation, [floats("x", 1, rows, length)], floats("y", 1, rows, outputs))
+
+
+def float_product(batch, m, k, n, heads, turned, scale=1.0, bounds=(-np.inf, np.inf)):
+    """Return a product of two activations in float; with `heads`, rows stand in front of the batch as stored."""
+    rank = len(batch) + 2
+    order = (rank - 2, *range(rank - 2), rank - 1) if heads else tuple(range(rank))
+    places = tuple(order.index(axis) for axis in range(rank))
+    swapped = (*places[:-2], places[-1], places[-2]) if turned else places
+    shapes = [tuple((*batch, *last)[axis] for axis in order) for last in ((m, k), (n, k) if turned else (k, n), (m, n))]
+    operation = ops.FloatMatMul("m", ("a", "b"), "y", (places, swapped, places), (*batch, m, k, n), scale, *bounds)
+    return program_of(operation, [floats("a", *shapes[0]), floats("b", *shapes[1])], floats("y", *shapes[2]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject, Unbounded
+from qcompile.backends.base import Lowered, Unbounded, Unpriced
 from qcompile.backends.cpu import executable, library, segmented_session
 from qcompile.backends.cpu import write_segments as segments
 from qcompile.backends.cpu.emulate import EmulatedSession, emulator
@@ -35,10 +35,7 @@ from qcompile.backends.tvm.schedules import aarch64, x86
 from qcompile.backends.tvm.schedules.block_dense import in_halves
 from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.core import model as models
-from qcompile.core.contract import Track
-from qcompile.core.costs import CostTable
 from qcompile.core.errors import OperatorError, TargetError, UsageError
-from qcompile.core.execution import Kernel
 from qcompile.core.lengths import Lengths
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
@@ -50,7 +47,7 @@ REFERENCE = "reference.onnx"
 SESSION = "session.py"
 
 
-class CpuBackend(Unbounded):
+class CpuBackend(Unpriced, Unbounded):
     """The backend ``cpu``."""
 
     name: ClassVar[str] = "cpu"
@@ -159,23 +156,6 @@ class CpuBackend(Unbounded):
     def _floats(self) -> frozenset[str]:
         """Return what any of the targets takes in float: what an operator is stored in does not depend on that."""
         return frozenset().union(*(target.floats for target in self.targets()))
-
-    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
-        """Return nothing: no table prices these kernels yet."""
-        del model
-        return [[] for _ in samples]
-
-    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
-        """Refuse: every operator becomes integers there, so that no time decides anything.
-
-        Raises
-        ------
-        TargetError
-            Always.
-        """
-        del subjects, processor, track
-        fact = "computes in integers alone, whatever they take: no cost decides anything there"
-        raise TargetError(f"probe {target.name}", fact, "leave it out")
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         """Load the library, or the executable where processors are emulated; return a function that runs one sample."""

@@ -16,11 +16,9 @@ from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.float_operations import Dequantize, FloatDense
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import codes, depthwise, shares, windows
+from qcompile.backends.tvm.schedules import codes, depthwise, linear, shares, windows
 from qcompile.backends.tvm.schedules import x86_float_kernels as float_kernels
-from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
-from qcompile.backends.tvm.schedules.aarch64 import Aarch64
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Rounding, high_word
 from qcompile.core.errors import OperatorError
 
@@ -159,8 +157,7 @@ def _linear(
 
 def _in_nibbles(network: Network, operation: Any) -> bool:
     """Tell whether weights stay two to a byte, which kernels do whose sums become codes."""
-    elsewhere = isinstance(network.processor, Aarch64) or isinstance(operation, FloatDense)
-    return bool(operation.bits == nibbles.BITS and not elsewhere)
+    return bool(operation.bits == nibbles.BITS and not isinstance(operation, FloatDense))
 
 
 def _windows(network: Network, operation: Any, numbers: Rounding) -> windows.Windows:

@@ -16,12 +16,11 @@ from qcompile.backends.cpu.layout import packed_bytes, strides
 from qcompile.backends.cpu.network import Argument, Network, row_major
 from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import shares
+from qcompile.backends.tvm.schedules import linear, shares
 from qcompile.backends.tvm.schedules import x86_float_kernels as kernels
-from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_products as products
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
-from qcompile.backends.tvm.schedules.x86 import OFFSET, X86
+from qcompile.backends.tvm.schedules.x86 import X86
 from qcompile.backends.tvm.schedules.x86_float_kernels import Read
 from qcompile.backends.tvm.schedules.x86_floats import Stored
 
@@ -57,7 +56,8 @@ def _leaves(network: Network, operation: ops.FloatOperation) -> tuple[list[Store
             continue
         tensor = network.tensor(operation.inputs[leaf.source])
         steps = _steps(leaf.axes, strides(network.layout, tensor))
-        codes = ("uint8", steps, leaf.scale, leaf.zero_point + OFFSET)
+        processor = network.processor
+        codes = (processor.codes, steps, leaf.scale, leaf.zero_point + processor.offset)
         found.append(Stored(*codes) if tensor.is_codes else Stored(tensor.dtype, steps))
         places.append(network.at(tensor.name))
     return found, places
@@ -67,7 +67,7 @@ def _output(network: Network, name: str) -> Stored:
     tensor = network.tensor(name)
     steps = strides(network.layout, tensor)
     if tensor.is_codes:
-        return Stored("uint8", steps, tensor.scale, tensor.zero_point + OFFSET)
+        return Stored(network.processor.codes, steps, tensor.scale, tensor.zero_point + network.processor.offset)
     return Stored(tensor.dtype, steps)
 
 

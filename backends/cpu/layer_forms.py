@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from qcompile.backends.cpu.network import Network
-from qcompile.backends.tvm.schedules import aarch64_linear
+from qcompile.backends.tvm.schedules import aarch64_linear, linear
 from qcompile.backends.tvm.schedules import x86_amx as amx
-from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
-from qcompile.backends.tvm.schedules.aarch64 import Aarch64
+from qcompile.backends.tvm.schedules.aarch64 import DOT, Aarch64
 from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.backends.tvm.schedules.x86_cycles import choose_tile, cycles
 
@@ -19,6 +18,10 @@ from qcompile.backends.tvm.schedules.x86_cycles import choose_tile, cycles
 def product_form(shape: linear.Linear, processor: Processor) -> tuple[Any, linear.Linear, linear.Tile, float]:
     """Return what multiplies two activations: its emitter, the shape that it has, its tile, and the cycles."""
     vectors = -(-shape.outputs // processor.lanes)
+    if isinstance(processor, Aarch64):
+        plain = replace(processor, instruction=DOT if processor.instruction else "")
+        tile = aarch64_linear.choose_tile(shape, plain)
+        return aarch64_linear.dots, shape, tile, cycles(shape, tile, vectors)
     block = amx.choose_block(shape, processor) if processor.tiles else None
     if block:
         return amx.emit, amx.whole(shape, block), block, amx.cycles(shape, block, vectors)
@@ -33,6 +36,9 @@ def form(shape: linear.Linear, processor: Processor) -> tuple[Any, Any, linear.T
         return amx.pack, amx.tiles_kernel, block, amx.cycles
     if isinstance(processor, Aarch64):
         arm = aarch64_linear
+        if shape.nibbles:
+            plain = replace(processor, instruction=DOT if processor.instruction else "")
+            return nibbles.pack, arm.nibbles_kernel, arm.choose_tile(shape, plain), cycles
         return arm.pack, arm.linear_kernel, arm.choose_tile(shape, processor), cycles
     tile = choose_tile(shape, processor)
     if shape.nibbles:
@@ -55,7 +61,7 @@ def packed_form(
         Which one it is, at all lengths.
     shape : Linear
     weights, numbers
-        As `x86_linear.pack` takes them.
+        As `linear.pack` takes them.
     """
     pack, kernel, tile, cost = form(shape, network.processor)
     packed, table = pack(shape, tile, network.processor, weights, numbers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Placed, Subject, Unbounded, require_no_segments, require_one_length
+from qcompile.backends.base import (
+    Lowered,
+    Placed,
+    Unbounded,
+    Unpriced,
+    require_no_segments,
+    require_one_length,
+)
 from qcompile.backends.cuda import compiler
 from qcompile.backends.cuda.linear import linear_kernel
 from qcompile.backends.cuda.network import MANY, Network, network_of
@@ -24,10 +31,7 @@ from qcompile.backends.integer.program import Port, Program
 from qcompile.backends.mcu.write_c import identifier
 from qcompile.backends.tvm.emit import load_tvm
 from qcompile.core import model as models
-from qcompile.core.contract import Track
-from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError, UsageError
-from qcompile.core.execution import Kernel
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import LIMITS, Target
@@ -38,7 +42,7 @@ REFERENCE = "reference.onnx"
 LOADER = ("session.py", "driver.py")
 
 
-class CudaBackend(Unbounded):
+class CudaBackend(Unpriced, Unbounded):
     """The backend ``cuda``."""
 
     name: ClassVar[str] = "cuda"
@@ -94,23 +98,6 @@ class CudaBackend(Unbounded):
         layers = [part for part in program.operations if isinstance(part, Conv | Dense)]
         made = [linear_kernel(part, program.tensors[part.inputs[0]], program.tensors[part.output]) for part in layers]
         return sum(kernel.weights.nbytes + kernel.table.nbytes for kernel in made)
-
-    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
-        """Return nothing: no table prices these kernels yet."""
-        del model
-        return [[] for _ in samples]
-
-    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
-        """Refuse: every operator becomes integers there, so that no time decides anything.
-
-        Raises
-        ------
-        TargetError
-            Always.
-        """
-        del subjects, processor, track
-        fact = "computes in integers alone, whatever they take: no cost decides anything there"
-        raise TargetError(f"probe {target.name}", fact, "leave it out")
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         """Return what interprets the kernels' program, so that a report is the same with a device and without."""

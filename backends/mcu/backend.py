@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject, require_no_segments, require_one_length
+from qcompile.backends.base import Lowered, Unpriced, require_no_segments, require_one_length
 from qcompile.backends.integer import map_bits
 from qcompile.backends.integer.interpret import dequantize_output, quantize_input
 from qcompile.backends.integer.lower import lower
@@ -30,10 +30,7 @@ from qcompile.backends.mcu.write_c import Source, identifier
 from qcompile.backends.tvm.emit import load_tvm
 from qcompile.backends.tvm.kernels import constant_bytes
 from qcompile.core import model as models
-from qcompile.core.contract import Track
-from qcompile.core.costs import CostTable
-from qcompile.core.errors import BudgetError, TargetError
-from qcompile.core.execution import Kernel
+from qcompile.core.errors import BudgetError
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import Target
@@ -49,10 +46,11 @@ ATTEMPTS = 3
 CODE_BYTES = 16 << 10
 
 
-class McuBackend:
+class McuBackend(Unpriced):
     """The backend ``mcu``."""
 
     name: ClassVar[str] = "mcu"
+    unpriced: ClassVar[str] = "has no clock here: an emulator counts instructions, which are no times"
 
     def targets(self) -> Iterable[Target]:
         """Return the targets of backends/mcu/targets."""
@@ -130,23 +128,6 @@ class McuBackend:
         if limits.sram_bytes is None or fits(program, target, limits.sram_bytes):
             return ()
         return fitting(program, groups, losses, target, limits).narrow
-
-    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
-        """Return nothing: no table prices kernels of a device that is not here."""
-        del model
-        return [[] for _ in samples]
-
-    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
-        """Refuse: a device that is not here cannot be timed.
-
-        Raises
-        ------
-        TargetError
-            Always.
-        """
-        del subjects, processor, track
-        fact = "has no clock here: an emulator counts instructions, which are no times"
-        raise TargetError(f"probe {target.name}", fact, "leave it out")
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         """Compile the package for this machine and return a function that runs one sample."""

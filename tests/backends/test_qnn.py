@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 
 from qcompile import Options, compile
 
-pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("onnxruntime_qnn"), reason="onnxruntime-qnn is not installed"),
+]
 
 #: A process of its own: a provider stays in the process that it was registered in.
 COMPILE = """

@@ -14,7 +14,6 @@ import pytest
 from random_programs import random_program
 
 from qcompile.backends.cuda import compiler
-from qcompile.backends.cuda.driver import Driver
 from qcompile.backends.cuda.four_bits import Gemv
 from qcompile.backends.cuda.network import network_of
 
@@ -41,6 +40,8 @@ def prepared(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_shapes, "resnet50", small)
     monkeypatch.setattr(compiler, "ARCHITECTURES", ("80",))
     cuda.prepare(tmp_path / "folder", [], None)
+    monkeypatch.syspath_prepend(str(tmp_path / "folder"))
+    monkeypatch.delitem(sys.modules, "driver", raising=False)
     return tmp_path / "folder"
 
 
@@ -70,7 +71,7 @@ def test_figures_are_of_what_they_say(prepared, tmp_path, monkeypatch):
 
     class Session:
         def __init__(self, folder: Path, batch: int) -> None:
-            self.driver, self.batch = Driver(), batch
+            self.batch = batch
 
         def time(self, rounds: int, each: int, floats: bool, copied: bool) -> list[float]:
             assert (rounds, each, copied) == (1, 20, False)
@@ -87,6 +88,8 @@ def test_figures_are_of_what_they_say(prepared, tmp_path, monkeypatch):
     rivals.milliseconds = lambda run, each: 1.0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda_rivals", rivals)
     monkeypatch.setattr(cuda, "session_of", Session)
+    assert cuda.check_gemv(prepared) <= 1.0
+    (tmp_path / "log.txt").write_text("")
     found = cuda.measure(prepared)
     assert asked == [(64, 64, 64), (6, (1, 4, 8, 8), 1), (6, (1, 4, 8, 8), 32)]
     assert found["int8 product"]["share"] == 2.0 and found["int8 product"]["tops"] == pytest.approx(2 * 64**3 / 0.5e9)

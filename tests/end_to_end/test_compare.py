@@ -175,7 +175,7 @@ def test_a_device_that_does_not_end_is_given_up(qcompile, small_artifact, words,
     assert done.code == 7 and "local was lost: no end after 1 s" in done.out and time.monotonic() - began < 30.0
 
 
-@pytest.mark.parametrize("device", ["adb", "ssh://", "ssh://host/folder", "http://host"])
+@pytest.mark.parametrize("device", ["adb:", "ssh://", "ssh://host/folder", "http://host"])
 def test_what_is_no_device_is_refused(qcompile, small_artifact, words, device):
     done = qcompile("compare", small_artifact, *words, "--on", device)
     assert done.code == 2 and "is no device" in done.err and done.err.count("\n") == 1

@@ -70,21 +70,3 @@ def test_a_cache_brings_the_codes_back(qcompile, linear, tmp_path):
     assert qcompile(*words, "-o", tmp_path / "first").code == 0
     assert qcompile(*words, "-o", tmp_path / "second").code == 0
     assert (tmp_path / "first/model.onnx").read_bytes() == (tmp_path / "second/model.onnx").read_bytes()
-
-
-def test_codes_of_many_rows_are_those_of_a_part_and_of_few_rows_those_of_all(qcompile, linear, tmp_path, monkeypatch):
-    """Ten samples have 320 rows: where that is as many as there may be, others tell nothing more."""
-    seen: list[int] = []
-    moments_of = compensation.second_moments
-
-    def counted(model, operators, data, *rest):
-        seen.append(len(data))
-        return moments_of(model, operators, data, *rest)
-
-    monkeypatch.setattr(compensation, "second_moments", counted)
-    monkeypatch.setattr(compensation, "ROWS", 320)
-    compiled(qcompile, tmp_path / "many", *linear(4))
-    assert seen == [10]
-    monkeypatch.setattr(compensation, "ROWS", 321)
-    compiled(qcompile, tmp_path / "few", *linear(4))
-    assert seen == [10, 10, 13]

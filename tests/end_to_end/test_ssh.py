@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import importlib.util
 import json
 import os
 import shutil
@@ -47,7 +48,8 @@ def server(tmp_path, monkeypatch):
         commands = folder / "bin"
         commands.mkdir()
         (commands / "ssh").write_text(
-            f"#!/bin/sh\nexec {shutil.which('ssh')} -F none -i {folder}/user -o StrictHostKeyChecking=no "
+            f"#!/bin/sh\necho $$ >> {folder}/connections\n"
+            f"exec {shutil.which('ssh')} -F none -i {folder}/user -o StrictHostKeyChecking=no "
             f'-o UserKnownHostsFile={folder}/known -o LogLevel=ERROR "$@"\n'
         )
         (commands / "ssh").chmod(0o755)
@@ -66,6 +68,11 @@ def bundled(qcompile, small, small_artifact, tmp_path):
     file = tmp_path / "small.qbundle"
     assert qcompile("bundle", small_artifact, "--model", small.model, "--data", small.data, "-o", file).code == 0
     return file
+
+
+def connections(remote: Path) -> list[int]:
+    """Return the processes of this side that connected, in their order."""
+    return [int(line) for line in (remote.parent / "ssh/connections").read_text().split()]
 
 
 def left_behind(remote: Path) -> list[str]:
@@ -116,7 +123,7 @@ def test_a_device_that_is_cut_off_is_said_in_each_row(qcompile, bundled, server)
         while not ended.is_set():
             if list(remote.glob("*/runner.py")):
                 time.sleep(0.1)
-                subprocess.run(["pkill", "-KILL", "-f", f"BatchMode=yes.*{device.rpartition(':')[2]}"], check=False)
+                os.kill(connections(remote)[-1], signal.SIGKILL)
                 return
             time.sleep(0.02)
 
@@ -127,6 +134,73 @@ def test_a_device_that_is_cut_off_is_said_in_each_row(qcompile, bundled, server)
     cutter.join()
     assert done.code == 7 and done.out.count(f"{device} was lost") == 2 and done.err.count("\n") == 1
     assert not left_behind(remote)
+
+
+EMULATED = ("--launcher", "qemu-aarch64 -cpu max")
+needs_arm = pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in ("qemu-aarch64", "ld.lld")) or importlib.util.find_spec("tvm") is None,
+    reason="qemu-user, lld or apache-tvm is not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, small_artifact):
+    """What the small model became for ARM."""
+    from qcompile import Options, compile
+
+    output = tmp_path_factory.mktemp("library") / "arm"
+    data = str(small_artifact.parent / "data.npz")
+    compile(small_artifact.parent / "small.onnx", Options("aarch64-linux", data=data, output=output))
+    return output
+
+
+@needs_arm
+def test_a_library_for_arm_runs_there_without_python(qcompile, small, library, server):
+    """This machine stands for one of ARM by an emulator in front of the executable; float's row alone wants Python."""
+    device, remote = server
+    words = ("--model", small.model, "--data", small.data, "--on", device, "--python", "no-such-python", *EMULATED)
+    done = qcompile("compare", library, *words, "--json")
+    rows = {row["target"]: row for row in json.loads(done.out)["rows"]}
+    row = rows["aarch64-linux"]
+    assert done.code == 7 and rows["float"]["failed"] and not row["failed"]
+    assert row["latency"]["median"] > 0.0 and row["sqnr"]["y"] > 20.0 and not left_behind(remote)
+
+
+@needs_arm
+def test_an_executable_that_is_cut_off_is_said_in_its_row(qcompile, small, library, server):
+    device, remote = server
+    ended = threading.Event()
+
+    def cut() -> None:
+        while not ended.is_set():
+            if _unpacked(remote):
+                os.kill(connections(remote)[-1], signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    words = ("--model", small.model, "--data", small.data, "--on", device, "--python", sys.executable)
+    done = qcompile("compare", library, *words, "--launcher", "sleep 2; qemu-aarch64 -cpu max", "--json")
+    ended.set()
+    cutter.join()
+    rows = {row["target"]: row for row in json.loads(done.out)["rows"]}
+    assert done.code == 7 and done.err.count("\n") == 1
+    assert rows["aarch64-linux"]["failed"] and rows["aarch64-linux"]["failure"].startswith(f"{device}: ")
+    assert not rows["float"]["failed"] and not left_behind(remote)
+
+
+def _unpacked(remote: Path) -> bool:
+    """Tell whether an executable lies there, alone; a bundle begins with a folder."""
+    return any([path.is_file() for path in folder.iterdir()] == [True] for folder in remote.iterdir())
+
+
+@needs_arm
+def test_what_the_device_cannot_execute_says_so(qcompile, small, library, server):
+    device, remote = server
+    words = ("--model", small.model, "--data", small.data, "--on", device, "--python", sys.executable)
+    done = qcompile("compare", library, *words, "--launcher", "no-such-emulator")
+    assert done.code == 7 and "no-such-emulator" in done.out and "not found" in done.out and not left_behind(remote)
 
 
 @pytest.mark.parametrize("python", ["no-such-python"])

@@ -6,19 +6,20 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder
-from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import linear
+from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import MATRIX, NEON, REGISTER
+from qcompile.backends.tvm.schedules.linear import Linear, Tile
 from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, load, nested
 from qcompile.backends.tvm.schedules.x86_cycles import tiles_of
-from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile
 
 #: Codes of a row that `smmla` multiplies.
 EIGHT = 8
@@ -35,7 +36,8 @@ def choose_tile(shape: Linear, processor: Processor) -> Tile:
         if count <= vectors or count == 1
         for columns in range(1, min(shape.columns, room) + 1)
         for rows in range(1, min(shape.rows, room) + 1)
-        if (rows == 1 or columns == shape.columns) and rows * columns * (count + 1) + 2 <= room
+        if (rows == 1 or columns == shape.columns)
+        and rows * columns * (count + 1) + 2 + 2 * count * shape.nibbles <= room
     ]
     ways = (_of_dots, _of_matrices) if processor.instruction == MATRIX else (_of_dots,)
 
@@ -93,7 +95,7 @@ def pack(
     weights: npt.NDArray[np.int8],
     numbers: tuple[npt.NDArray[Any], ...],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
-    """Return weights and the table in the order in which they are read; see `x86_linear.pack`.
+    """Return weights and the table in the order in which they are read; see `linear.pack`.
 
     Where matrices are multiplied, weights are [block][tap][eight codes][vector][lane][code].
     """
@@ -116,8 +118,36 @@ def linear_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) ->
     return linear.linear_kernel(name, shape, tile, processor, kind)
 
 
+def nibbles_kernel(name: str, shape: Linear, tile: Tile, processor: Processor) -> Function:
+    """Return the function for weights of four bits, by dot products."""
+    return linear.linear_kernel(name, shape, tile, processor, NibbleEmitter)
+
+
+def dots(shape: Linear, tile: Tile, processor: Processor, buffers: Mapping[str, Any]) -> None:
+    """Emit a kernel's statements, by dot products."""
+    linear.emit(shape, tile, processor, buffers, DotEmitter)
+
+
 class DotEmitter(linear.Emitter):
     """Builds the loops of one kernel of dot products."""
+
+    #: Groups of four codes whose weights are read at once.
+    together: ClassVar[int] = 1
+
+    @property
+    def depth(self) -> int:
+        """Vectors of stored weights that a sum has for each of its channels' vectors."""
+        return self.shape.depth
+
+    def weights(self, start: Any, quad: Any, quads: int, vector: tuple[int, int]) -> list[Any]:
+        """Return the weights of some groups of four for one vector of a block, which has so many."""
+        step, (v, count) = self.processor.lanes * FOUR, vector
+        return [builder().bind(load(self.buffers["weights"], start + ((quad + q) * count + v) * step, step))
+                for q in range(quads)]  # fmt: skip
+
+    def before(self, index: Any) -> Any:
+        """Return the vectors of stored weights in front of a piece."""
+        return index * self.shape.quads
 
     def accumulate(self, first: Any, count: int, origin: tuple[Any, Any], pixels: list[tuple[int, int]]) -> Any:
         """Emit the sums of one tile and return where they are."""
@@ -125,34 +155,55 @@ class DotEmitter(linear.Emitter):
         lanes, step = self.processor.lanes, self.processor.lanes * FOUR
         sums = self.started(first, count, pixels)
         source = origin[0] * shape.row_step + origin[1] * shape.column_step
-        start = first * (shape.depth * step)
+        start = first * (self.depth * step)
 
         def products(offset: Any, quad: Any, quads: int) -> None:
             places = [offset + i * shape.row_step + j * shape.column_step for i, j in pixels]
             # What is read beyond a piece is multiplied by nothing.
             codes = [ir.bind(ir.reinterpret("int32x4", load(self.buffers["input"], at, REGISTER))) for at in places]
-            for q in range(quads):
-                weights = [
-                    ir.bind(load(self.buffers["weights"], start + ((quad + q) * count + v) * step, step))
-                    for v in range(count)
-                ]
-                for p in range(len(pixels)):
-                    four = ir.reinterpret("int8x16", ir.Shuffle([codes[p]], [q] * FOUR))
-                    for v in range(count):
-                        place = ir.ramp((p * count + v) * lanes, 1, lanes)
-                        made = self.processor.dot(sums[place], four, weights[v], shape.saturates)
-                        ir.buffer_store(sums, made, [place])
+            for some in range(0, quads, self.together):
+                groups = min(self.together, quads - some)
+                weights = [self.weights(start, quad + some, groups, (v, count)) for v in range(count)]
+                for q in range(groups):
+                    for p in range(len(pixels)):
+                        four = ir.reinterpret("int8x16", ir.Shuffle([codes[p]], [some + q] * FOUR))
+                        for v in range(count):
+                            place = ir.ramp((p * count + v) * lanes, 1, lanes)
+                            made = self.processor.dot(sums[place], four, weights[v][q], shape.saturates)
+                            ir.buffer_store(sums, made, [place])
 
         whole, rest = divmod(shape.quads, FOUR)
 
         def piece(offset: Any, index: Any) -> None:
+            before = self.before(index)
             if whole:
-                nested([(whole, REGISTER)], offset, lambda at, i: products(at, index * shape.quads + i * FOUR, FOUR))
+                nested([(whole, REGISTER)], offset, lambda at, i: products(at, before + i * FOUR, FOUR))
             if rest:
-                products(offset + whole * REGISTER, index * shape.quads + whole * FOUR, rest)
+                products(offset + whole * REGISTER, before + whole * FOUR, rest)
 
         nested(shape.taps, source, piece)
         return sums
+
+
+class NibbleEmitter(DotEmitter):
+    """Builds the loops of one kernel of dot products with weights of four bits; see `x86_nibbles.py`."""
+
+    together: ClassVar[int] = 2
+
+    @property
+    def depth(self) -> int:
+        """Vectors of stored weights that a sum has for each of its channels' vectors: of two groups each."""
+        return nibbles.halved(self.shape).depth
+
+    def weights(self, start: Any, quad: Any, quads: int, vector: tuple[int, int]) -> list[Any]:
+        """Return the weights of two groups of four, or one; `quad` is even."""
+        step, (v, count) = self.processor.lanes * FOUR, vector
+        at = start + (builder().truncdiv(quad, 2) * count + v) * step
+        return list(nibbles.unpacked(builder().bind(load(self.buffers["weights"], at, step)), step))[:quads]
+
+    def before(self, index: Any) -> Any:
+        """Return twice the vectors of stored weights in front of a piece."""
+        return index * (self.shape.quads + self.shape.quads % 2)
 
 
 class MatrixEmitter(linear.Emitter):

@@ -22,6 +22,8 @@ LN2 = (0.693359375, -2.12194440e-4)
 LOWEST, HIGHEST = -87.0, 88.0
 #: A float beside which whole numbers of up to 22 bits, and nothing less, can be told.
 WHOLE = 1.5 * 2.0**23
+#: The lowest and the highest code, by what they are stored as.
+CODES = {"int8": (-128, 127), "uint8": (0, 255)}
 #: Beyond this erf is 1 within 8e-7.
 ERF_END = 3.5
 #: erf(x) / x = Σ c u^i with u = 2 x² / ERF_END² - 1.
@@ -50,7 +52,7 @@ class Stored:
     Parameters
     ----------
     dtype : str
-        ``float32``, ``int64``, or ``uint8`` for codes.
+        ``float32``, ``int64``, or of codes: ``uint8`` where these are stored above the program's, else ``int8``.
     steps : tuple of int
         Elements from one to the next along each axis of the loops; 0 where it stays.
     scale : float
@@ -95,15 +97,15 @@ class Vectors:
             found = self.fma(found, x, self.number(coefficient))
         return builder().bind(found)
 
-    def exp(self, x: Any, highest: float = HIGHEST) -> Any:
-        """Return e to the x, of which nothing is above `highest`.
+    def exp(self, x: Any, highest: float = HIGHEST, lowest: float = LOWEST) -> Any:
+        """Return e to the x, of which nothing is above `highest`, and what is below `lowest` counts as that.
 
         Beside a number that leaves no bits behind the point, the sum's last bits are the nearest whole number: as a
         float once that number is taken away again, and as what the exponent grows by once they are shifted there.
         """
         ir = builder()
         bounded = x if highest <= 0.0 else ir.min(x, self.number(highest))
-        x = ir.bind(ir.max(bounded, self.number(LOWEST)))
+        x = ir.bind(ir.max(bounded, self.number(lowest)))
         beside = ir.bind(self.fma(x, self.number(float(np.log2(np.e))), self.number(WHOLE)))
         n = ir.bind(beside - self.number(WHOLE))
         r = ir.bind(self.fma(n, self.number(-LN2[1]), self.fma(n, self.number(-LN2[0]), x)))
@@ -172,7 +174,7 @@ class Vectors:
         ir, own = builder(), Vectors(lanes)
         if stored.dtype == "float32":
             return value
-        if stored.dtype != "uint8":
+        if stored.dtype not in CODES:
             return ir.cast(value, own.kind)
         above = ir.cast(value, own.whole) - own.number(stored.zero_point, "int32")
         return ir.cast(above, own.kind) * own.number(stored.scale)
@@ -180,7 +182,7 @@ class Vectors:
     def write(self, buffer: Any, stored: Stored, at: Any, value: Any, count: int) -> None:
         """Store the first `count` lanes along the last axis: as floats, or rounded to codes."""
         ir = builder()
-        if stored.dtype == "uint8":
+        if stored.dtype in CODES:
             value = self.codes(value, stored)
         if stored.steps[-1] != 1 or count < self.lanes:
             kept = ir.alloc_buffer((self.lanes,), stored.dtype, scope="local")
@@ -192,13 +194,13 @@ class Vectors:
     def codes(self, value: Any, stored: Stored) -> Any:
         """Return values rounded to codes."""
         ir = builder()
-        zero = float(stored.zero_point)
+        low, high = (float(bound - stored.zero_point) for bound in CODES[stored.dtype])
         scaled = value * self.number(float(np.float32(1.0) / np.float32(stored.scale)))
         # Bounds on floats, in front: what is beyond int32, or no number, becomes a code all the same.
-        bounded = ir.max(ir.min(scaled, self.number(255.0 - zero)), self.number(-zero))
+        bounded = ir.max(ir.min(scaled, self.number(high)), self.number(low))
         nearest = ir.call_llvm_pure_intrin(self.whole, "llvm.lrint", bounded)
         rounded = nearest + self.number(stored.zero_point, "int32")
-        return ir.cast(rounded, "uint8" if self.lanes == 1 else f"uint8x{self.lanes}")
+        return ir.cast(rounded, stored.dtype if self.lanes == 1 else f"{stored.dtype}x{self.lanes}")
 
     def summed(self, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
         """Return all lanes as one number, neighbours' halves by halves."""

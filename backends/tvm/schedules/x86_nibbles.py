@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder
-from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import linear
 from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, all_lanes, fetch, load, nested
 
 #: What a stored weight is above its own, and the bits of one.
@@ -28,7 +28,7 @@ def pack(
     weights: npt.NDArray[np.int8],
     numbers: tuple[npt.NDArray[Any], ...],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
-    """Return weights and the table of `x86_linear.pack`, of which two groups of four codes are one.
+    """Return weights and the table of `linear.pack`, of which two groups of four codes are one.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def pack(
     room = -(-shape.length // (2 * FOUR)) * 2 * FOUR - shape.length
     even = np.pad(weights, [(0, 0), (0, 0), (0, room)])
     stored = halves(even.reshape(*even.shape[:2], -1, 2, FOUR)).reshape(*even.shape[:2], -1)
-    return linear.pack(_halved(shape), tile, processor, stored, numbers)
+    return linear.pack(halved(shape), tile, processor, stored, numbers)
 
 
 def halves(pairs: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
@@ -63,7 +63,7 @@ def halves(pairs: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     return (above[..., 0, :] | (above[..., 1, :] << BITS)).view(np.int8)
 
 
-def _halved(shape: linear.Linear) -> linear.Linear:
+def halved(shape: linear.Linear) -> linear.Linear:
     """Return the shape that stored bytes have."""
     return replace(shape, length=-(-shape.quads // 2) * FOUR)
 
@@ -89,7 +89,7 @@ class Emitter(linear.Emitter):
         """Emit the sums of one tile and return where they are."""
         ir = builder()
         shape, lanes, step = self.shape, self.processor.lanes, self.processor.lanes * FOUR
-        depth = _halved(shape).depth
+        depth = halved(shape).depth
         sums = self.started(first, count, pixels)
         start = first * (depth * step)
 

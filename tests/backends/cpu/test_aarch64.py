@@ -29,6 +29,12 @@ def assembly(program, processor=SDOT):
     return dict(re.findall(r"^(\w+):\n(.*?)^\.Lfunc_end", text, re.MULTILINE | re.DOTALL))
 
 
+def of_bytes(program):
+    """Return a program of one layer whose weights are stored as bytes, however few bits they have."""
+    (layer,) = program.operations
+    return replace(program, operations=(replace(layer, bits=8),))
+
+
 def innermost(body):
     """Return the loops that hold no other: what lies between a label and a jump back to it."""
     found = re.findall(r"^(\.LBB\w+):\n((?:(?!^\.LBB).)*?)\tb\.\w+\t\1$", body, re.MULTILINE | re.DOTALL)
@@ -47,7 +53,7 @@ def read(file, *words):
 
 @pytest.mark.parametrize(("channels", "outputs", "size"), [(64, 64, 3), (64, 128, 1), (32, 16, 3), (256, 24, 1)])
 def test_the_inner_loop_is_sdot_without_spills(channels, outputs, size):
-    bodies = assembly(wide(np.random.default_rng(0), channels, outputs, size, side=(14, 14)))
+    bodies = assembly(of_bytes(wide(np.random.default_rng(0), channels, outputs, size, side=(14, 14))))
     loops = [loop for name, body in bodies.items() if name.startswith("linear") for loop in innermost(body)]
     products = [loop for loop in loops if "sdot" in loop]
     assert products and max(loop.count("sdot") for loop in products) >= 32
@@ -60,7 +66,7 @@ def test_the_inner_loop_is_sdot_without_spills(channels, outputs, size):
 
 @pytest.mark.parametrize(("channels", "outputs", "size"), [(64, 64, 3), (256, 128, 1), (256, 24, 1), (144, 24, 1)])
 def test_products_of_matrices_take_fewer_instructions_without_spills(channels, outputs, size):
-    program = wide(np.random.default_rng(0), channels, outputs, size, side=(14, 14))
+    program = of_bytes(wide(np.random.default_rng(0), channels, outputs, size, side=(14, 14)))
     bodies = assembly(program, I8MM)
     loops = [loop for name, body in bodies.items() if name.startswith("linear") for loop in innermost(body)]
     products = [loop for loop in loops if "smmla" in loop]
@@ -72,7 +78,7 @@ def test_products_of_matrices_take_fewer_instructions_without_spills(channels, o
 
 
 def test_pieces_of_few_codes_are_dot_products():
-    program = wide(np.random.default_rng(0), 1, 64, 3, side=(20, 20))
+    program = of_bytes(wide(np.random.default_rng(0), 1, 64, 3, side=(20, 20)))
     assert "sdot" in str(assembly(program, I8MM)) and "smmla" not in str(assembly(program, I8MM))
 
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from float_programs import floats, program_of
+from float_programs import blocked, float_product
 
 from qcompile.backends.cpu import library
 from qcompile.backends.cpu.session import InferenceSession
-from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.interpret import interpret
 from qcompile.backends.integer.interpret_floats import fused
 
@@ -27,17 +26,6 @@ from qcompile.backends.tvm.schedules.x86 import PROCESSORS as KINDS
 
 PROCESSORS = ("avx512-vnni", "avx-vnni", "avx2", "amx")
 HALF = 2.0**-24
-
-
-def blocked(random, rows, length, outputs, block, bits, halves=False, bounds=(-np.inf, np.inf)):
-    """Return a layer's program."""
-    lowest = -8 if bits == 4 else -128
-    weights = random.integers(lowest, -lowest, (outputs, length)).astype(np.int8)
-    scale = random.uniform(0.001, 0.02, (outputs, -(-length // block))).astype(np.float32)
-    scale = scale.astype(np.float16).astype(np.float32) if halves else scale
-    bias = random.normal(size=outputs).astype(np.float32)
-    operation = ops.BlockDense("d", ("x",), "y", weights, scale, bias, block, bits, *bounds)
-    return program_of(operation, [floats("x", 1, rows, length)], floats("y", 1, rows, outputs))
 
 
 def activations(random, *shape):
@@ -111,17 +99,6 @@ def test_a_fused_product_and_sum_is_rounded_once():
         near = [np.nextafter(found, np.float32(side)) for side in (-np.inf, np.inf)]
         assert all(abs(exact - Fraction(float(found))) <= abs(exact - Fraction(float(other))) for other in near)
     assert fused(a, b, c)[0] == np.float32(1 + 2.0**-11 + 2.0**-23)
-
-
-def float_product(batch, m, k, n, heads, turned, scale=1.0, bounds=(-np.inf, np.inf)):
-    """Return a product of two activations in float; with `heads`, rows stand in front of the batch as stored."""
-    rank = len(batch) + 2
-    order = (rank - 2, *range(rank - 2), rank - 1) if heads else tuple(range(rank))
-    places = tuple(order.index(axis) for axis in range(rank))
-    swapped = (*places[:-2], places[-1], places[-2]) if turned else places
-    shapes = [tuple((*batch, *last)[axis] for axis in order) for last in ((m, k), (n, k) if turned else (k, n), (m, n))]
-    operation = ops.FloatMatMul("m", ("a", "b"), "y", (places, swapped, places), (*batch, m, k, n), scale, *bounds)
-    return program_of(operation, [floats("a", *shapes[0]), floats("b", *shapes[1])], floats("y", *shapes[2]))
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)

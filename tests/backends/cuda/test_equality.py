@@ -16,7 +16,7 @@ from qcompile.backends.integer.interpret import dequantize_output, interpret, qu
 from qcompile.core import numerics
 from qcompile.core.errors import TargetError
 
-PROGRAMS, ALL = range(16), range(16, 200)
+PROGRAMS, ALL = range(10), range(10, 200)
 
 
 def check(session, program, draw=0):
