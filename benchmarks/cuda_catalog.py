@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qcompile import Options, QcompileError, compile
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/cuda-figures.md"
 TARGETS = ("cuda", "cuda:tensorrt")
+NOT_MODELS = ("packages", "committed")
 HEAD = """# CUDA: figures
 
 Written by `python benchmarks/cuda_catalog.py`; do not edit. [targets/cuda.md](targets/cuda.md) tells what the targets
@@ -43,7 +45,9 @@ def data_of(folder: Path, name: str) -> Path:
 def row(folder: Path, target: str, given: bool) -> dict[str, Any]:
     """Compile one model once and return what came of it."""
     entry: dict[str, Any] = {"model": folder.name, "target": target, "data": given}
-    data = {"data": data_of(folder, "calib"), "eval": data_of(folder, "eval")} if given else {}
+    data: dict[str, Any] = {}
+    if given:
+        data = {"data": data_of(folder, "calib"), "eval": data_of(folder, "eval")}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         try:
@@ -87,7 +91,21 @@ def page(rows: list[dict[str, Any]]) -> str:
     hosts = sorted({(one["model"], reason) for one in rows for reason in one.get("hosts", ())})
     left = "".join(f"- {model}: {reason}\n" for model, reason in hosts)
     tail = f"\n## Left to the host\n\n{left}" if left else ""
+    if missing := absent(rows):
+        tail += f"\n## Not compiled for this page\n\n{missing}"
     return HEAD + "".join(line(one) + "\n" for one in ordered) + tail
+
+
+def absent(rows: list[dict[str, Any]]) -> str:
+    """Return which models of the catalogue have no row, as a list."""
+    catalog = tomllib.loads((ROOT / "models/catalog.toml").read_text(encoding="utf-8"))
+    done = {(one["model"], one["target"], one["data"]) for one in rows}
+    found = ""
+    for target in TARGETS:
+        for given in (False, True):
+            names = [name for name in sorted(catalog) if name not in NOT_MODELS and (name, target, given) not in done]
+            found += f"- `{target}`, {'with' if given else 'without'} data: {', '.join(names)}\n" if names else ""
+    return found
 
 
 def main() -> None:

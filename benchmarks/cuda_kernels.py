@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 OUTPUT = Path(__file__).parent.parent / "backends" / "ort" / "kernels" / "cuda.json"
 DOMAINS = ("", "com.microsoft")
@@ -55,7 +56,7 @@ print(json.dumps([onnxruntime.__version__, rows]))
 OPEN = 2**31 - 1
 
 
-def listed(python: str, real: bool) -> tuple[str, list[list[object]]]:
+def listed(python: str, real: bool) -> tuple[str, list[list[Any]]]:
     """Return the version of a runtime and the kernels of its CUDA provider."""
     with tempfile.TemporaryDirectory() as folder:
         environment = dict(os.environ) if real else with_stubs(python, Path(folder))
@@ -85,7 +86,7 @@ def build(source: str, target: Path, *flags: str) -> None:
     subprocess.run(command, input=source, text=True, check=True)
 
 
-def table(version: str, rows: list[list[object]]) -> dict[str, object]:
+def table(version: str, rows: list[list[Any]]) -> dict[str, Any]:
     """Return the table as the file has it: by operator, kernels that differ in one type joined into one."""
     joined: dict[str, dict[str, dict[str, set[str]]]] = defaultdict(dict)
     for domain, name, first, last, types in rows:

@@ -138,7 +138,7 @@ def drawn_cases(count: int, seed: int, folder: Path) -> Iterator[Case]:
     """Yield compiles of models that hypothesis draws, with data."""
     sys.path.insert(0, str(ROOT / "tests"))
     import hypothesis
-    import random_graphs  # type: ignore[import-not-found]
+    import random_graphs
 
     protos: list[onnx.ModelProto] = []
     settings = hypothesis.settings(

@@ -16,9 +16,8 @@ from qcompile.backends.cpu.network import Argument, Network, collapsed
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.integer.float_operations import Dequantize, FloatDense
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import codes, depthwise, shares, windows
+from qcompile.backends.tvm.schedules import codes, depthwise, linear, shares, windows
 from qcompile.backends.tvm.schedules import x86_float_kernels as float_kernels
-from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Rounding, high_word
 from qcompile.core.errors import OperatorError

@@ -16,9 +16,8 @@ from qcompile.backends.cpu.layout import packed_bytes, strides
 from qcompile.backends.cpu.network import Argument, Network, row_major
 from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.program import Operation
-from qcompile.backends.tvm.schedules import shares
+from qcompile.backends.tvm.schedules import linear, shares
 from qcompile.backends.tvm.schedules import x86_float_kernels as kernels
-from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_products as products
 from qcompile.backends.tvm.schedules.vectors import FOLDED, Processor, Rounding, high_word
 from qcompile.backends.tvm.schedules.x86 import X86

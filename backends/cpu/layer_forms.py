@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from qcompile.backends.cpu.network import Network
-from qcompile.backends.tvm.schedules import aarch64_linear
+from qcompile.backends.tvm.schedules import aarch64_linear, linear
 from qcompile.backends.tvm.schedules import x86_amx as amx
-from qcompile.backends.tvm.schedules import x86_linear as linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import DOT, Aarch64
 from qcompile.backends.tvm.schedules.vectors import Processor
@@ -62,7 +61,7 @@ def packed_form(
         Which one it is, at all lengths.
     shape : Linear
     weights, numbers
-        As `x86_linear.pack` takes them.
+        As `linear.pack` takes them.
     """
     pack, kernel, tile, cost = form(shape, network.processor)
     packed, table = pack(shape, tile, network.processor, weights, numbers)

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from qcompile.backends.cpu.layout import ALIGNMENT, Layout, extents, strides
 from qcompile.backends.integer.program import Port, Tensor
 from qcompile.backends.tvm.emit import Function
-from qcompile.backends.tvm.schedules import codes
-from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import codes, linear
 from qcompile.backends.tvm.schedules.vectors import Processor
 from qcompile.backends.tvm.schedules.x86_float_kernels import move_kernel
 

@@ -13,7 +13,12 @@ from conftest import proto_from_text
 from qcompile.backends.base import find_target
 from qcompile.backends.ort import tensorrt_rules as rules
 from qcompile.backends.ort.legalize.four_bit_blocks import FourBitBlocks
-from qcompile.backends.ort.legalize.tensorrt_placement import FloatBiases, FreeResiduals, QuantizeConcats
+from qcompile.backends.ort.legalize.tensorrt_placement import (
+    DequantizeTables,
+    FloatBiases,
+    FreeResiduals,
+    QuantizeConcats,
+)
 from qcompile.core import packing, runtime
 from qcompile.passes.canonicalize import Canonicalize
 
@@ -206,3 +211,18 @@ def test_products_of_codes_and_ordinary_codes_stay(random: np.random.Generator) 
     free = random.integers(-127, 128, (64, 128)).astype(np.int8)
     plain = text.replace("MatMul (a, w)", "MatMul (x, w)")
     assert not FourBitBlocks()(ir.from_proto(proto_from_text(plain, 21, c=free, **given))).modified
+
+
+@pytest.mark.parametrize(("axis", "done"), [(0, True), (1, False)])
+def test_tables_are_dequantized_in_front_of_the_lookup(axis: int, done: bool, random: np.random.Generator) -> None:
+    text = f"""(int64[3] i) => (float[n,m] y) {{
+        r = Gather <axis = {axis}> (q, i) y = DequantizeLinear <axis = 1> (r, s, z) }}"""
+    scale = random.uniform(0.01, 0.1, 6 if axis == 0 else 3).astype(np.float32)
+    codes = random.integers(-127, 128, (8, 6)).astype(np.int8)
+    model = ir.from_proto(proto_from_text(text, 21, q=codes, s=scale, z=np.zeros(scale.size, np.int8)))
+    ir.passes.common.ShapeInferencePass()(model)
+    feeds = {"i": np.array([1, 0, 5])}
+    before = runtime.Session(model, optimize=False).run(feeds)["y"]
+    assert DequantizeTables()(model).modified is done and not DequantizeTables()(model).modified
+    assert ("one scale for activations" in broken(model)) is not done
+    np.testing.assert_array_equal(runtime.Session(model, optimize=False).run(feeds)["y"], before)

@@ -20,7 +20,12 @@ from qcompile.backends.ort.legalize.pack_weights import PackWeights
 from qcompile.backends.ort.legalize.requantize_captured import RequantizeCaptured
 from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.store_halves import StoreHalves
-from qcompile.backends.ort.legalize.tensorrt_placement import FloatBiases, FreeResiduals, QuantizeConcats
+from qcompile.backends.ort.legalize.tensorrt_placement import (
+    DequantizeTables,
+    FloatBiases,
+    FreeResiduals,
+    QuantizeConcats,
+)
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
 from qcompile.passes.join_activations import JoinActivations
@@ -56,6 +61,7 @@ CUDA_RULES: tuple[ir.passes.PassBase, ...] = (
 #: For TensorRT: its rules of where Q/DQ may stand, and floats for all that it knows no codes of.
 TENSORRT_RULES: tuple[ir.passes.PassBase, ...] = (
     FloatBiases(),
+    DequantizeTables(),
     FreeResiduals(),
     QuantizeConcats(),
     FourBitBlocks(),

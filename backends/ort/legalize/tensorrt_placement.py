@@ -42,6 +42,50 @@ class FloatBiases(ir.passes.InPlacePass):
 
 
 @dataclass(frozen=True)
+class DequantizeTables(ir.passes.InPlacePass):
+    """Dequantize a table in front of its lookup instead of the rows behind it: there is no lookup of codes.
+
+    It is unpacked when the model is loaded then, and the rows are the same numbers.
+    """
+
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        modified = False
+        for node in list(model.graph):
+            table = structure.constant_tensor(node.inputs[0]) if structure.is_standard(node, "Gather") else None
+            if table is None or table.dtype is not ir.DataType.INT8 or len(table.shape) < 2:
+                continue
+            behind = structure.only_reader(node.outputs[0])
+            scale = structure.constant(behind.inputs[1]) if behind is not None else None
+            along = node.attributes.get_int("axis", 0) % len(table.shape)
+            if behind is None or not structure.is_standard(behind, "DequantizeLinear") or scale is None:
+                continue
+            if scale.ndim and along == len(table.shape) - 1:
+                continue  # the axis of the scales is the one that is looked up
+            _dequantize_in_front(model.graph, node, behind, len(table.shape) - 1)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _dequantize_in_front(graph: ir.Graph, lookup: ir.Node, behind: ir.Node, axis: int) -> None:
+    table, rows, real = structure.input_of(lookup, 0), lookup.outputs[0], behind.outputs[0]
+    name = structure.name_of(real)
+    made = ir.node(
+        "DequantizeLinear", [table, *behind.inputs[1:]], {"axis": axis}, name=f"{name}_table_DequantizeLinear"
+    )
+    made.outputs[0].name, made.outputs[0].shape = f"{name}_table", table.shape
+    made.outputs[0].dtype = ir.DataType.FLOAT
+    graph.insert_before(lookup, made)
+    lookup.replace_input_with(0, made.outputs[0])
+    rows.type = ir.TensorType(ir.DataType.FLOAT)
+    ir.convenience.replace_all_uses_with(real, rows, replace_graph_outputs=True)
+    graph.remove(behind, safe=True)
+    rows.name = name
+
+
+@dataclass(frozen=True)
 class FreeResiduals(ir.passes.InPlacePass):
     """Take the Q/DQ away that stand between a Conv and the Add that its kernel does as it goes.
 

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder
-from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import linear
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.aarch64 import MATRIX, NEON, REGISTER
+from qcompile.backends.tvm.schedules.linear import Linear, Tile
 from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, load, nested
 from qcompile.backends.tvm.schedules.x86_cycles import tiles_of
-from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile
 
 #: Codes of a row that `smmla` multiplies.
 EIGHT = 8
@@ -95,7 +95,7 @@ def pack(
     weights: npt.NDArray[np.int8],
     numbers: tuple[npt.NDArray[Any], ...],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
-    """Return weights and the table in the order in which they are read; see `x86_linear.pack`.
+    """Return weights and the table in the order in which they are read; see `linear.pack`.
 
     Where matrices are multiplied, weights are [block][tap][eight codes][vector][lane][code].
     """

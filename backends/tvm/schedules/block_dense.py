@@ -19,6 +19,7 @@ from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
 from qcompile.backends.tvm.schedules import shares
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
+from qcompile.backends.tvm.schedules.linear import Tile, widths
 from qcompile.backends.tvm.schedules.vectors import (
     FOUR,
     OUTPUTS,
@@ -34,7 +35,6 @@ from qcompile.backends.tvm.schedules.vectors import (
 )
 from qcompile.backends.tvm.schedules.x86_cycles import parts
 from qcompile.backends.tvm.schedules.x86_floats import Stored, Vectors
-from qcompile.backends.tvm.schedules.x86_linear import Tile, widths
 
 #: Bytes that rows of codes are a multiple of, which leaves room for what is stored behind their end.
 LINE = 64

@@ -8,6 +8,7 @@ from typing import Any
 from qcompile.backends.integer import operations as ops
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
+from qcompile.backends.tvm.schedules.linear import Scaling
 from qcompile.backends.tvm.schedules.vectors import (
     FOUR,
     SPAN,
@@ -22,7 +23,6 @@ from qcompile.backends.tvm.schedules.vectors import (
     store,
     within,
 )
-from qcompile.backends.tvm.schedules.x86_linear import Scaling
 
 #: Elements along the last axis that are written out one by one.
 SHORT = 4

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
+from qcompile.backends.tvm.schedules.linear import Scaling, arguments, scaling_table
 from qcompile.backends.tvm.schedules.vectors import (
     FOUR,
     OUTPUTS,
@@ -29,7 +30,6 @@ from qcompile.backends.tvm.schedules.vectors import (
     within,
 )
 from qcompile.backends.tvm.schedules.windows import Windows
-from qcompile.backends.tvm.schedules.x86_linear import Scaling, arguments, scaling_table
 
 #: Registers for each output whose sums, four vectors, are held at once; half of them hold what is interleaved.
 EACH = 8

@@ -7,9 +7,9 @@ from typing import Any
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
+from qcompile.backends.tvm.schedules.linear import widths
 from qcompile.backends.tvm.schedules.vectors import FOUR, SPAN, Processor, blocks, load, places, span_of
 from qcompile.backends.tvm.schedules.x86_floats import Stored, Vectors
-from qcompile.backends.tvm.schedules.x86_linear import widths
 from qcompile.backends.tvm.schedules.x86_products import Batch, from_place
 
 #: Rows and vectors of a tile of sums.

@@ -13,10 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 from qcompile.backends.integer.expressions import Expression
+from qcompile.backends.tvm.schedules.linear import Linear, Tile, widths
 from qcompile.backends.tvm.schedules.vectors import COLUMNS, FOUR, OUTPUTS, ROWS, Processor
 from qcompile.backends.tvm.schedules.windows import Windows
 from qcompile.backends.tvm.schedules.x86_cycles import EPILOGUE, cycles
-from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile, widths
 
 #: Cycles from which on a kernel is shared; docs/targets/cpu-tvm.md has why.
 WORTH = 4000

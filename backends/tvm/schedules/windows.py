@@ -7,6 +7,7 @@ from typing import Any
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder, function
+from qcompile.backends.tvm.schedules.linear import Scaling
 from qcompile.backends.tvm.schedules.vectors import (
     OUTPUTS,
     ROWS,
@@ -20,7 +21,6 @@ from qcompile.backends.tvm.schedules.vectors import (
     store,
     within,
 )
-from qcompile.backends.tvm.schedules.x86_linear import Scaling
 
 #: Columns whose sums are held at once.
 COLUMNS = 4

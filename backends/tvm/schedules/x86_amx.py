@@ -2,7 +2,7 @@
 
 A row of a tile of codes is what one output sees: neighbouring outputs are read at their step in memory, tap by tap, so
 that a convolution gathers no patches here either. Eight tiles are sums, codes and weights; sums go through memory to
-the registers in which `x86_linear` makes codes of them.
+the registers in which `linear` makes codes of them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function, load_tvm
 from qcompile.backends.tvm.native import builder, function
-from qcompile.backends.tvm.schedules import x86_cycles
-from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import linear, x86_cycles
 from qcompile.backends.tvm.schedules import x86_nibbles as nibbles
 from qcompile.backends.tvm.schedules.vectors import (
     COLUMNS,
@@ -129,7 +128,7 @@ def pack(
     weights: npt.NDArray[np.int8],
     numbers: tuple[npt.NDArray[Any], ...],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
-    """Return weights and the table of `x86_linear.pack`, for pieces of whole tiles; of two lines of nibbles one."""
+    """Return weights and the table of `linear.pack`, for pieces of whole tiles; of two lines of nibbles one."""
     packed, table = linear.pack(whole(shape, block), block, processor, weights, numbers)
     if shape.nibbles:
         packed = nibbles.halves(packed.reshape(-1, 2, LINE)).reshape(-1)
@@ -157,7 +156,7 @@ def emit(shape: linear.Linear, block: Block, processor: Processor, buffers: Mapp
 
 
 class _Emitter(linear.Emitter):
-    """Builds the loops of one kernel: sums by tiles, what is behind them as `x86_linear` does it."""
+    """Builds the loops of one kernel: sums by tiles, what is behind them as `linear` does it."""
 
     def __init__(self, shape: linear.Linear, block: Block, processor: Processor, buffers: Any) -> None:
         super().__init__(shape, block, processor, buffers)

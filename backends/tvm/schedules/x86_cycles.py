@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qcompile.backends.tvm.schedules.linear import Linear, Tile
 from qcompile.backends.tvm.schedules.vectors import Processor
-from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile
 
 #: Groups of four codes below which a sum is short, and registers that are left to others then.
 SHORT, SPARED = 8, 8

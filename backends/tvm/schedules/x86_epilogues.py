@@ -50,11 +50,11 @@ def store_pixels(
     emitter: Any, sums: tuple[Any, Any], block: tuple[Any, int, int], origin: tuple[Any, Any],
     pixels: Sequence[tuple[int, int]],
 ) -> None:  # fmt: skip
-    """Emit the floats of a tile of `x86_linear`.
+    """Emit the floats of a tile of `linear`.
 
     Parameters
     ----------
-    emitter : x86_linear.Emitter
+    emitter : linear.Emitter
     sums : tuple
         Their buffer, and where they begin in it.
     block : tuple

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import builder
-from qcompile.backends.tvm.schedules import x86_linear as linear
+from qcompile.backends.tvm.schedules import linear
 from qcompile.backends.tvm.schedules.vectors import FOUR, Processor, all_lanes, fetch, load, nested
 
 #: What a stored weight is above its own, and the bits of one.
@@ -28,7 +28,7 @@ def pack(
     weights: npt.NDArray[np.int8],
     numbers: tuple[npt.NDArray[Any], ...],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
-    """Return weights and the table of `x86_linear.pack`, of which two groups of four codes are one.
+    """Return weights and the table of `linear.pack`, of which two groups of four codes are one.
 
     Parameters
     ----------

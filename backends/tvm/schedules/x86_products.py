@@ -11,6 +11,7 @@ import numpy as np
 
 from qcompile.backends.tvm.emit import Function
 from qcompile.backends.tvm.native import EXTENT, builder, function
+from qcompile.backends.tvm.schedules.linear import Linear, Tile, widths
 from qcompile.backends.tvm.schedules.vectors import (
     FOUR,
     SPAN,
@@ -21,7 +22,6 @@ from qcompile.backends.tvm.schedules.vectors import (
     places,
     span_of,
 )
-from qcompile.backends.tvm.schedules.x86_linear import Linear, Tile, widths
 
 #: Codes of one row that are turned at once, groups of four by groups of four.
 PIECE = 16
@@ -29,7 +29,7 @@ PIECE = 16
 
 @dataclass(frozen=True)
 class Packed:
-    """How a matrix of codes is packed for a kernel of `x86_linear`.
+    """How a matrix of codes is packed for a kernel of `linear`.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def product_kernel(
     Parameters
     ----------
     multiply : callable
-        Emits a dense layer for a shape, tile, processor and buffers: `x86_linear.emit` or one like it.
+        Emits a dense layer for a shape, tile, processor and buffers: `linear.emit` or one like it.
     """
     codes = processor.codes
     made = codes if packed.shape.reals is None else "float32"
@@ -186,7 +186,7 @@ class _Packing:
         self.sums(first, start, count)
 
     def channels(self, vector: int, count: int) -> list[int]:
-        """Return the channels of a block that one of its vectors has; see `x86_linear.order`."""
+        """Return the channels of a block that one of its vectors has; see `linear.order`."""
         if self.packed.shape.reals is not None:
             return [vector * self.lanes + lane for lane in range(self.lanes)]
         return [lane // FOUR * (FOUR * count) + FOUR * vector + lane % FOUR for lane in range(self.lanes)]

@@ -21,9 +21,9 @@ pytest.importorskip("tvm")
 
 from qcompile.backends.cpu.layer_forms import product_form
 from qcompile.backends.cpu.layout import packed_bytes
+from qcompile.backends.tvm.schedules.linear import Linear
 from qcompile.backends.tvm.schedules.vectors import Rounding
 from qcompile.backends.tvm.schedules.x86 import PROCESSORS as PROCESSOR_KINDS
-from qcompile.backends.tvm.schedules.x86_linear import Linear
 from qcompile.backends.tvm.schedules.x86_products import Packed
 
 PROCESSORS = ("avx512-vnni", "avx-vnni", "avx2", "amx")

@@ -21,7 +21,7 @@ from qcompile.core.errors import TargetError
 pytest.importorskip("tvm")
 
 from qcompile.backends.tvm import native
-from qcompile.backends.tvm.schedules import x86_linear
+from qcompile.backends.tvm.schedules import linear
 from qcompile.backends.tvm.schedules.vectors import Rounding
 from qcompile.backends.tvm.schedules.x86 import PROCESSORS
 
@@ -213,6 +213,6 @@ def test_weights_are_asked_for_ahead_where_few_outputs_wait_for_many(side, fetch
 @pytest.mark.parametrize("outputs", [8, 40])
 def test_bounds_of_codes_that_are_stored_in_part_are_compiled(outputs, low, high):
     """LLVM 22 never ended on either bound of codes of 8 bits of which some lanes are stored."""
-    shape = x86_linear.Linear(1, 5, outputs, ((1, 0), (1, 0)), 32, 0, 32, 0, outputs, Rounding(True, 128, low, high))
-    kernel = x86_linear.linear_kernel("bounded", shape, x86_linear.Tile(1, 5, 2), VNNI)
+    shape = linear.Linear(1, 5, outputs, ((1, 0), (1, 0)), 32, 0, 32, 0, outputs, Rounding(True, 128, low, high))
+    kernel = linear.linear_kernel("bounded", shape, linear.Tile(1, 5, 2), VNNI)
     assert "vpdpbusd" in native.compile_object({"bounded": kernel}, VNNI.machine).assembly
