@@ -160,8 +160,6 @@ def _pack(folder: Path, output: Path, model: str, index: int) -> dict[str, Any]:
     target, backend = find_target(report["target"])
     if backend.name not in KINDS:
         raise UsageError(output, f"is of backend '{backend.name}', which no runner loads", "leave it out")
-    if target.device:
-        raise UsageError(output, f"is for {target.device}, which no runner loads", "time it there with 'qcompile run'")
     place = folder / f"artifacts/{index}"
     place.mkdir(parents=True)
     for name in report["files"]:
@@ -169,7 +167,7 @@ def _pack(folder: Path, output: Path, model: str, index: int) -> dict[str, Any]:
         shutil.copyfile(output / name, place / name)
     return {"name": str(output), "target": target.name, "kind": KINDS[backend.name], "entry": report["files"][0],
             "bytes": report["size"]["artifact_bytes"], "folder": f"artifacts/{index}",
-            **_architecture(place)}  # fmt: skip
+            **({"device": target.device} if target.device else _architecture(place))}  # fmt: skip
 
 
 def _architecture(artifact: Path) -> dict[str, str]:

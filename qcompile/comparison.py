@@ -218,12 +218,16 @@ def _judged(row: Row, told: Mapping[str, Any]) -> Row:
 
 
 def _is_emulated(packed: Mapping[str, Any], device: Device) -> bool:
-    """Tell whether an artifact runs under emulation on this side."""
-    return packed["kind"] == "package" or (device.emulated != "" and packed.get("architecture") == device.emulated)
+    """Tell whether an artifact runs here: under emulation, or as this processor stands in for what no runner reaches."""
+    if "device" in packed or packed["kind"] == "package":
+        return True
+    return device.emulated != "" and packed.get("architecture") == device.emulated
 
 
 def _emulated(row: Row, folder: Path, packed: Mapping[str, Any], labels: list[int | None]) -> Row:
     """Judge a package by its C on this machine, a library as it is emulated, and count instructions.
+
+    What is for an accelerator is judged by the processor that verifies it in a compile.
 
     The row says why there are none.
     """
@@ -233,6 +237,8 @@ def _emulated(row: Row, folder: Path, packed: Mapping[str, Any], labels: list[in
         row = _judged(row, runner.fidelity(backend.open(output, (packed["entry"],)), folder, labels))
     except QcompileError as error:
         return replace(row, failure=f"{error.fact}; {error.remedy}", failed=True)
+    if "device" in packed:
+        return replace(row, failure=f"is for {packed['device']}: judged on this processor, not timed")
     library = packed["kind"] != "package"
     if not library and packed["target"] not in MACHINES:
         return replace(row, failure=f"no emulator has a {packed['target']}")

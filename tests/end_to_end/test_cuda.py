@@ -98,7 +98,13 @@ def test_kernels_of_a_device_are_not_probed(qcompile: Any, tmp_path: Path) -> No
     assert done.code == 7 and "whose kernels are not measured" in done.err
 
 
-def test_no_processor_is_compared_with(qcompile: Any, root: Path, compiled: Path) -> None:
-    models = root / "models"
-    done = qcompile("compare", compiled, "--model", models / "resnet8.onnx", "--data", models / "resnet8_eval.npz")
-    assert done.code == 7 and "is for an NVIDIA GPU, which no runner loads" in " ".join(done.out.split())
+def test_a_comparison_judges_it_and_does_not_time_it(qcompile: Any, root: Path, compiled: Path) -> None:
+    given = ("--model", root / "models/resnet8.onnx", "--data", root / "models/resnet8_eval.npz")
+    done = qcompile("compare", compiled, *given, "--json")
+    assert done.code == 0, done.err
+    rows = {row["target"]: row for row in json.loads(done.out)["rows"]}
+    own = rows["cuda"]
+    assert own["failure"] == "is for an NVIDIA GPU: judged on this processor, not timed"
+    assert own["latency"] is None and rows["float"]["latency"] is not None
+    expected = json.loads((compiled / "report.json").read_text())["fidelity"]["outputs"]["probabilities"]["sqnr"]
+    assert own["sqnr"]["probabilities"] == pytest.approx(expected, abs=0.1)
