@@ -218,7 +218,7 @@ def _judged(row: Row, told: Mapping[str, Any]) -> Row:
 
 
 def _is_emulated(packed: Mapping[str, Any], device: Device) -> bool:
-    """Tell whether an artifact runs here: under emulation, or as this processor stands in for what no runner reaches."""
+    """Tell whether an artifact runs here: under emulation, or as this processor stands in for what no runner has."""
     if "device" in packed or packed["kind"] == "package":
         return True
     return device.emulated != "" and packed.get("architecture") == device.emulated
