@@ -63,6 +63,8 @@ class Row:
         What loading it and one run add to the memory of a process of its own.
     load_ms : float, optional
         What these take there, in milliseconds.
+    energy_mj : float, optional
+        Millijoules that the device draws while it runs once, where it counts them.
     failure : str
         Why it could not be run, or why it was not timed.
     failed : bool
@@ -77,6 +79,7 @@ class Row:
     instructions: int | None = None
     peak_bytes: int | None = None
     load_ms: float | None = None
+    energy_mj: float | None = None
     failure: str = ""
     failed: bool = False
 
@@ -203,6 +206,7 @@ def _seen(row: Row, told: Mapping[str, Any], lost: str) -> Row:
     failure = told.get("failure") or lost
     if "outputs" in told:
         row = replace(_judged(row, told), peak_bytes=told["peak_bytes"], load_ms=told["load_ms"])
+        row = replace(row, energy_mj=told.get("energy_mj"))
     times = told.get("times_ms", ())
     if len(times) >= runner.FEWEST:
         row = replace(row, latency=Latency(statistics.median(times), float(np.quantile(times, 0.9))))

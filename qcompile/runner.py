@@ -36,6 +36,10 @@ HERE = Path(__file__).resolve().parent
 FEWEST, MOST = 5, 200
 #: Runs of each sample whose kernels are timed, and samples of other shapes than those before them.
 PROFILED, SHAPES = 30, 8
+#: Seconds in which an artifact runs without a pause while the energy is counted: counters go on each millisecond.
+DRAWN = 1.0
+#: Where Linux has counters of microjoules: RAPL's, and those of sensors.
+ENERGY = ("powercap/*/energy_uj", "hwmon/hwmon*/energy*_input")
 Feeds = Mapping[str, Any]
 
 
@@ -159,8 +163,33 @@ def memory(kind: str) -> int | None:
     return 1024 * int(line.split()[1])
 
 
-def child(artifact: Mapping[str, Any], labels: Sequence[int | None], threads: int) -> None:
-    """Load an artifact, then do what standard input says: a number is a sample to be timed."""
+def energy(system: Path) -> dict[str, int]:
+    """Return the microjoules that each counter of the device has reached; none where it has none, or hides them."""
+    found = {}
+    for file in (file for pattern in ENERGY for file in sorted(system.glob(pattern))):
+        if file.parent.name.count(":") > 1:  # a part of a processor that counts as a whole already
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            found[str(file)] = int(file.read_text())
+    return found
+
+
+def drawn(run: Callable[[Feeds], Any], inputs: Sequence[Feeds], system: Path) -> float | None:
+    """Return the millijoules of one run: what the whole device draws while nothing but this runs, over the runs."""
+    before, began, count = energy(system), time.perf_counter(), 0
+    if not before:
+        return None
+    while time.perf_counter() - began < DRAWN:
+        run(inputs[count % len(inputs)])
+        count += 1
+    after = energy(system)
+    # A counter that began anew in between is left out.
+    spent = [after[key] - before[key] for key in before if after.get(key, 0) > before[key]]
+    return 1e-3 * sum(spent) / count if spent else None
+
+
+def child(artifact: Mapping[str, Any], labels: Sequence[int | None], threads: int, system: Path) -> None:
+    """Load an artifact, then do what standard input says: time the sample of a number, or count the energy of runs."""
     inputs = inputs_of(artifact)
     if artifact["kind"] != "library" or "needs" in artifact:
         import onnxruntime  # noqa: F401  what the library itself takes is no artifact's
@@ -172,6 +201,9 @@ def child(artifact: Mapping[str, Any], labels: Sequence[int | None], threads: in
     seen = {} if "form" in artifact else fidelity(run, HERE, labels)
     print(json.dumps({"load_ms": took, "peak_bytes": added, **seen}), flush=True)
     for line in sys.stdin:
+        if line.strip() == "energy":
+            print(json.dumps(drawn(run, inputs, system)), flush=True)
+            continue
         feeds = inputs[int(line) % len(inputs)]
         run(feeds)  # the caches are those of a network that runs again and again, not of its neighbours
         began = time.perf_counter()
@@ -204,12 +236,20 @@ class Child:
 
     def time(self, sample: int) -> None:
         """Run one sample."""
+        if answer := self._asked(str(sample)):
+            self.times.append(float(answer))
+
+    def draw(self) -> None:
+        """Run for a while, and count the energy."""
+        if answer := self._asked("energy"):
+            self.seen["energy_mj"] = json.loads(answer)
+
+    def _asked(self, line: str) -> str:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(f"{sample}\n")
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
-        if answer := self._answer():
-            self.times.append(float(answer))
+        return self._answer()
 
 
 def tell(index: int, one: Child) -> None:
@@ -244,6 +284,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--only", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--system", type=Path, default=Path("/sys/class"), help="where the counters of energy are")
     words = parser.parse_args()
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
@@ -251,17 +292,20 @@ def main() -> None:
         if words.profile:
             profile(bundle["artifacts"][words.child], words.threads)
             return
-        child(bundle["artifacts"][words.child], bundle["labels"], words.threads)
+        child(bundle["artifacts"][words.child], bundle["labels"], words.threads, words.system)
         return
     children: dict[int, Child] = {}
     alive: list[Child] = []
     threading.Thread(target=watch, args=(alive,), daemon=True).start()
     for index, artifact in enumerate(bundle["artifacts"]):
         if artifact["kind"] != "package" and (words.only is None or index in words.only):
-            children[index] = Child(index, words.threads)
+            children[index] = Child(index, words.threads, "--system", str(words.system))
             alive.append(children[index])
             tell(index, children[index])
     take_turns(alive, len(bundle["labels"]), words.seconds)
+    for one in children.values():
+        if energy(words.system) and not one.failure:
+            one.draw()
     for index, one in children.items():
         if words.profile and not one.failure and bundle["artifacts"][index]["kind"] == "onnx":
             alive.append(Child(index, words.threads, "--profile"))

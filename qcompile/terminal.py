@@ -202,8 +202,9 @@ def show_comparison(console: Console, found: Compared) -> None:
     """Print artifacts side by side, then why some rows are not whole."""
     threads = "one thread" if found.threads == 1 else f"{found.threads} threads"
     title = f"on {found.samples} samples, {threads}, {found.device}"
+    counted = any(row.energy_mj is not None for row in found.rows)
     table = new_table(title, "", "size", "SQNR\ndB", "acc.", "median\nms", "p90\nms",
-                   "of\nfloat", "load\nms", "memory", "in-\nstruc-\ntions")  # fmt: skip
+                   "of\nfloat", *(["mJ"] if counted else []), "load\nms", "memory", "in-\nstruc-\ntions")  # fmt: skip
     table.padding, table.show_edge, table.pad_edge = (0, 1, 0, 0), False, False
     for column in table.columns:
         column.no_wrap = True
@@ -220,6 +221,7 @@ def show_comparison(console: Console, found: Compared) -> None:
             "" if row.sqnr is None else "exact" if row.decibels == float("inf") else f"{row.decibels:.1f}",
             "" if row.accuracy is None else f"{row.accuracy:.0%}",
             *times,
+            *([_number(row.energy_mj, ".3g").strip("-")] if counted else []),
             _number(row.load_ms, ".3g").strip("-"),
             "" if row.peak_bytes is None else _short(row.peak_bytes),
             "" if row.instructions is None else f"{row.instructions / 1e6:.3g}M",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -51,6 +53,48 @@ def test_fidelity_is_measured_on_the_samples_given(qcompile, small, small_artifa
     assert report["fidelity"]["samples"] == 2
     expected = report["fidelity"]["outputs"]["y"]["sqnr"]
     assert again[str(small_artifact)]["sqnr"]["y"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.fixture
+def counters(tmp_path: Path) -> Path:
+    """A processor's counter of energy, one of its cores', and a sensor's, as Linux has them."""
+    for name in ("powercap/rapl:0", "powercap/rapl:0:0", "hwmon/hwmon3"):
+        (tmp_path / "class" / name).mkdir(parents=True)
+    (tmp_path / "class/powercap/rapl:0/energy_uj").write_text("5000\n")
+    (tmp_path / "class/powercap/rapl:0:0/energy_uj").write_text("1\n")
+    (tmp_path / "class/hwmon/hwmon3/energy1_input").write_text("70\n")
+    return tmp_path / "class"
+
+
+def test_energy_is_that_of_a_run(counters, monkeypatch):
+    monkeypatch.setattr(runner, "DRAWN", 0.01)
+    package, core, sensor = (counters / name for name in (
+        "powercap/rapl:0/energy_uj", "powercap/rapl:0:0/energy_uj", "hwmon/hwmon3/energy1_input"))  # fmt: skip
+
+    def draw(feeds):
+        for file, more in ((package, 2000), (core, 1500), (sensor, 500)):
+            file.write_text(f"{int(file.read_text()) + more}\n")
+
+    assert runner.drawn(draw, [{}], counters) == pytest.approx(2.5)
+    assert runner.drawn(lambda feeds: None, [{}], counters) is None
+    assert runner.drawn(lambda feeds: None, [{}], counters / "nothing") is None
+
+
+def test_energy_is_told_where_the_device_counts_it(qcompile, small_artifact, words, counters, tmp_path):
+    assert qcompile("bundle", small_artifact, *words, "-o", tmp_path / "b.qbundle").code == 0
+    with zipfile.ZipFile(tmp_path / "b.qbundle") as archive:
+        archive.extractall(tmp_path / "there")
+    command = [sys.executable, tmp_path / "there/runner.py", "--seconds", "0.1", "--system", counters]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        count = 5000
+        while running.poll() is None:  # the counter of a device that draws two watts
+            count += 2000
+            (counters / "powercap/next").write_text(f"{count}\n")
+            (counters / "powercap/next").replace(counters / "powercap/rapl:0/energy_uj")
+            time.sleep(0.001)
+        assert running.stdout is not None
+        told = {one["artifact"]: one for one in map(json.loads, running.stdout)}
+    assert set(told) == {0, 1} and all(one["energy_mj"] > 0.0 for one in told.values())
 
 
 def test_labels_give_accuracy(qcompile, small, small_artifact):
