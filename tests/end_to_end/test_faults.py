@@ -25,6 +25,7 @@ SIGNALLED = """
 import os, signal, sys
 from qcompile import artifact, cache, cli
 number, left = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it starts in the background
 
 def signalled(function, last=False):
     def wrapper(*args, **kwargs):
