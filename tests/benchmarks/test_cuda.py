@@ -18,7 +18,6 @@ from qcompile.backends.cuda.four_bits import Gemv
 from qcompile.backends.cuda.network import network_of
 
 pytest.importorskip("tvm")
-sys.path.insert(0, str(Path(__file__).parents[1] / "backends/cuda"))
 
 
 def small():
@@ -46,7 +45,7 @@ def prepared(tmp_path, monkeypatch):
 
 
 def test_cases_are_checked_bit_by_bit(prepared, tmp_path, monkeypatch, capsys):
-    import emulate
+    from emulated_cuda import emulate
 
     library = emulate.library(network_of(random_program(0, wide=False)), tmp_path)
     monkeypatch.setenv("QCOMPILE_LIBCUDA", str(library))
@@ -62,7 +61,7 @@ def test_cases_are_checked_bit_by_bit(prepared, tmp_path, monkeypatch, capsys):
 
 
 def test_figures_are_of_what_they_say(prepared, tmp_path, monkeypatch):
-    import emulate
+    from emulated_cuda import emulate
 
     kernel = Gemv(16, 64).source("gemv")
     text = kernel[kernel.index("// One row of halves") :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -40,8 +39,7 @@ def compiled(qcompile, resnet8, tmp_path):
 
 
 def test_a_model_becomes_kernels_for_cuda_devices(qcompile, compiled, resnet8, tmp_path, monkeypatch):
-    sys.path.insert(0, str(ROOT / "tests/backends/cuda"))
-    import emulate
+    from emulated_cuda import emulate
 
     content, output = compiled
     report, measurements = content["report"], content["measurements"]

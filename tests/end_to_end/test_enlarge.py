@@ -28,9 +28,9 @@ def test_ranges_are_of_made_samples_too_and_nothing_is_judged_on_them(qcompile, 
     collect, losses, together = decision.collect, compensation.losses, Trials.together
     measured, judged = [], []
 
-    def collecting(model, names, data, track):
+    def collecting(model, names, data, *rest):
         measured.extend(feeds["x"].tobytes() in real for feeds in data)
-        return collect(model, names, data, track)
+        return collect(model, names, data, *rest)
 
     def losing(reference, candidates, data, track):
         judged.extend(feeds["x"].tobytes() in real for feeds in data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 
 from qcompile.backends.integer.program import Program
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 #: What a fatbin begins with, in front of nothing: the emulated driver has the kernels already.
 EMPTY = bytes.fromhex("50ed55ba") + bytes(12)
@@ -27,7 +24,7 @@ def tvm() -> Any:
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     """Return what opens a program's session on the emulated device."""
-    import emulate
+    from emulated_cuda import emulate
 
     from qcompile.backends.cuda.backend import write
     from qcompile.backends.cuda.network import network_of

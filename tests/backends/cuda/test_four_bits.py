@@ -52,7 +52,7 @@ def check(driver, code, outputs, depth, seed):
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    import emulate
+    from emulated_cuda import emulate
 
     folder = tmp_path_factory.mktemp("gemv")
     kernel = Gemv(1, 32).source("gemv")
@@ -98,7 +98,7 @@ def test_what_is_no_block_of_codes_is_refused():
 
 @pytest.mark.parametrize("architecture", compiler.ARCHITECTURES)
 def test_its_machine_code_keeps_nothing_in_memory_and_converts_nothing(architecture, tmp_path):
-    from test_machine_code import taken_apart
+    from emulated_cuda.machine_code import taken_apart
 
     if not compiler.available():
         pytest.skip("neither NVRTC nor nvFatbin")
