@@ -23,6 +23,7 @@ from typing import Any
 
 import fresh_process
 import numpy as np
+import onnx.version_converter
 from catalog import fetch
 from fresh_process import PROCESSES
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -42,6 +43,8 @@ NAMES = (
 TOKENS, LINES = ("input_ids", "attention_mask"), {"x": (1, 3, 48)}
 LIBRARY = "cpu:tvm-amx" if timing.instructions() == "AMX-INT8" else "cpu:tvm"
 TARGETS = ("cpu", LIBRARY)
+#: From this opset on a DequantizeLinear takes scales per channel.
+PER_CHANNEL = 13
 #: Seconds that the runs of a model take, rounds at most, and inputs that they go through.
 SECONDS, ROUNDS, INPUTS = 30.0, 400, 4
 HEAD = """# Libraries beside ONNX Runtime
@@ -135,7 +138,10 @@ def static(label: str, paths: Sequence[Path], kept: Path) -> Path:
         output.parent.mkdir(parents=True)
         coming = iter(inputs(paths[0], paths[1]))
         reader = type("Reader", (CalibrationDataReader,), {"get_next": lambda self: next(coming, None)})()
-        quantize_static(str(paths[0]), str(output), reader, activation_type=QuantType.QUInt8, per_channel=True)
+        proto = onnx.load(paths[0])
+        if min(entry.version for entry in proto.opset_import if not entry.domain) < PER_CHANNEL:
+            proto = onnx.version_converter.convert_version(proto, PER_CHANNEL)
+        quantize_static(proto, str(output), reader, activation_type=QuantType.QUInt8, per_channel=True)
     return output
 
 
