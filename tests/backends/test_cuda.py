@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from conftest import proto_from_text  # hypothesis wants no fixture of a function's scope
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,8 +40,6 @@ def counts(model: ir.Model) -> dict[str, int]:
 
 @given(st.integers(1, 5), st.integers(1, 12), st.booleans(), st.integers(0, 10**6))
 def test_products_of_eight_bits_are_the_same_numbers(blocks: int, columns: int, transposed: bool, seed: int) -> None:
-    from conftest import proto_from_text  # hypothesis wants no fixture of a function's scope
-
     random = np.random.default_rng(seed)
     codes = random.integers(-127, 128, (16 * blocks, columns)).astype(np.int8)
     scale = random.uniform(0.01, 0.1, columns).astype(np.float32)
