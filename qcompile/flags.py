@@ -9,10 +9,21 @@ import click
 
 from qcompile.calib.observers import Observer
 
+
+def _targets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the targets that a shell may complete what was typed to."""
+    from qcompile.backends.base import backends
+
+    names = (target.name for backend in backends().values() for target in backend.targets())
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 #: Flags by name. None of them has a default here: what is not given may stand in a recipe, else `Options` knows it.
 FLAGS = {
     "recipe": click.option("--recipe", type=click.Path(path_type=Path), help="Options from a TOML file; flags win."),
-    "target": click.option("--target", help="Device to compile for; 'qcompile targets' lists them."),
+    "target": click.option(
+        "--target", shell_complete=_targets, help="Device to compile for; 'qcompile targets' lists them."
+    ),
     "data": click.option("--data", help="Calibration data: .npz, folder of samples, or module:function."),
     "eval": click.option("--eval", help="Evaluation data; without it a fifth of the calibration data is held out."),
     "output": click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder for the artifact."),
