@@ -141,7 +141,11 @@ def static(label: str, paths: Sequence[Path], kept: Path) -> Path:
         proto = onnx.load(paths[0])
         if min(entry.version for entry in proto.opset_import if not entry.domain) < PER_CHANNEL:
             proto = onnx.version_converter.convert_version(proto, PER_CHANNEL)
-        quantize_static(proto, str(output), reader, activation_type=QuantType.QUInt8, per_channel=True)
+        # Or it holds what every operator made of every sample at the same time.
+        few = {"CalibMaxIntermediateOutputs": 8}
+        quantize_static(
+            proto, str(output), reader, activation_type=QuantType.QUInt8, per_channel=True, extra_options=few
+        )
     return output
 
 
