@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -222,6 +223,14 @@ def require_no_segments(target: Target) -> None:
     if target.settings.get("allow_ort_segments"):
         fact = f"means nothing for {target.name}, which has no libraries for a CPU"
         raise UsageError("--allow-ort-segments", fact, "leave it out")
+
+
+def read_targets(package: str, costs: bool = False) -> Iterator[Target]:
+    """Yield the targets of a package's folder `targets`, by the names of their files; some have tables of `costs`."""
+    here = files(package)
+    for entry in sorted((here / "targets").iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".toml"):
+            yield Target.from_toml(entry, here / "costs" if costs else None)
 
 
 class Unpriced:

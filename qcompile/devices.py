@@ -100,8 +100,8 @@ class Local:
     def alone(
         self, bundle: Path, packed: Mapping[str, Any], labels: Sequence[int | None], timeout: float
     ) -> dict[str, Any]:
-        """Do nothing; see `runs_alone`."""
-        raise NotImplementedError
+        """Refuse; see `runs_alone`."""
+        raise DeviceError("runs no executable alone")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Unbounded, Unpriced
+from qcompile.backends.base import Lowered, Unbounded, Unpriced, read_targets
 from qcompile.backends.cpu import executable, library, segmented_session
 from qcompile.backends.cpu import write_segments as segments
 from qcompile.backends.cpu.emulate import EmulatedSession, emulator
@@ -54,11 +54,8 @@ class CpuBackend(Unpriced, Unbounded):
 
     def targets(self) -> Iterable[Target]:
         """Return the targets of backends/cpu/targets."""
-        here = files("qcompile.backends.cpu") / "targets"
-        for entry in sorted(here.iterdir(), key=lambda entry: entry.name):
-            if entry.name.endswith(".toml"):
-                target = Target.from_toml(entry)
-                yield replace(target, timed_here=target.timed_here and not _is_emulated(_processor(target)))
+        for target in read_targets("qcompile.backends.cpu"):
+            yield replace(target, timed_here=target.timed_here and not _is_emulated(_processor(target)))
 
     def available(self) -> bool:
         """Tell whether TVM is installed, which generates the kernels."""

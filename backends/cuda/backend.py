@@ -17,6 +17,7 @@ from qcompile.backends.base import (
     Placed,
     Unbounded,
     Unpriced,
+    read_targets,
     require_no_segments,
     require_one_length,
 )
@@ -49,10 +50,7 @@ class CudaBackend(Unpriced, Unbounded):
 
     def targets(self) -> Iterable[Target]:
         """Return the targets of backends/cuda/targets."""
-        here = files("qcompile.backends.cuda") / "targets"
-        for entry in sorted(here.iterdir(), key=lambda entry: entry.name):
-            if entry.name.endswith(".toml"):
-                yield Target.from_toml(entry)
+        return read_targets("qcompile.backends.cuda")
 
     def available(self) -> bool:
         """Tell whether TVM, which generates kernels, and NVRTC, which compiles them, are installed."""

@@ -6,13 +6,12 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Unpriced, require_no_segments, require_one_length
+from qcompile.backends.base import Lowered, Unpriced, read_targets, require_no_segments, require_one_length
 from qcompile.backends.integer import map_bits
 from qcompile.backends.integer.interpret import dequantize_output, quantize_input
 from qcompile.backends.integer.lower import lower
@@ -54,10 +53,7 @@ class McuBackend(Unpriced):
 
     def targets(self) -> Iterable[Target]:
         """Return the targets of backends/mcu/targets."""
-        here = files("qcompile.backends.mcu") / "targets"
-        for entry in sorted(here.iterdir(), key=lambda entry: entry.name):
-            if entry.name.endswith(".toml"):
-                yield Target.from_toml(entry)
+        return read_targets("qcompile.backends.mcu")
 
     def available(self) -> bool:
         """Tell whether TVM is installed, which generates the kernels."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
 import onnx_ir as ir
 
-from qcompile.backends.base import Lowered, Subject, Unbounded, require_no_segments, require_one_length
+from qcompile.backends.base import Lowered, Subject, Unbounded, read_targets, require_no_segments, require_one_length
 from qcompile.backends.ort.device import DeviceSession
 from qcompile.backends.ort.half_values import HALF, slots
 from qcompile.backends.ort.kernel_table import cuda_kernels, placements
@@ -52,10 +51,7 @@ class OrtBackend(Unbounded):
 
     def targets(self) -> Iterable[Target]:
         """Return the targets of backends/ort/targets."""
-        here = files("qcompile.backends.ort")
-        for entry in sorted((here / "targets").iterdir(), key=lambda entry: entry.name):
-            if entry.name.endswith(".toml"):
-                yield Target.from_toml(entry, here / "costs")
+        return read_targets("qcompile.backends.ort", costs=True)
 
     def available(self) -> bool:
         """Tell whether an ONNX Runtime is installed."""
