@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,8 @@ DAMPING = 0.1
 MANY = 8
 #: Rows of weights whose errors are passed on at once to those behind them.
 BLOCK = 128
+#: Columns of weights that are rounded at once: they have nothing to do with one another, and take float64.
+COLUMNS = 8192
 #: Multiply-accumulates that collecting the rows may take, over all batches of operators.
 WORK = 1e12
 
@@ -99,7 +102,7 @@ class Operator:
             return int(np.prod(self.shape[1:]))
         return self.shape[1 if self._transposed else 0]
 
-    def matrix(self, weights: FloatArray) -> FloatArray:
+    def matrix(self, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return weights as rows are multiplied by them, `[groups, depth, channels / groups]`."""
         if self.node.op_type == "Conv":
             return np.asarray(weights.reshape(self.groups, weights.shape[0] // self.groups, -1).transpose(0, 2, 1))
@@ -268,16 +271,19 @@ def round_weights(operator: Operator, moments: SecondMoments) -> numerics.IntArr
     assert value is not None and value.const_value is not None
     weights = value.const_value.numpy()
     scales = np.broadcast_to(numerics.along_axis(quant.scales, quant.axis, weights.ndim), weights.shape)
-    multiples = np.ones_like(weights)
+    multiples = np.broadcast_to(np.ones((), weights.dtype), weights.shape)
     if quant.block_size:
         multiples = packing.multiples(weights / scales, quant.axis, quant.block_size)
-    matrices = (operator.matrix(array.astype(np.float64)) for array in (weights, scales, multiples))
+    matrices = (operator.matrix(array) for array in (weights, scales, multiples))
     few = quant.bits < MANY
     damping = operator.depth / max(1, moments.rows) if few else DAMPING
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
     codes = []
-    for part, step, multiple, h in zip(*matrices, moments.matrices, strict=True):
+    for part, steps, multiple, h in zip(*matrices, moments.matrices, strict=True):
         trusted = damped(h + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
+        step = steps.astype(np.float64)
+        if few:
+            part, multiple = part.astype(np.float64), multiple.astype(np.float64)
         chosen = gptq(part, step[0], trusted, limits, multiple)
         if few:
             scaled = part / step[0]
@@ -286,7 +292,8 @@ def round_weights(operator: Operator, moments: SecondMoments) -> numerics.IntArr
                 chosen, multiple = fit_multiples(chosen, scaled, trusted, limits, multiple, length)
             chosen = descend(chosen, scaled, trusted, limits, multiple)
         codes.append(chosen)
-    return np.ascontiguousarray(operator.weights(np.stack(codes)).astype(quant.dtype))
+    stacked = np.stack(codes) if len(codes) > 1 else codes[0][None]
+    return np.ascontiguousarray(operator.weights(stacked).astype(quant.dtype))
 
 
 def gptq(
@@ -315,11 +322,19 @@ def gptq(
     ndarray of float64, shape (n, m)
         Integers.
     """
-    diagonal = moments.diagonal()
-    order = np.argsort(-diagonal, kind="stable")
+    order = np.argsort(-moments.diagonal(), kind="stable")
     upper = factor_of_inverse(moments[np.ix_(order, order)])
-    left, codes = weights[order] / step, np.empty_like(weights)
-    grid = np.broadcast_to(multiple, weights.shape)[order]
+    grid, found = np.broadcast_to(multiple, weights.shape), np.empty(weights.shape)
+    for start in range(0, weights.shape[1], COLUMNS):
+        part = slice(start, start + COLUMNS)
+        left = weights[order, part].astype(np.float64) / step[part]
+        found[order, part] = _in_turn(left, upper, limits, grid[order, part].astype(np.float64))
+    return found
+
+
+def _in_turn(left: FloatArray, upper: FloatArray, limits: tuple[int, int], grid: FloatArray) -> FloatArray:
+    """Round one row after another; those behind it, in `left`, take over what is lost."""
+    codes = np.empty_like(left)
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
         errors = np.empty((stop - start, left.shape[1]))
@@ -328,9 +343,7 @@ def gptq(
             errors[row - start] = (left[row] - codes[row]) / upper[row, row]
             left[row + 1 : stop] -= np.outer(upper[row, row + 1 : stop], errors[row - start])
         left[stop:] -= upper[start:stop, stop:].T @ errors
-    found = np.empty_like(codes)
-    found[order] = codes
-    return found
+    return codes
 
 
 def damped(moments: FloatArray, damping: float = DAMPING) -> FloatArray:

@@ -27,6 +27,8 @@ from qcompile.core.errors import ModelError, QcompileError, TargetError, shorten
 Feeds = Mapping[str, npt.NDArray[Any]]
 Outputs = dict[str, npt.NDArray[Any]]
 
+#: What `MappedTensor` tells locations from.
+ROOT = Path.cwd().anchor
 #: What the runtime wraps its messages in, and what is left of that: codes, source files, C++ signatures, conditions.
 WRAPPINGS = (
     (r"\[ONNXRuntimeError\] : \d+ : \w+ : ", ""),
@@ -162,6 +164,9 @@ class Session:
         self._place = place = model if isinstance(model, Path) else "model"
         try:
             with _loadable(model) as content:
+                # Locations of weights that are in files are told from there.
+                if isinstance(content, bytes):
+                    options.add_session_config_entry("session.model_external_initializers_file_folder_path", ROOT)
                 self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except QcompileError:
             raise
@@ -231,11 +236,14 @@ def ort_format(table: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _loadable(model: ir.Model | Path) -> Iterator[str | bytes]:
-    """Give what InferenceSession takes: a path, or bytes, or a temporary file where the bytes would be too many."""
+    """Give what InferenceSession takes: a path, or bytes, or a temporary file where the bytes would be too many.
+
+    Weights in files stay there: the runtime maps them.
+    """
     if isinstance(model, Path):
         yield str(model)
-    elif models.initializer_bytes(model) <= models.INLINE_LIMIT:
-        yield models.serialize(model)
+    elif models.held_bytes(model) <= models.INLINE_LIMIT:
+        yield models.without_mapped(model)
     else:
         with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
             path = Path(folder) / "model.onnx"
