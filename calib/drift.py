@@ -91,24 +91,25 @@ def measure_drift(
     return drift
 
 
-def losses(
-    reference: ir.Model, candidates: Sequence[ir.Model], data: Dataset, track: Track[Sample]
-) -> list[OutputError]:
+def losses(reference: ir.Model, candidates: Sequence[ir.Model], data: Dataset, track: Track[Any]) -> list[OutputError]:
     """Return how far each candidate's outputs are from the float model's, in front of a last Softmax or Sigmoid.
 
     What makes up for quantization fits the samples that it was measured on; whether it also helps elsewhere only others
     can tell, so `data` should be held out from that. All models run as they are defined, without a runtime's fusions,
     so that the answer does not hang on a processor's integer kernels.
     """
-    expected, *sessions = (runtime.Session(at_scores(model), optimize=False) for model in (reference, *candidates))
-    errors = [OutputError() for _ in sessions]
     cost = Cost.of(candidates[0], next(iter(data)))
     samples = spread(data, cost.peak_bytes, min(SAMPLES, JUDGING / ((1 + len(candidates)) * cost.total)))
-    for feeds in track(samples, len(samples), "checking what was made up for"):
-        outputs = expected.run(feeds)
-        for error, session in zip(errors, sessions, strict=True):
+    # One model after the other: each takes what its weights do.
+    session = runtime.Session(at_scores(reference), optimize=False)
+    expected = [session.run(feeds) for feeds in samples]
+    errors = []
+    for model in track(candidates, len(candidates), "checking what was made up for"):
+        session, error = runtime.Session(at_scores(model), optimize=False), OutputError()
+        for feeds, outputs in zip(samples, expected, strict=True):
             # By place: in front of a last Softmax that is quantized, values have other names than in float.
             error.add(outputs, dict(zip(outputs, session.run(feeds).values(), strict=True)))
+        errors.append(error)
     return errors
 
 

@@ -206,6 +206,7 @@ def second_moments(
                 total.add(_rows(one, values[one.reads], values[one.writes], -(-ROWS // len(samples))))
 
             deque(abreast(add, zip(batch, sums, strict=True), threads), 0)
+        del session  # it holds the model, which whoever rounds weights meanwhile has no use for
         yield from ((one, total.mean(len(samples))) for one, total in zip(batch, sums, strict=True))
 
 

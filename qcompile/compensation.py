@@ -15,6 +15,7 @@ from qcompile.calib.drift import losses, measure_drift
 from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.rounding import MANY, Operator, SecondMoments, round_weights, second_moments
 from qcompile.calib.workers import abreast
+from qcompile.core import scratch
 from qcompile.core.contract import Pass, Refusal
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import QuantPlan
@@ -135,7 +136,7 @@ def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], dat
     moments = second_moments(canonical, list(operators.values()), data, job.track, threads)
 
     def rounded(pair: tuple[Operator, SecondMoments]) -> tuple[str, IntArray]:
-        return names[pair[0]], round_weights(*pair)
+        return names[pair[0]], scratch.kept(round_weights(*pair))
 
     return dict(abreast(rounded, moments, threads))
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.work import Cost
-from qcompile.core import numerics, runtime
+from qcompile.core import numerics, runtime, scratch
 from qcompile.core.contract import Effect, Track
 from qcompile.core.errors import BudgetError, ModelError, VerificationError
 from qcompile.core.lengths import Lengths
@@ -248,8 +248,8 @@ class Proof:
 
     Parameters
     ----------
-    reference : callable
-        Runs the float model, with all of the runtime's optimizations.
+    reference : callable or None
+        Runs the float model, with all of the runtime's optimizations; None where it is not held.
     fidelity : Fidelity
         Artifact against float model, on all samples: what a user gets.
     quantization : Fidelity
@@ -264,13 +264,17 @@ class Proof:
         Artifact against float model, by the length that a sample ran at, where there are several.
     """
 
-    reference: Run
+    reference: Run | None
     fidelity: Fidelity = field(default_factory=Fidelity)
     quantization: Fidelity = field(default_factory=Fidelity)
     rounding: Fidelity = field(default_factory=Fidelity)
     inspected: Fidelity = field(default_factory=Fidelity)
     layers: dict[str, Comparison] = field(default_factory=dict)
     by_length: dict[int, Fidelity] = field(default_factory=dict)
+
+    def reference_of(self, model: ir.Model) -> Run:
+        """Return what runs the float model, `model`."""
+        return self.reference or runtime.Session(model).run
 
     def require(self, bounds: Mapping[str, float]) -> None:
         """Hold the fidelity to the user's bounds.
@@ -316,7 +320,7 @@ def prove(
     canonical: ir.Model,
     quantized: ir.Model,
     plan: QuantPlan,
-    run: Run,
+    opened: Callable[[], Run],
     data: Dataset,
     track: Track[tuple[Sample, int | None]],
     lengths: Lengths | None = None,
@@ -324,34 +328,58 @@ def prove(
     """Hold the artifact against the float model and against the QDQ model, on data that calibration did not see.
 
     The QDQ model runs as written, which is its definition and lets every layer be looked at; that is slow, so the
-    samples beyond the first few only compare the artifact with the float model.
+    samples beyond the first few only compare the artifact with the float model. `opened` loads the artifact, behind
+    that: as few models as possible are held at a time.
 
     Raises
     ------
     VerificationError
         If the target's kernels add more error than quantization did.
     """
-    pairs = layer_pairs(canonical, quantized, plan)
-    floats = runtime.Session(runtime.with_outputs(canonical, [before for before, _ in pairs.values()]))
-    codes = runtime.Session(runtime.with_outputs(quantized, [after for _, after in pairs.values()]), optimize=False)
-    proof = Proof(runtime.Session(model).run, layers={name: Comparison() for name in pairs})
-    inspected = min(INSPECTED, max(2, INSPECTION / Cost.of(quantized, next(iter(data))).total))
+    layers, simulations = _inspect(canonical, quantized, plan, data)
+    answers = _kept(model, data) if scratch.is_open() else None
+    reference = runtime.Session(model).run if answers is None else None
+    proof, run = Proof(reference, layers=layers), opened()
     for index, (feeds, label) in enumerate(track(data.labelled(), len(data), "verifying")):
-        expected, found = proof.reference(feeds), run(feeds)
+        expected = reference(feeds) if reference is not None else answers[index]  # type: ignore[index]
+        found = run(feeds)
         proof.fidelity.add(expected, found, label)
         if lengths is not None:
             held = lengths.require(lengths.of_sample(feeds, "sample"), "sample")
             proof.by_length.setdefault(held, Fidelity()).add(expected, found, label)
-        if index < inspected:
-            before, after = floats.run(feeds), codes.run(feeds)
-            simulated = {name: after[name] for name in expected}
-            proof.quantization.add(expected, simulated)
-            proof.rounding.add(simulated, found)
+        if index < len(simulations):
+            proof.quantization.add(expected, simulations[index])
+            proof.rounding.add(simulations[index], found)
             proof.inspected.add(expected, found)
-            for name, (one, other) in pairs.items():
-                proof.layers[name].add(before[one], after[other])
     proof.require_faithful_kernels()
     return proof
+
+
+def _inspect(
+    canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, data: Dataset
+) -> tuple[dict[str, Comparison], list[runtime.Outputs]]:
+    """Return how far the QDQ model's layers are from the float model's, and its outputs, on the first few samples."""
+    pairs = layer_pairs(canonical, quantized, plan)
+    outputs = [str(value.name) for value in canonical.graph.outputs]
+    inspected = min(INSPECTED, max(2, INSPECTION / Cost.of(quantized, next(iter(data))).total))
+    floats = runtime.Session(runtime.with_outputs(canonical, [before for before, _ in pairs.values()]))
+    codes = runtime.Session(runtime.with_outputs(quantized, [after for _, after in pairs.values()]), optimize=False)
+    layers, simulations = {name: Comparison() for name in pairs}, []
+    for index, feeds in enumerate(data):
+        if index >= inspected:
+            break
+        before, after = floats.run(feeds), codes.run(feeds)
+        for name, (one, other) in pairs.items():
+            layers[name].add(before[one], after[other])
+        own = (name for name in after if name in outputs or name.rpartition("[")[0] in outputs)
+        simulations.append({name: scratch.kept(after[name]) for name in own})
+    return layers, simulations
+
+
+def _kept(model: ir.Model, data: Dataset) -> list[runtime.Outputs]:
+    """Return what a model makes of each sample, large outputs in files."""
+    session = runtime.Session(model)
+    return [{name: scratch.kept(y) for name, y in session.run(feeds).items()} for feeds, _ in data.labelled()]
 
 
 def layer_pairs(model: ir.Model, quantized: ir.Model, plan: QuantPlan) -> dict[str, tuple[str, str]]:
