@@ -136,9 +136,9 @@ def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], dat
     moments = second_moments(canonical, list(operators.values()), data, job.track, threads)
 
     def rounded(pair: tuple[Operator, SecondMoments]) -> tuple[str, IntArray]:
-        return names[pair[0]], scratch.kept(round_weights(*pair))
+        return names[pair[0]], round_weights(*pair)
 
-    return dict(abreast(rounded, moments, threads))
+    return {name: scratch.kept(codes) for name, codes in abreast(rounded, moments, threads)}
 
 
 def _useless(pass_: type[Pass]) -> tuple[Refusal, ...]:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -56,49 +57,49 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-_open: Scratch | None = None
+#: Of one compile, and not of another that runs in a thread beside it. Threads of a pool have none: what they return is
+#: `kept` by whoever asked them.
+_open: ContextVar[Scratch | None] = ContextVar("scratch", default=None)
 
 
 @contextlib.contextmanager
 def opened(wanted: bool) -> Iterator[None]:
     """Let what `tensor` and `kept` are given leave memory from here on, if wanted, and take it away at the end."""
-    global _open
     if not wanted:
         yield
         return
-    outer = _open
     with tempfile.TemporaryDirectory(prefix="qcompile-", ignore_cleanup_errors=True) as folder:
-        _open = Scratch(Path(folder))
+        token = _open.set(Scratch(Path(folder)))
         try:
             yield
         finally:
-            _open = outer
+            _open.reset(token)
 
 
 def give_back() -> None:
     """Give freed memory back to the system where arrays leave memory: C's allocator keeps it otherwise."""
-    if _open is not None:
+    if is_open():
         with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_open() -> bool:
     """Tell whether large arrays leave memory."""
-    return _open is not None
+    return _open.get() is not None
 
 
 def tensor(array: npt.NDArray[Any], name: str | None) -> ir.TensorProtocol:
     """Return a tensor of an array: in memory, or of a large one in a file where that was asked for."""
-    if _open is None or not _leaves(array):
-        return ir.tensor(array, name=name)
-    return _open.put(array, name or "")
+    place = _open.get()
+    return ir.tensor(array, name=name) if place is None or not _leaves(array) else place.put(array, name or "")
 
 
 def kept(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the same array, in memory or mapped from a file, by the same rule."""
-    if _open is None or not _leaves(array):
+    place = _open.get()
+    if place is None or not _leaves(array):
         return array
-    return _open.put(array, "").numpy()  # a mapping outlives the name of its file
+    return place.put(array, "").numpy()  # a mapping outlives the name of its file
 
 
 def _leaves(array: npt.NDArray[Any]) -> bool:

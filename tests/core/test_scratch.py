@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -56,6 +57,11 @@ def test_the_folder_goes_after_a_failure_too() -> None:
         raise KeyError
     assert isinstance(tensor, mapped.MappedTensor) and not Path(tensor.path).parent.exists()
     assert not scratch.is_open()
+
+
+def test_a_compile_in_another_thread_has_none() -> None:
+    with scratch.opened(True), ThreadPoolExecutor(1) as pool:
+        assert scratch.is_open() and not pool.submit(scratch.is_open).result()
 
 
 def test_a_disk_that_takes_no_more_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

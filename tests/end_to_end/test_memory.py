@@ -124,3 +124,27 @@ def test_weights_beyond_what_protobuf_holds(small, qcompile, tmp_path: Path, mon
     feeds = runtime.synthetic_feeds(model, 0)
     np.testing.assert_array_equal(*(next(iter(runtime.Session(one).run(feeds).values())) for one in (model, RESNET)))
     assert max(asked, default=0) < 64 << 10, "nothing was made into one message that does not fit into one"
+
+
+@pytest.mark.parametrize("bound", [(), ("--max-memory", "64GB")])
+def test_from_external_data_to_external_data(bound: tuple[str, ...], qcompile, tmp_path: Path, monkeypatch) -> None:
+    """With the limit set low: the artifact has weights beside it, and is the same as one that has them inside."""
+    ir.save(ir.load(RESNET), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    few = tmp_path / "few.npz"
+    with np.load(CALIBRATION) as archive:
+        np.savez(few, **{name: archive[name][:4] for name in archive})
+    words = ("--target", "cpu", "--data", few, "--activations", "none", "--quiet")
+    inside, beside = tmp_path / "inside", tmp_path / "beside"
+    assert qcompile(RESNET, *words, "-o", inside).code == 0
+    monkeypatch.setattr(models, "INLINE_LIMIT", 16 << 10)
+    monkeypatch.setattr(scratch, "LEAST", models.LAZY_ELEMENTS + 1)
+    done = qcompile(tmp_path / "m.onnx", *words, "-o", beside, *bound)
+    assert done.code == 0, done.err
+    assert sorted(json.loads((beside / "manifest.json").read_text())["files"])[:2] == ["model.onnx", "model.onnx.data"]
+    one, other = (models.load(folder / "model.onnx") for folder in (inside, beside))
+    assert models.content_hash(one) == models.content_hash(other)
+    compared = qcompile("compare", beside, "--model", tmp_path / "m.onnx", "--data", few, "--json")
+    assert compared.code == 0, compared.err
+    rows = {Path(row["output"]).name: row for row in json.loads(compared.out)["rows"]}
+    assert len(rows) == 2 and min(rows["beside"]["sqnr"].values()) > 20.0
+    assert qcompile("check", beside, "--against", beside / "report.json").code == 0
