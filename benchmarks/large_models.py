@@ -190,7 +190,7 @@ def measured(model: Path, folder: Path, bound: int | None) -> dict[str, Any]:
     """
     output = folder / "artifact"
     shutil.rmtree(output, ignore_errors=True)
-    data = ["--data", folder / "calib.npz", "--eval", folder / "eval.npz", "-o", output, "--quiet"]
+    data = ["--eval", folder / "eval.npz", "-o", output, "--quiet"]
     words = [model, "--target", "cpu", "--activations", "none", *data]
     words += [] if bound is None else ["--max-memory", f"{bound}B"]
     began = time.perf_counter()

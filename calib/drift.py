@@ -101,16 +101,21 @@ def losses(reference: ir.Model, candidates: Sequence[ir.Model], data: Dataset, t
     cost = Cost.of(candidates[0], next(iter(data)))
     samples = spread(data, cost.peak_bytes, min(SAMPLES, JUDGING / ((1 + len(candidates)) * cost.total)))
     # One model after the other: each takes what its weights do.
-    session = runtime.Session(at_scores(reference), optimize=False)
-    expected = [session.run(feeds) for feeds in samples]
+    expected = _scores(reference, samples)
     errors = []
     for model in track(candidates, len(candidates), "checking what was made up for"):
-        session, error = runtime.Session(at_scores(model), optimize=False), OutputError()
-        for feeds, outputs in zip(samples, expected, strict=True):
+        error = OutputError()
+        for outputs, found in zip(expected, _scores(model, samples), strict=True):
             # By place: in front of a last Softmax that is quantized, values have other names than in float.
-            error.add(outputs, dict(zip(outputs, session.run(feeds).values(), strict=True)))
+            error.add(outputs, dict(zip(outputs, found.values(), strict=True)))
         errors.append(error)
     return errors
+
+
+def _scores(model: ir.Model, samples: Sequence[Sample]) -> list[runtime.Outputs]:
+    """Return what a model comes to as it is defined; it is not held behind that."""
+    session = runtime.Session(at_scores(model), optimize=False)
+    return [session.run(feeds) for feeds in samples]
 
 
 @dataclass(frozen=True)
