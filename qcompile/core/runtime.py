@@ -36,6 +36,8 @@ WRAPPINGS = (
     (r"^This is an invalid model\. In Node, \(\"([^\"]*)\", (\w+), .*, Error ", r"\2 '\1': "),
     (r"(^|: )(?:(?!: ).)* was false\. ", r"\1"),
 )
+#: How many axes a batch of images has, and how high and wide one is that all but the deepest networks take.
+IMAGE_RANK, SMALL_IMAGE = 4, 64
 #: Distributions that all install the one import package `onnxruntime`.
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
@@ -268,7 +270,8 @@ def optimized_nodes(model: Path) -> list[onnx.NodeProto]:
 def synthetic_feeds(model: ir.Model, seed: int, open_axis: int = 1) -> dict[str, npt.NDArray[Any]]:
     """Return one seeded random sample that fits the model's inputs: normal floats, integers 0 and 1.
 
-    Axes that the model leaves open are `open_axis` long, but for a batch: a first one is 1.
+    Axes that the model leaves open are `open_axis` long, but for a batch, a first one, which is 1, and for the height
+    and width of images, which are at least `SMALL_IMAGE`: networks that halve them many times fail on less.
 
     It serves to check that a rewrite keeps the function, never to measure fidelity.
     """
@@ -278,7 +281,8 @@ def synthetic_feeds(model: ir.Model, seed: int, open_axis: int = 1) -> dict[str,
         if value.is_initializer():
             continue  # it has a default, as every weight of an IR version 3 model has
         assert value.name is not None and value.dtype is not None
-        lengths = [1, *[open_axis] * len(value.shape or ())]
+        image = len(value.shape or ()) == IMAGE_RANK and value.dtype.is_floating_point()
+        lengths = [1, *[max(open_axis, SMALL_IMAGE) if image else open_axis] * len(value.shape or ())]
         shape = [dim if isinstance(dim, int) else lengths[axis] for axis, dim in enumerate(value.shape or ())]
         dtype = value.dtype.numpy()
         if value.dtype.is_floating_point():
