@@ -275,18 +275,17 @@ def round_weights(operator: Operator, moments: SecondMoments) -> numerics.IntArr
     few = quant.bits < MANY
     damping = operator.depth / max(1, moments.rows) if few else DAMPING
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
-    codes = []
-    for part, step, multiple, h in zip(*matrices, moments.matrices, strict=True):
-        trusted = damped(h + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
-        chosen = gptq(part, step[0], trusted, limits, multiple)
-        if few:
-            scaled = part / step[0]
+    parts, steps, grids = matrices
+    trusted = damped(moments.matrices + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
+    codes = gptq(parts, steps[:, 0], trusted, limits, grids)
+    if few:
+        for group, h in enumerate(trusted):
+            scaled, multiple = parts[group] / steps[group, 0], grids[group]
             if quant.block_size and quant.axis is not None:
                 length = packing.block_length(operator.depth, quant.block_size)
-                chosen, multiple = fit_multiples(chosen, scaled, trusted, limits, multiple, length)
-            chosen = descend(chosen, scaled, trusted, limits, multiple)
-        codes.append(chosen)
-    return np.ascontiguousarray(operator.weights(np.stack(codes)).astype(quant.dtype))
+                codes[group], multiple = fit_multiples(codes[group], scaled, h, limits, multiple, length)
+            codes[group] = descend(codes[group], scaled, h, limits, multiple)
+    return np.ascontiguousarray(operator.weights(codes).astype(quant.dtype))
 
 
 def gptq(
@@ -296,44 +295,47 @@ def gptq(
     limits: tuple[int, int],
     multiple: FloatArray | float = 1.0,
 ) -> FloatArray:
-    """Round a matrix so that X · W changes little.
+    """Round matrices so that X · W changes little.
 
     Parameters
     ----------
-    weights : ndarray of float64, shape (n, m)
-    step : ndarray of float64, shape (m,)
+    weights : ndarray of float64, shape (..., n, m)
+    step : ndarray of float64, shape (..., m)
         What a code stands for, by column.
-    moments : ndarray of float64, shape (n, n)
-        E[xᵀx] of the rows that are multiplied by it, `damped`.
+    moments : ndarray of float64, shape (..., n, n)
+        E[xᵀx] of the rows that are multiplied by them, `damped`.
     limits : tuple of int
         The lowest and the highest code, of those that have no multiple.
-    multiple : float, or ndarray of float64, shape (n, m)
+    multiple : float, or ndarray of float64, shape (..., n, m)
         What each code is to be a whole multiple of.
 
     Returns
     -------
-    ndarray of float64, shape (n, m)
+    ndarray of float64, shape (..., n, m)
         Integers.
     """
-    diagonal = moments.diagonal()
-    order = np.argsort(-diagonal, kind="stable")
-    upper = factor_of_inverse(moments[np.ix_(order, order)])
-    left, codes = weights[order] / step, np.empty_like(weights)
-    grid = np.broadcast_to(multiple, weights.shape)[order]
-    for start in range(0, len(left), BLOCK):
-        stop = min(start + BLOCK, len(left))
-        errors = np.empty((stop - start, left.shape[1]))
+    order = np.argsort(-moments.diagonal(axis1=-2, axis2=-1), axis=-1, kind="stable")[..., None]
+    across = order.swapaxes(-1, -2)
+    upper = factor_of_inverse(np.take_along_axis(np.take_along_axis(moments, order, -2), across, -1))
+    left = np.take_along_axis(weights, order, -2) / step[..., None, :]
+    grid = np.take_along_axis(np.broadcast_to(multiple, weights.shape), order, -2)
+    codes, count = np.empty_like(left), weights.shape[-2]
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        errors = np.empty_like(left[..., start:stop, :])
         for row in range(start, stop):
-            codes[row] = np.clip(np.rint(left[row] / grid[row]), *limits) * grid[row]
-            errors[row - start] = (left[row] - codes[row]) / upper[row, row]
-            left[row + 1 : stop] -= np.outer(upper[row, row + 1 : stop], errors[row - start])
-        left[stop:] -= upper[start:stop, stop:].T @ errors
+            codes[..., row, :] = np.clip(np.rint(left[..., row, :] / grid[..., row, :]), *limits) * grid[..., row, :]
+            error = (left[..., row, :] - codes[..., row, :]) / upper[..., row, row, None]
+            left[..., row + 1 : stop, :] -= upper[..., row, row + 1 : stop, None] * error[..., None, :]
+            errors[..., row - start, :] = error
+        left[..., stop:, :] -= upper[..., start:stop, stop:].swapaxes(-1, -2) @ errors
     found = np.empty_like(codes)
-    found[order] = codes
+    np.put_along_axis(found, order, codes, -2)
     return found
 
 
 def damped(moments: FloatArray, damping: float = DAMPING) -> FloatArray:
     """Return second moments that trust the samples less in directions of which they tell little."""
-    more = damping * moments.diagonal().mean() + float(np.finfo(np.float32).tiny)
-    return np.asarray(moments + more * np.eye(len(moments)))
+    diagonals = moments.diagonal(axis1=-2, axis2=-1)
+    more = damping * diagonals.mean(axis=-1) + float(np.finfo(np.float32).tiny)
+    return np.asarray(moments + more[..., None, None] * np.eye(moments.shape[-1]))

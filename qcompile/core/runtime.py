@@ -163,7 +163,10 @@ class Session:
             options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
         self._place = place = model if isinstance(model, Path) else "model"
         try:
-            with _loadable(model) as content:
+            with _loadable(model) as (content, weights):
+                # Not copied: they have to be there as long as the session is.
+                self._weights = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+                options.add_external_initializers(list(weights), self._weights)
                 self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except QcompileError:
             raise
@@ -232,17 +235,20 @@ def ort_format(table: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _loadable(model: ir.Model | Path) -> Iterator[str | bytes]:
-    """Give what InferenceSession takes: a path, or bytes, or a temporary file where the bytes would be too many."""
+def _loadable(model: ir.Model | Path) -> Iterator[tuple[str | bytes, dict[str, npt.NDArray[Any]]]]:
+    """Give what InferenceSession takes, and weights beside it.
+
+    That is a path, or bytes, or a temporary file where the bytes would be too many.
+    """
     if isinstance(model, Path):
-        yield str(model)
+        yield str(model), {}
     elif models.initializer_bytes(model) <= models.INLINE_LIMIT:
-        yield models.serialize(model)
+        yield models.apart(model)
     else:
         with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
             path = Path(folder) / "model.onnx"
             models.save(model, path)
-            yield str(path)
+            yield str(path), {}
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
