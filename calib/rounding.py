@@ -111,7 +111,9 @@ class Operator:
             return np.asarray(matrix.transpose(0, 2, 1).reshape(self.shape))
         return np.asarray(matrix[0].T if self._transposed else matrix[0])
 
-    def rows(self, x: npt.NDArray[np.float32], written: Sequence[int], positions: npt.NDArray[np.int64]) -> FloatArray:
+    def rows(
+        self, x: npt.NDArray[np.float32], written: Sequence[int], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         """Return what the weights are multiplied by at some positions of the result, `[groups, positions, depth]`.
 
         Parameters
@@ -124,10 +126,10 @@ class Operator:
             Of the result without channels, flat.
         """
         if self.node.op_type != "Conv":
-            return x.reshape(1, -1, x.shape[-1])[:, positions].astype(np.float64)
+            return x.reshape(1, -1, x.shape[-1])[:, positions]
         where = np.unravel_index(positions, (written[0], *written[2:]))
         patches = _windows(self.node, x, self.shape[2:])[where]
-        return patches.reshape(len(positions), self.groups, -1).transpose(1, 0, 2).astype(np.float64)
+        return patches.reshape(len(positions), self.groups, -1).transpose(1, 0, 2)
 
     @property
     def _transposed(self) -> bool:
@@ -140,7 +142,7 @@ def _windows(node: ir.Node, x: npt.NDArray[np.float32], kernel: Sequence[int]) -
     strides = node.attributes.get_ints("strides", (1,) * rank)
     dilations = node.attributes.get_ints("dilations", (1,) * rank)
     pads = node.attributes.get_ints("pads", (0,) * 2 * rank)
-    padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
+    padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)]) if any(pads) else x
     reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
     view = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
     for axis, step in enumerate((*strides, *dilations), start=2):
@@ -195,12 +197,15 @@ def second_moments(
         sums = [_Products(np.zeros((one.groups, one.depth, one.depth))) for one in batch]
         asked = dict.fromkeys(name for one in batch for name in (one.reads, one.writes))
         session = runtime.Session(runtime.with_outputs(model, list(asked)))
-        for feeds in track(samples, len(samples), "weighing inputs"):
-            values = {**feeds, **session.run(feeds)}
+
+        def run(feeds: Sample, session: runtime.Session = session) -> runtime.Outputs:
+            return {**feeds, **session.run(feeds)}
+
+        for values in abreast(run, track(samples, len(samples), "weighing inputs"), min(threads, 2)):
 
             def add(pair: tuple[Operator, _Products], values: runtime.Outputs = values) -> None:
                 one, total = pair
-                total.add(_rows(one, values[one.reads], values[one.writes], -(-ROWS // len(samples))))
+                total.add(*_rows(one, values[one.reads], values[one.writes], -(-ROWS // len(samples))))
 
             deque(abreast(add, zip(batch, sums, strict=True), threads), 0)
         yield from ((one, total.mean(len(samples))) for one, total in zip(batch, sums, strict=True))
@@ -212,13 +217,13 @@ class _Products:
 
     total: FloatArray
     rows: int = 0
-    pending: list[FloatArray] = field(default_factory=list)
+    pending: list[tuple[npt.NDArray[np.float32], FloatArray]] = field(default_factory=list)
 
-    def add(self, rows: FloatArray) -> None:
-        """Add the products of some rows, `[groups, rows, depth]`."""
-        self.pending.append(rows)
+    def add(self, rows: npt.NDArray[np.float32], factors: FloatArray) -> None:
+        """Add the products of some rows, `[groups, rows, depth]`, each times its factor, `[rows, 1]`."""
+        self.pending.append((rows, factors))
         self.rows += rows.shape[1]
-        if sum(part.shape[1] for part in self.pending) >= AT_ONCE:
+        if sum(len(part) for _, part in self.pending) >= AT_ONCE:
             self._multiply()
 
     def mean(self, samples: int) -> SecondMoments:
@@ -228,18 +233,23 @@ class _Products:
         return SecondMoments(self.total / samples, self.rows)
 
     def _multiply(self) -> None:
-        rows = np.concatenate(self.pending, axis=1)
+        groups, _, depth = self.total.shape
+        rows, end = np.empty((groups, sum(len(part) for _, part in self.pending), depth)), 0
+        for part, factors in self.pending:
+            start, end = end, end + len(factors)
+            np.multiply(part, factors, out=rows[:, start:end], dtype=np.float64)
         self.total += rows.transpose(0, 2, 1) @ rows
         self.pending.clear()
 
 
-def _rows(operator: Operator, read: npt.NDArray[np.float32], written: npt.NDArray[np.float32], most: int) -> FloatArray:
-    """Return the rows at so many positions of one sample at most, weighted so that their products sum to the mean."""
+def _rows(
+    operator: Operator, read: npt.NDArray[np.float32], written: npt.NDArray[np.float32], most: int
+) -> tuple[npt.NDArray[np.float32], FloatArray]:
+    """Return the rows at so many positions of a sample at most, and factors by which their products sum to the mean."""
     weights = position_weights(written, 1 if operator.node.op_type == "Conv" else -1).reshape(-1)
     chosen = np.unique(np.linspace(0, weights.size - 1, min(most, weights.size)).round().astype(np.int64))
-    return np.asarray(
-        operator.rows(read, written.shape, chosen) * np.sqrt(weights[chosen] / weights[chosen].sum())[:, None]
-    )
+    rows = operator.rows(read, written.shape, chosen)
+    return rows, np.sqrt(weights[chosen] / weights[chosen].sum())[:, None]
 
 
 def _batches(operators: Sequence[Operator]) -> Iterator[list[Operator]]:

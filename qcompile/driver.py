@@ -122,7 +122,9 @@ def deliver(
     with artifact.staged(output) as folder:
         lowered = job.backend.lower(quantized, plan, job.device_at(lengths), folder)
         run = job.backend.open(folder, lowered.files)
-        proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track, lengths)
+        proof = verify.prove(
+            job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track, lengths, job.options.threads
+        )
         proof.require(job.options.min_fidelity)
         # A device that is not here has no latency here.
         here = not job.target.device and (job.target.timed_here or not job.target.integer_only)
