@@ -109,21 +109,15 @@ def losses(
     cost = Cost.of(candidates[0], next(iter(data)))
     samples = spread(data, cost.peak_bytes, min(SAMPLES, JUDGING / ((1 + len(candidates)) * cost.total)))
     # One model after the other: each takes what its weights do.
-    expected = _scores(reference, samples, threads)
+    expected = list(abreast(runtime.Session(at_scores(reference), optimize=False).run, samples, threads))
     errors = []
     for model in track(candidates, len(candidates), "checking what was made up for"):
-        error = OutputError()
-        for outputs, found in zip(expected, _scores(model, samples, threads), strict=True):
+        found, error = abreast(runtime.Session(at_scores(model), optimize=False).run, samples, threads), OutputError()
+        for outputs, one in zip(expected, found, strict=True):
             # By place: in front of a last Softmax that is quantized, values have other names than in float.
-            error.add(outputs, dict(zip(outputs, found.values(), strict=True)))
+            error.add(outputs, dict(zip(outputs, one.values(), strict=True)))
         errors.append(error)
     return errors
-
-
-def _scores(model: ir.Model, samples: Sequence[Sample], threads: int) -> list[runtime.Outputs]:
-    """Return what a model comes to as it is defined; it is not held behind that."""
-    session = runtime.Session(at_scores(model), optimize=False)
-    return list(abreast(session.run, samples, threads))
 
 
 #: What positions count, by operator.

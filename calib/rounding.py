@@ -292,12 +292,11 @@ def round_weights(operator: Operator, moments: SecondMoments) -> numerics.IntArr
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
     parts, steps, grids = matrices
     trusted = damped(moments.matrices + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
-    step = steps[:, 0].astype(np.float64)
-    codes = gptq(parts, step, trusted, limits, grids)
+    codes = gptq(parts, steps[:, 0].astype(np.float64), trusted, limits, grids)
     if few:
         for group, h in enumerate(trusted):
-            part, multiple = parts[group].astype(np.float64), grids[group].astype(np.float64)
-            scaled = part / step[group]
+            multiple = grids[group].astype(np.float64)
+            scaled = parts[group].astype(np.float64) / steps[group, 0].astype(np.float64)
             if quant.block_size and quant.axis is not None:
                 length = packing.block_length(operator.depth, quant.block_size)
                 codes[group], multiple = fit_multiples(codes[group], scaled, h, limits, multiple, length)
@@ -336,10 +335,10 @@ def gptq(
     upper = factor_of_inverse(np.take_along_axis(np.take_along_axis(moments, order, -2), across, -1))
     grid, found = np.broadcast_to(multiple, weights.shape), np.empty(weights.shape)
     for start in range(0, weights.shape[-1], COLUMNS):
-        part = slice(start, start + COLUMNS)
-        left = np.take_along_axis(weights[..., part], order, -2).astype(np.float64) / step[..., None, part]
-        codes = _in_turn(left, upper, limits, np.take_along_axis(grid[..., part], order, -2).astype(np.float64))
-        np.put_along_axis(found[..., part], order, codes, -2)
+        part = np.s_[..., start : start + COLUMNS]
+        left = np.take_along_axis(weights[part], order, -2).astype(np.float64) / step[..., None, :][part]
+        codes = _in_turn(left, upper, limits, np.take_along_axis(grid[part], order, -2).astype(np.float64))
+        np.put_along_axis(found[part], order, codes, -2)
     return found
 
 

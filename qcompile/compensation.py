@@ -144,8 +144,8 @@ def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], dat
         codes = round_weights(*pair)
         return names[pair[0]], codes if is_nearer(*pair, codes) else None
 
-    found = abreast(rounded, moments, threads)
-    return {name: scratch.kept(codes) for name, codes in found if codes is not None}
+    kept = ((name, codes) for name, codes in abreast(rounded, moments, threads) if codes is not None)
+    return {name: scratch.kept(codes) for name, codes in kept}
 
 
 def _useless(pass_: type[Pass]) -> tuple[Refusal, ...]:

@@ -19,7 +19,6 @@ from qcompile import artifact, continuous, memory, padding, pareto, regression, 
 from qcompile.budget import require_size
 from qcompile.calib.collect import Statistics
 from qcompile.compensation import compensate, rounded_at_once
-from qcompile.core import model as models
 from qcompile.core.contract import Track
 from qcompile.core.lengths import Lengths
 from qcompile.core.plan import QuantPlan
@@ -128,7 +127,7 @@ def deliver(
     with artifact.staged(output) as folder:
         lowered = job.backend.lower(quantized, plan, job.device_at(lengths), folder)
         if lowered.same_form:
-            continuous.hold("artifact", quantized, models.load_written(folder / lowered.files[0]), job.evidence.samples)
+            continuous.hold("artifact", quantized, ir.load(folder / lowered.files[0]), job.evidence.samples)
         proof, timed = prove(job, canonical, quantized, plan, partial(job.backend.open, folder, lowered.files), lengths)
         content = report.build(job, evidence, canonical, plan, lowered, proof, folder, lengths)
         content |= report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
@@ -148,9 +147,8 @@ def prove(
 ) -> tuple[verify.Proof, Latency | None]:  # fmt: skip
     """Hold the artifact against what it was made of, and time it beside that; nothing that runs is held behind it."""
     opened = cache(load)
-    proof = verify.prove(
-        job.model, canonical, quantized, plan, opened, job.evidence.evaluation, job.track, lengths, job.options.threads
-    )
+    given, threads = job.evidence.evaluation, job.options.threads
+    proof = verify.prove(job.model, canonical, quantized, plan, opened, given, job.track, lengths, threads)
     proof.require(job.options.min_fidelity)
     # A device that is not here has no latency here.
     here = not job.target.device and (job.target.timed_here or not job.target.integer_only)

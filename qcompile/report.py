@@ -17,12 +17,13 @@ from qcompile.core.lengths import Lengths
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
+from qcompile.fidelity import Fidelity
 from qcompile.job import Job
 from qcompile.options import EXPECTED_SQNR
 from qcompile.passes import structure
 from qcompile.pricing import Prediction
 from qcompile.timing import Latency
-from qcompile.verify import Fidelity, Proof
+from qcompile.verify import Proof
 
 SCHEMA_VERSION = 1
 #: Two timings of one model differ by this much on a machine that does other things as well.

@@ -150,36 +150,31 @@ def load_written(path: Path) -> ir.Model:
 
 def serialize(model: ir.Model) -> bytes:
     """Return the model as protobuf bytes, weights included, the same bytes for the same model."""
-    content: bytes = ir.to_proto(_held(model)).SerializeToString(deterministic=True)
+    if any(isinstance(value.const_value, ir.ExternalTensor) for value in initializers(model)):
+        model = ir.external_data.load_to_model(model.clone())
+    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return content
 
 
 def apart(model: ir.Model) -> tuple[bytes, dict[str, npt.NDArray[Any]]]:
-    """Return a model as protobuf bytes without its large weights, and these by name, as they are in memory.
+    """Return a model as protobuf bytes without its large weights, and those in memory by name, as they are there.
 
-    Protobuf would copy each twice. Weights of subgraphs and those of types that NumPy lacks stay with the bytes; those
-    in files stay there, and the bytes tell their paths from the root.
+    Protobuf would copy each twice. Weights in files stay there, by paths from the root. Weights of subgraphs and those
+    of types that NumPy lacks stay with the bytes.
     """
-    shell, tensors = model.clone(), dict[str, ir.TensorProtocol]()
+    shell, weights = model.clone(), dict[str, npt.NDArray[Any]]()
     map_weights(shell)
     for name, value in shell.graph.initializers.items():
         tensor = value.const_value
-        if not value.uses() or isinstance(tensor, ir.ExternalTensor):
-            continue  # the runtime drops the former, and would then look for it
-        if tensor is not None and tensor.nbytes >= LARGE and tensor.dtype.numpy().isbuiltin == 1:
-            place = ir.ExternalTensor(
-                name, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
-            )
-            tensors[name], value.const_value = tensor, place
+        if tensor is None or tensor.nbytes < LARGE or isinstance(tensor, ir.ExternalTensor):
+            continue
+        kind = tensor.dtype.numpy()
+        if value.uses() and kind.isbuiltin == 1 and kind.kind != "O":  # the runtime drops the unused, then misses them
+            weights[name] = np.ascontiguousarray(tensor.numpy())
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(name, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
     content: bytes = ir.to_proto(shell).SerializeToString()
-    return content, {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
-
-
-def _held(model: ir.Model) -> ir.Model:
-    """Return a model whose weights are all in memory."""
-    if any(isinstance(value.const_value, ir.ExternalTensor) for value in initializers(model)):
-        return ir.external_data.load_to_model(model.clone())
-    return model
+    return content, weights
 
 
 def _with_places(model: ir.Model) -> onnx.ModelProto:

@@ -171,12 +171,12 @@ class Session:
         self._place = place = model if isinstance(model, Path) else "model"
         try:
             with _loadable(model) as (content, weights):
-                # Locations of weights that are in files are told from there.
-                if isinstance(content, bytes):
-                    options.add_session_config_entry("session.model_external_initializers_file_folder_path", ROOT)
                 # Not copied: they have to be there as long as the session is.
                 self._weights = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
                 options.add_external_initializers(list(weights), self._weights)
+                # Locations of weights that are in files are told from there.
+                if isinstance(content, bytes):
+                    options.add_session_config_entry("session.model_external_initializers_file_folder_path", ROOT)
                 self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except QcompileError:
             raise
@@ -253,7 +253,7 @@ def _weight_bytes(model: ir.Model | Path) -> int:
 
 @contextlib.contextmanager
 def _loadable(model: ir.Model | Path) -> Iterator[tuple[str | bytes, dict[str, npt.NDArray[Any]]]]:
-    """Give what InferenceSession takes, and weights beside it.
+    """Give what InferenceSession takes, and weights in memory that it takes beside that.
 
     That is a path, or bytes, or a temporary file where the bytes would be too many. Weights in files stay there: the
     runtime maps them.
