@@ -59,7 +59,7 @@ def allocate_bits(
         By name of an activation whose codes are to have four bits, how its range is chosen then.
     """
     tensors: dict[str, TensorQuant] = {}
-    scores = _scores(model) if target.integer_only else frozenset()
+    scores = scores_of(model) if target.integer_only else frozenset()
     for name in placement.activations:
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
@@ -106,7 +106,7 @@ def _stored_as(target: Target, wide: bool, packed: bool, precision: Precision) -
     return target.narrow_weight_dtype, 0
 
 
-def _scores(model: ir.Model) -> frozenset[str]:
+def scores_of(model: ir.Model) -> frozenset[str]:
     """Return the values that a Softmax at the model's end reads.
 
     Their highest decide, and are those that calibration may not have seen: samples of no class, or of few, have no

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile import artifact, padding, pareto, regression, report, timing, verify
+from qcompile import artifact, continuous, padding, pareto, regression, report, timing, verify
 from qcompile.budget import require_size
 from qcompile.calib.collect import Statistics
 from qcompile.compensation import compensate, rounded_at_once
@@ -121,8 +121,12 @@ def deliver(
     lengths = padding.settled(job, canonical, quantized)
     with artifact.staged(output) as folder:
         lowered = job.backend.lower(quantized, plan, job.device_at(lengths), folder)
+        if lowered.same_form:
+            continuous.hold("artifact", quantized, ir.load(folder / lowered.files[0]), job.evidence.samples)
         run = job.backend.open(folder, lowered.files)
-        proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track, lengths)
+        proof = verify.prove(
+            job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track, lengths, job.options.threads
+        )
         proof.require(job.options.min_fidelity)
         # A device that is not here has no latency here.
         here = not job.target.device and (job.target.timed_here or not job.target.integer_only)

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile import cache as caching
-from qcompile import verify
+from qcompile import translation, verify
 from qcompile.cache import Cache
 from qcompile.calib.collect import Statistics
 from qcompile.calib.data import Sample
@@ -178,6 +178,7 @@ class Pipeline:
         before = len(model.graph)
         result = pass_(model.clone())
         refusals, notes = (result.refusals, result.notes) if isinstance(result, Rewritten) else ((), ())
+        translation.validate(pass_, model, result.model, {refusal.node for refusal in refusals})
         if self._outputs is None:
             self._outputs = verify.outputs_of(self.reference, self.samples)
         # What earlier passes moved within their bounds must not count against a pass that is exact.
