@@ -78,7 +78,8 @@ def prepare(folder: Path, architectures: list[str], artifact: Path | None) -> No
     x, codes = random.normal(size=GEMV[1]).astype(np.float16), random.integers(0, 16, (64, GEMV[1])).astype(np.uint8)
     scales = random.uniform(0.001, 0.03, (64, GEMV[1] // four_bits.BLOCK)).astype(np.float16)
     sums, bounds = four_bits.exact(x, codes, scales)
-    np.savez(folder / "gemv.npz", x=x, codes=four_bits.pack(codes), scales=scales, sums=sums, bounds=bounds)
+    np.savez(folder / "gemv.npz", x=x, codes=four_bits.pack(codes), scales=scales, sums=sums, bounds=bounds,
+             table=four_bits.Gemv(64, GEMV[1]).table)  # fmt: skip
     (folder / "gemv.fatbin").write_bytes(compiler.compile_all(kernel.source("gemv")))
     gemv, checked = (
         {"grid": one.grid, "threads": one.threads, "numbers": one.numbers, "nbytes": one.nbytes}
@@ -116,7 +117,7 @@ def check_gemv(folder: Path) -> float:
     """Return how far W4A16 is from float64 at most, as a part of what it may be off, of 64 rows."""
     plan, content = json.loads((folder / "plan.json").read_text())["checked"], np.load(folder / "gemv.npz")
     driver, function, stream = gemv_of(folder)
-    places = [driver.upload(content[name].tobytes()) for name in ("x", "codes", "scales")]
+    places = [driver.upload(content[name].tobytes()) for name in ("x", "codes", "scales", "table")]
     places.append(driver.upload(bytes(128)))
     pinned = driver.made("cuMemAllocHost_v2", 128)
     driver.launch(function, plan["grid"], plan["threads"], places, plan["numbers"], stream)
@@ -154,12 +155,13 @@ def gemv_run(folder: Path, plan: dict[str, Any]) -> Run:
         return int(driver.upload(array.tobytes()))
 
     x, made = placed(random.normal(size=depth).astype(np.float16)), placed(np.zeros(outputs, np.float16))
+    table = placed(np.tile(np.array([1.0, 0.0], np.float32), (outputs, 1)))
     matrices = [(placed(random.integers(0, 256, outputs * depth // 2).astype(np.uint8)),
                  placed(random.uniform(0.001, 0.03, outputs * depth // 32).astype(np.float16)))
                 for _ in range(MATRICES)]  # fmt: skip
     driver.call("cuStreamBeginCapture_v2", stream, 1)
     for codes, scales in matrices:
-        driver.launch(function, plan["grid"], plan["threads"], [x, codes, scales, made], plan["numbers"], stream)
+        driver.launch(function, plan["grid"], plan["threads"], [x, codes, scales, table, made], plan["numbers"], stream)
     graph = driver.captured(stream)
     return lambda each: float(driver.timed(graph, stream, each) / MATRICES)
 

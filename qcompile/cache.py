@@ -51,7 +51,7 @@ class Cache:
         except OSError:
             return None
         checksum, payload = content[:32], content[32:]
-        return payload if hashlib.sha256(payload).digest() == checksum else None
+        return payload if _checksum(key, payload) == checksum else None
 
     def put(self, key: str, payload: bytes) -> None:
         """Store an entry; it appears whole or not at all. A folder that takes no entry is noted, not raised."""
@@ -60,7 +60,7 @@ class Cache:
             path.parent.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
                 try:
-                    file.write(hashlib.sha256(payload).digest() + payload)
+                    file.write(_checksum(key, payload) + payload)
                     file.flush()
                     os.fsync(file.fileno())
                     Path(file.name).replace(path)
@@ -73,6 +73,11 @@ class Cache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key
+
+
+def _checksum(key: str, payload: bytes) -> bytes:
+    """Return a hash that tells of both: an entry under another's name is damaged too."""
+    return hashlib.sha256(key.encode() + payload).digest()
 
 
 def open_cache(folder: Path | None) -> Cache | None:

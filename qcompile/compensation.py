@@ -118,7 +118,7 @@ def _useful(
         trials.append(((*passes, CorrectBias), CorrectBias(drift)(model.clone()).model))
     if len(trials) == 1:
         return []
-    errors = losses(canonical, [model for _, model in trials], others, job.track)
+    errors = losses(canonical, [model for _, model in trials], others, job.track, job.options.threads)
     found = dict(zip((passes for passes, _ in trials), errors, strict=True))
     least = partial(min, key=lambda passes: found[passes].value)
     best = least(passes for passes in found if RoundWeights not in passes)

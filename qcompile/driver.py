@@ -124,7 +124,9 @@ def deliver(
         if lowered.same_form:
             continuous.hold("artifact", quantized, ir.load(folder / lowered.files[0]), job.evidence.samples)
         run = job.backend.open(folder, lowered.files)
-        proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track, lengths)
+        proof = verify.prove(
+            job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track, lengths, job.options.threads
+        )
         proof.require(job.options.min_fidelity)
         # A device that is not here has no latency here.
         here = not job.target.device and (job.target.timed_here or not job.target.integer_only)

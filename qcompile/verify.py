@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Dataset, Sample
 from qcompile.calib.work import Cost
+from qcompile.calib.workers import abreast
 from qcompile.core import numerics, runtime
 from qcompile.core.contract import Effect, Track
 from qcompile.core.errors import BudgetError, ModelError, VerificationError
@@ -325,11 +326,13 @@ def prove(
     data: Dataset,
     track: Track[tuple[Sample, int | None]],
     lengths: Lengths | None = None,
+    threads: int = 1,
 ) -> Proof:
     """Hold the artifact against the float model and against the QDQ model, on data that calibration did not see.
 
     The QDQ model runs as written, which is its definition and lets every layer be looked at; that is slow, so the
-    samples beyond the first few only compare the artifact with the float model.
+    samples beyond the first few only compare the artifact with the float model. Models run `threads` samples at a time,
+    which changes no result, the artifact one after another.
 
     Raises
     ------
@@ -341,14 +344,21 @@ def prove(
     codes = runtime.Session(runtime.with_outputs(quantized, [after for _, after in pairs.values()]), optimize=False)
     proof = Proof(runtime.Session(model).run, layers={name: Comparison() for name in pairs})
     inspected = min(INSPECTED, max(2, INSPECTION / Cost.of(quantized, next(iter(data))).total))
-    for index, (feeds, label) in enumerate(track(data.labelled(), len(data), "verifying")):
-        expected, found = proof.reference(feeds), run(feeds)
+
+    def models(item: tuple[int, tuple[Sample, int | None]]) -> Any:
+        index, (feeds, label) = item
+        layers = (floats.run(feeds), codes.run(feeds)) if index < inspected else None
+        return feeds, label, proof.reference(feeds), layers
+
+    items = enumerate(track(data.labelled(), len(data), "verifying"))
+    for feeds, label, expected, layers in abreast(models, items, min(threads, 2)):
+        found = run(feeds)
         proof.fidelity.add(expected, found, label)
         if lengths is not None:
             held = lengths.require(lengths.of_sample(feeds, "sample"), "sample")
             proof.by_length.setdefault(held, Fidelity()).add(expected, found, label)
-        if index < inspected:
-            before, after = floats.run(feeds), codes.run(feeds)
+        if layers is not None:
+            before, after = layers
             simulated = {name: after[name] for name in expected}
             proof.quantization.add(expected, simulated)
             proof.rounding.add(simulated, found)

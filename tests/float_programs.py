@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from qcompile.backends.integer import float_operations as ops
@@ -14,6 +16,28 @@ def program_of(operation, inputs, output):
     tensors = {tensor.name: tensor for tensor in (*inputs, output)}
     ports = [Port(t.name, t.name, t.shape, tuple(range(len(t.shape)))) for t in (*inputs, output)]
     return Program("net", tensors, (operation,), tuple(ports[:-1]), (ports[-1],))
+
+
+def together(programs):
+    """Return programs as one: what they have in common is that nothing is."""
+
+    def renamed(program, at):
+        parts = [
+            replace(part, inputs=tuple(f"{at}{name}" for name in part.inputs), output=f"{at}{part.output}")
+            for part in program.operations
+        ]
+        ports = [
+            [replace(port, name=f"{at}{port.name}", tensor=f"{at}{port.tensor}") for port in group]
+            for group in (program.inputs, program.outputs)
+        ]
+        return {f"{at}{name}": replace(one, name=f"{at}{name}") for name, one in program.tensors.items()}, parts, *ports
+
+    parts = [renamed(each, f"p{at}_") for at, each in enumerate(programs)]
+    tensors, operations, inputs, outputs = zip(*parts, strict=True)
+    merged = {name: tensor for each in tensors for name, tensor in each.items()}
+    return Program(
+        "net", merged, *(tuple(one for each in part for one in each) for part in (operations, inputs, outputs))
+    )
 
 
 def floats(name, *shape):

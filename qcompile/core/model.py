@@ -6,8 +6,11 @@ import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import google.protobuf.message
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -17,6 +20,8 @@ from qcompile.core.errors import ModelError, QcompileError, first_line
 
 #: Weights beyond this go beside the model as external data: protobuf ends at 2 GiB, and loaders slow down long before.
 INLINE_LIMIT = 1 << 30
+#: Bytes from which on a runtime is given a weight as it is in memory.
+LARGE = 1 << 12
 #: Tensors with more elements than this stay on disk until they are read; onnx's checker is handed the smaller ones.
 LAZY_ELEMENTS = 4096
 #: The first IR version in which an initializer need not be an input of the graph.
@@ -138,10 +143,35 @@ def load_written(path: Path) -> ir.Model:
 
 def serialize(model: ir.Model) -> bytes:
     """Return the model as protobuf bytes, weights included, the same bytes for the same model."""
-    if any(isinstance(value.const_value, ir.ExternalTensor) for value in initializers(model)):
-        model = ir.external_data.load_to_model(model.clone())
-    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    content: bytes = ir.to_proto(_held(model)).SerializeToString(deterministic=True)
     return content
+
+
+def apart(model: ir.Model) -> tuple[bytes, dict[str, npt.NDArray[Any]]]:
+    """Return a model as protobuf bytes without its large weights, and these by name, as they are in memory.
+
+    Protobuf would copy each twice. Weights of subgraphs and those of types that NumPy lacks stay with the bytes.
+    """
+    shell, tensors = model.clone(), dict[str, ir.TensorProtocol]()
+    for name, value in shell.graph.initializers.items():
+        tensor = value.const_value
+        if not value.uses():
+            continue  # the runtime drops it, and would then look for it
+        if tensor is not None and tensor.nbytes >= LARGE and tensor.dtype.numpy().isbuiltin == 1:
+            tensors[name], value.const_value = tensor, ir.tensor([0], name=name)
+    shell = _held(shell)
+    for name, tensor in tensors.items():
+        place = ir.ExternalTensor(name, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
+        shell.graph.initializers[name].const_value = place
+    content: bytes = ir.to_proto(shell).SerializeToString()
+    return content, {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
+
+
+def _held(model: ir.Model) -> ir.Model:
+    """Return a model whose weights are all in memory."""
+    if any(isinstance(value.const_value, ir.ExternalTensor) for value in initializers(model)):
+        return ir.external_data.load_to_model(model.clone())
+    return model
 
 
 def initializers(model: ir.Model) -> Iterator[ir.Value]:

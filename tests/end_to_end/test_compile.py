@@ -145,19 +145,6 @@ def test_a_second_compile_finds_every_stage_in_the_cache(small):
     assert settled(small.folder / "1") == settled(small.folder / "2")
 
 
-def test_a_damaged_cache_entry_is_made_again(qcompile, small):
-    words = [small.model, "--target", "cpu", "--data", small.data, "--cache", small.folder / "cache"]
-    assert qcompile(*words, "-o", small.folder / "first").code == 0
-    entries = [path for path in (small.folder / "cache").rglob("*") if path.is_file()]
-    assert len(entries) >= 5
-    for path in entries:
-        content = bytearray(path.read_bytes())
-        content[-3] ^= 1
-        path.write_bytes(content)
-    assert qcompile(*words, "-o", small.folder / "second").code == 0
-    assert settled(small.folder / "first") == settled(small.folder / "second")
-
-
 def test_a_cache_that_takes_nothing_costs_the_resume_and_not_the_compile(qcompile, small, monkeypatch):
     import tempfile
 

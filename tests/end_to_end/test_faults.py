@@ -1,11 +1,13 @@
 """Bad luck in the middle of a compile: the outcome is the right artifact or one line, never a half or a wrong one.
 
-What other tests have: a process that is killed at any stage, a damaged cache entry and a cache on a full disk
-(test_compile.py), workers that die (calib/test_workers.py), devices that are cut off (test_ssh.py).
+What other tests have: a process that is killed at any stage and a cache on a full disk (test_compile.py), trials that
+workers of a pool and of a cluster die over (calib/test_workers.py), devices that are cut off (test_ssh.py).
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -47,6 +49,15 @@ import resource, sys
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 from qcompile import cli
+cli.main()
+"""
+
+
+#: Compiles, and hears Ctrl-C, which a shell takes from what it starts in the background.
+LISTENING = """
+import signal
+from qcompile import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.main()
 """
 
@@ -108,6 +119,78 @@ def test_compiles_that_share_a_cache_come_to_the_same(small, right) -> None:
     assert not list((small.folder / "cache").rglob(".*"))
 
 
+def entries(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flip(kept: dict[Path, bytes]) -> None:
+    for path, content in kept.items():
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+
+def cut(kept: dict[Path, bytes]) -> None:
+    for number, (path, content) in enumerate(kept.items()):
+        path.write_bytes(content[: (0, 31, 32, len(content) // 2, len(content) - 1)[number % 5]])
+
+
+def swap(kept: dict[Path, bytes]) -> None:
+    """Each has the content of another, whole."""
+    for path, other in zip(kept, [*list(kept)[1:], next(iter(kept))], strict=True):
+        path.write_bytes(kept[other])
+
+
+def stand_in_the_way(kept: dict[Path, bytes]) -> None:
+    for path in kept:
+        path.unlink()
+        (path / "folder").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, swap, stand_in_the_way])
+def test_damaged_cache_entries_are_as_good_as_none(qcompile, small, right, damage) -> None:
+    words = [*words_for(small), "--cache", small.folder / "cache"]
+    assert qcompile(*words, "-o", small.folder / "first").code == 0
+    kept = entries(small.folder / "cache")
+    assert len(kept) >= 5 and len(set(kept.values())) == len(kept)
+    damage(kept)
+    done = qcompile(*words, "-o", small.folder / "second")
+    assert done.code == 0, done.err
+    assert settled(small.folder / "first") == settled(small.folder / "second") == right
+    if damage is not stand_in_the_way:
+        assert entries(small.folder / "cache") == kept, "they were made again"
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+def test_a_cache_that_can_only_be_read(qcompile, small, right, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """What it has is used, what it lacks is computed, and the report says that nothing was kept."""
+    cache = small.folder / "cache"
+    words = [*(word for word in words_for(small) if word != "--quiet"), "--cache", cache]
+    assert qcompile(*words, "-o", small.folder / "first").code == 0
+    kept = entries(cache)
+    lost = list(kept)[::2]
+    for path in lost:
+        path.unlink()
+    left = entries(cache)
+
+    def refused(name: str) -> Callable[..., object]:
+        function = getattr(os, name)
+
+        def one(path, *given, **named):
+            if Path(path).is_relative_to(cache) and (name == "mkdir" or given[0] & (os.O_WRONLY | os.O_RDWR)):
+                raise OSError(error, os.strerror(error), str(path))
+            return function(path, *given, **named)
+
+        return one
+
+    for name in ("open", "mkdir"):
+        monkeypatch.setattr(os, name, refused(name))
+    done = qcompile(*words, "-o", small.folder / "second")
+    assert done.code == 0, done.err
+    assert os.strerror(error) in " ".join(done.out.split()) and "takes no entries" in " ".join(done.out.split())
+    found = settled(small.folder / "second")
+    assert all(found[name] == right[name] for name in ("model.onnx", "plan.json"))
+    assert entries(cache) == left
+
+
 def test_a_clock_that_jumps_changes_nothing(qcompile, small, right, monkeypatch: pytest.MonkeyPatch) -> None:
     """Back by an hour, then ahead by a year, each time that it is looked at."""
     jumps = count()
@@ -165,3 +248,53 @@ def test_a_runtime_that_raises_in_the_middle(qcompile, small, right, failing) ->
         assert qcompile(*words, *cache, "-o", output).code == 0
         assert settled(output) == right
     assert left_behind(small.folder) == {"out", *(path.name for path in small.folder.glob("out-*"))}
+
+
+def processes_of(pid: int) -> list[int]:
+    """Return the pool's processes that a process has started, but not what multiprocessing keeps beside them."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:
+        return []
+
+
+def runs(pid: int) -> bool:
+    """Tell whether a process runs; one that ended and that nobody asked about yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def begun(small, output: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """Begin a compile with two processes beside it, and wait until there is one."""
+    words = [*words_for(small), "--workers", "2", "-o", output]
+    command = [sys.executable, "-c", LISTENING, *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not processes_of(process.pid):
+        time.sleep(0.01)
+    return process, processes_of(process.pid)
+
+
+def test_a_process_of_the_pool_that_is_killed_is_replaced(small, right) -> None:
+    process, workers = begun(small, small.folder / "out")
+    os.kill(workers[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert settled(small.folder / "out") == right
+
+
+def test_ctrl_c_ends_the_pool_too(small) -> None:
+    """A terminal sends it to all of them."""
+    process, workers = begun(small, small.folder / "out")
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 130
+    [line] = error.strip().splitlines()
+    assert line.startswith("interrupted: nothing was written; ")
+    assert left_behind(small.folder) == set()
+    end = time.monotonic() + 60.0
+    while any(map(runs, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert workers and not any(map(runs, workers))

@@ -78,6 +78,39 @@ __device__ __forceinline__ void multiply_tile(int (&sums)[4], const uint32_t (&a
 #endif
 }
 
+// sums[16][8] += a[16][16] * b[8][16], halves of 16 bits, summed in float32; fragments as PTX has m16n8k16.
+__device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+{
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[2 * part]), "r"(a[2 * part + 1]), "r"(b[part]));
+    }
+#endif
+}
+
+// Differences and products of pairs of halves.
+__device__ __forceinline__ uint32_t minus_halves(uint32_t a, uint32_t b)
+{
+    uint32_t pair;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
+__device__ __forceinline__ uint32_t times_halves(uint32_t a, uint32_t b)
+{
+    uint32_t pair;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
 // Two halves of 16 bits as floats.
 __device__ __forceinline__ float2 from_halves(uint32_t pair)
 {

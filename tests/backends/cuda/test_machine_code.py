@@ -17,12 +17,12 @@ from qcompile.core.errors import VerificationError
 KERNELS = {
     **{f"tile_{at}": f"linear<{tile.kind}, {tile.pixels}, {tile.outputs}, {taken}, {given}, {flag}>"
        for at, (tile, taken, given, flag) in enumerate(zip(
-           TILES, (16, 8, 4, 16, 16, 8, 1), (16, 8, 4, 1, 16, 16, 4), ("true", "false") * 4, strict=False))},
-    "narrow": f"linear<{NARROW.kind}, {NARROW.pixels}, {NARROW.outputs}, 4, 4, true>",
-    "narrow_bytes": f"linear<{NARROW.kind}, {NARROW.pixels}, {NARROW.outputs}, 1, 1, false>",
-    "gemv_16": "gemv<4, 16, true>", "gemv_4": "gemv<4, 4, false>", "gemv_1": "gemv<4, 1, true>",
-    "depthwise_3": "depthwise<3, 3, 128, 4, true>", "depthwise_5": "depthwise<5, 5, 128, 4, false>",
-    "depthwise_1": "depthwise<3, 3, 128, 1, true>",
+           TILES, (16, 8, 4, 16, 16, 8, 1), (16, 8, 4, 1, 16, 16, 4), ("HIGH", "SHIFTED") * 4, strict=False))},
+    "narrow": f"linear<{NARROW.kind}, {NARROW.pixels}, {NARROW.outputs}, 4, 4, HIGH>",
+    "narrow_bytes": f"linear<{NARROW.kind}, {NARROW.pixels}, {NARROW.outputs}, 1, 1, SHIFTED>",
+    "gemv_16": "gemv<4, 16, HIGH>", "gemv_4": "gemv<4, 4, SHIFTED>", "gemv_1": "gemv<4, 1, HIGH>",
+    "depthwise_3": "depthwise<3, 3, 128, 4, HIGH>", "depthwise_5": "depthwise<5, 5, 128, 4, SHIFTED>",
+    "depthwise_1": "depthwise<3, 3, 128, 1, HIGH>",
 }  # fmt: skip
 TENSOR = {"75": "IMMA.8816.S8.S8"}
 
@@ -34,7 +34,7 @@ def source() -> str:
 
 
 def bounds(threads: int) -> str:
-    return f"{threads}, RESIDENT" if threads == 256 else str(threads)
+    return f"{threads}, {'RESIDENT' if threads == 256 else 1}"
 
 
 def threads(body: str) -> int:
