@@ -49,8 +49,8 @@ TEXT = """# Large models
 
 Written by `python benchmarks/large_models.py`; do not edit.
 
-Models whose weights lie beside them as external data are compiled from there, whatever their size: protobuf ends at
-2 GB, files do not. `--max-memory 4GB` bounds what the process may have in memory meanwhile:
+Models whose weights lie beside them as external data are compiled from there: protobuf ends at 2 GB, files do not.
+`--max-memory 4GB` bounds what the process may have in memory meanwhile:
 
 ```
 qcompile MODEL.onnx --target cpu --activations none --data calib.npz --max-memory 4GB
