@@ -72,8 +72,8 @@ files included). Other processes (`--workers`, compilers of some targets) are no
 The folder goes with the compile, a file of it with its last reader. It lies where `TMPDIR` says; it has to have room
 for the model about twice over, and should not be a file system in memory.
 
-The least that can be asked for is one model in the runtime, which packs float weights anew for its kernels: 1.2 times
-the weights in float32, or five times the largest one (its codes are found in float64) where that is more; {base} MB for
+The least that can be asked for is one model in the runtime, which packs float weights anew for its kernels, with
+the QDQ model beside it whose layers are held against its own: 2.5 times the weights in float32, or five times the largest one (its codes are found in float64) where that is more; {base} MB for
 the process, and 512 MB for samples and what is summed up over them (less for small models).
 Layers are not run one by one: so a model larger than memory cannot be compiled.
 
@@ -81,7 +81,7 @@ Layers are not run one by one: so a model larger than memory cannot be compiled.
 
 smollm2-135m with its layers repeated, no two tensors alike, in external data: `--target cpu --activations none`
 without data (weights in int8, rounded to nearest), {evaluated} samples of {tokens} tokens to evaluate, each compile in
-a process of its own with the least bound that is taken. Those below 0.6 GB were compiled without a bound too, and all
+a process of its own with a bound. Those below 0.6 GB were compiled without a bound too, and all
 files that the manifest lists were the same. With data, which is GPTQ besides, that is so too for 3 layers:
 its peak was 1.17 GB, 1.40 without a bound, in 35 s. Peak: ru_maxrss. Time: of the processor, user and system, on
 two cores of a machine that others used meanwhile. All bytes in GB, which are 10⁹ bytes.
