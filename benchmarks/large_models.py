@@ -72,10 +72,10 @@ files included). Other processes (`--workers`, compilers of some targets) are no
 The folder goes with the compile, a file of it with its last reader. It lies where `TMPDIR` says; it has to have room
 for the model about twice over, and should not be a file system in memory.
 
-The least that can be asked for is one model in the runtime, which packs float weights anew for its kernels, with the QDQ
-model beside it whose layers are held against its own: 2.5 times the weights in float32, or five times the largest one
-(its codes are found in float64) where that is more; {base} MB for the process, and 512 MB for samples and what is summed
-up over them (less for small models).
+The least that can be asked for is one model in the runtime, which packs float weights anew for its kernels, with the
+QDQ model beside it whose layers are held against its own: 2.5 times the weights in float32, or five times the largest
+one (its codes are found in float64) where that is more; {base} MB for the process, and 512 MB for samples and what is
+summed up over them (less for small models).
 
 Layers are not run one by one: so a model larger than memory cannot be compiled.
 
