@@ -20,6 +20,8 @@ Int32Array = npt.NDArray[np.int32]
 DEEP = 32
 #: Codes of a step of a tile.
 STEP = 64
+#: Tiles of shared memory that are in flight, and the bytes of it that a kernel may declare.
+STAGES, DECLARED = 3, 49152
 #: From so few positions on a warp computes each output alone.
 FEW = 8
 #: Threads of a block of depthwise convolutions, and warps of a block for few positions.
@@ -53,6 +55,17 @@ class Tile:
         return 32 * self.down * self.across or 256
 
     @property
+    def resident(self) -> str:
+        """Blocks that a multiprocessor is to have room for in registers."""
+        return "RESIDENT" if self.threads == 256 and self.pixels * self.outputs <= 64 * self.threads else "1"
+
+    @property
+    def launched(self) -> int:
+        """Bytes of shared memory that a launch gives it, where that is more than a kernel may declare."""
+        nbytes = STAGES * (self.pixels + self.outputs) * STEP
+        return nbytes if nbytes > DECLARED else 0
+
+    @property
     def kind(self) -> str:
         """What computes its sums, in linear.cuh."""
         if not self.down:
@@ -61,8 +74,8 @@ class Tile:
 
 
 #: Tiles of tensor cores; each warp has 16 rows and 16 columns at least.
-TILES = (Tile(128, 128, 2, 4), Tile(128, 64, 4, 2), Tile(64, 64, 2, 2), Tile(128, 32, 4, 1), Tile(32, 64, 2, 2),
-         Tile(64, 32, 2, 2), Tile(32, 32, 2, 1))  # fmt: skip
+TILES = (Tile(128, 256, 2, 4), Tile(128, 128, 2, 4), Tile(128, 64, 4, 2), Tile(64, 64, 2, 2), Tile(128, 32, 4, 1),
+         Tile(32, 64, 2, 2), Tile(64, 32, 2, 2), Tile(32, 32, 2, 1))  # fmt: skip
 #: Of dp4a: for groups that would leave tensor cores mostly idle.
 NARROW = Tile(64, 16)
 
@@ -124,6 +137,10 @@ class LinearKernel:
         Bias, multiplier and shift of each; bias and the bits of its scale where results are floats.
     floats : bool
         Whether they are.
+    resident : str
+        Blocks that a multiprocessor is to have room for.
+    launched : int
+        Bytes of shared memory that a launch gives it.
     """
 
     body: str
@@ -134,6 +151,8 @@ class LinearKernel:
     weights: Int8Array
     table: Int32Array
     floats: bool = False
+    resident: str = "1"
+    launched: int = 0
 
 
 def form_of(step: ops.Requantize | Dequantize) -> str:
@@ -154,7 +173,7 @@ def linear_kernel(operation: Layer, source: Tensor, target: Tensor, samples: int
     alike = shape.depth == shape.channels and shape.rows * shape.columns == shape.pixels
     if alike and groups == 1 and shape.pixels <= FEW and not (shape.top or shape.left):
         return _gemv_kernel(operation, shape, table, form)
-    tile = tile_of(shape, samples)
+    tile = tile_of(shape, samples, form)
     blocks = -(-shape.group_outputs // tile.outputs)
     shape = _shape(operation, source, target, form, tile.outputs)
     widest = 16 if tile.down else 4
@@ -166,14 +185,18 @@ def linear_kernel(operation: Layer, source: Tensor, target: Tensor, samples: int
     rows = operation.weights.reshape(len(operation.weights), -1)
     stem = "linear" if tile.down else "narrow"
     stored = filled(rows, shape.stored_depth)
-    return LinearKernel(body, stem, shape, grid, tile.threads, stored, table, form == REAL)
+    return LinearKernel(
+        body, stem, shape, grid, tile.threads, stored, table, form == REAL, tile.resident, tile.launched
+    )
 
 
-def tile_of(shape: Shape, samples: int = 1) -> Tile:
+def tile_of(shape: Shape, samples: int = 1, form: str = HIGH) -> Tile:
     """Return the tile that takes fewest cycles by count: the same everywhere, whatever device it will run on."""
     if shape.group_outputs < 8 or shape.depth < 16:
         return NARROW
     groups = shape.outputs // shape.group_outputs
+    # The largest one has no registers left to gather codes one by one, nor for products of 64 bits.
+    whole = gcd(16, shape.channels, shape.group_channels) == 16 and form != SHIFTED
 
     def cycles(tile: Tile) -> tuple[int, int]:
         blocks = -(-shape.pixels // tile.pixels) * -(-shape.group_outputs // tile.outputs) * groups * samples
@@ -182,7 +205,7 @@ def tile_of(shape: Shape, samples: int = 1) -> Tile:
         waves = max(1.0, blocks / PROCESSORS)
         return round(waves * step * -(-shape.stored_depth // STEP)), -tile.pixels * tile.outputs
 
-    return min(TILES, key=cycles)
+    return min((tile for tile in TILES if whole or not tile.launched), key=cycles)
 
 
 def filled(rows: Int8Array, length: int) -> Int8Array:

@@ -56,6 +56,8 @@ class Launch:
         The fields of the struct of int32 that follows them, if any.
     many : Launch, optional
         What takes its place from `MANY` samples on: the same in larger tiles.
+    shared : int
+        Bytes of shared memory beyond what the kernel declares; where a device has less, as much as it has.
     """
 
     operation: str
@@ -65,6 +67,7 @@ class Launch:
     arguments: tuple[Argument, ...]
     numbers: tuple[int, ...] = ()
     many: Launch | None = None
+    shared: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return it JSON-ready."""
@@ -72,6 +75,7 @@ class Launch:
             "operation": self.operation, "kernel": self.kernel, "grid": list(self.grid), "threads": self.threads,
             "arguments": [list(argument) for argument in self.arguments], "numbers": list(self.numbers),
         }  # fmt: skip
+        content |= {"shared": self.shared} if self.shared else {}
         return content if self.many is None else content | {"many": self.many.as_json()}
 
 
@@ -172,7 +176,7 @@ class Network:
                   self.at(operation.output))  # fmt: skip
         first, second = (
             Launch(operation.name, self.kernel(made.stem, layer_source(made)), made.grid, made.threads, places,
-                   made.shape.numbers)
+                   made.shape.numbers, shared=made.launched)
             for made in (few, many)
         )  # fmt: skip
         return replace(first, many=None if second == first else second)
@@ -228,8 +232,7 @@ def network_of(program: Program) -> Network:
 
 def layer_source(made: LinearKernel) -> str:
     """Return the CUDA C++ of a layer's kernel, which it calls {name}."""
-    bounds = f"{made.threads}, {'RESIDENT' if made.threads == 256 else 1}"
-    head = f'extern "C" __global__ void __launch_bounds__({bounds}) {{name}}({LAYER})'
+    head = f'extern "C" __global__ void __launch_bounds__({made.threads}, {made.resident}) {{name}}({LAYER})'
     text = f"{head}\n{{\n    {made.body}(input, weights, table, output, shape);\n}}\n"
     return text.replace("int8_t *output", "float *output") if made.floats else text
 

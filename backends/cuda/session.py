@@ -182,9 +182,11 @@ class InferenceSession:
             here = f"{self.driver.name} ({self.driver.capability})"
             raise OSError(f"{folder}: the kernels are for {made}, and this is {here} ({error})") from error
         launches = [launch for part in ("taking", "launches", "giving") for launch in self.about[part]]
-        known = {launch["kernel"] for launch in launches}
-        known |= {launch["many"]["kernel"] for launch in launches if "many" in launch}
+        launches += [launch["many"] for launch in launches if "many" in launch]
+        known = {launch["kernel"]: launch.get("shared", 0) for launch in launches}
         self._functions = {name: self.driver.function(module, name) for name in sorted(known)}
+        self._shared = {name: self.driver.give_shared(self._functions[name], shared) if shared else 0
+                        for name, shared in known.items()}  # fmt: skip
         constants = (folder / self.about["constants"]).read_bytes()
         places = {"arena": self._memory.device(self.batch * self.about["arena_bytes"]),
                   "constants": int(self._memory.keep("cuMemFree_v2", self.driver.upload(constants)))}  # fmt: skip
@@ -284,7 +286,8 @@ class InferenceSession:
             addresses = [self._address(*argument) for argument in launch["arguments"]]
             grid = (*launch["grid"], self.batch)
             function = self._functions[launch["kernel"]]
-            self.driver.launch(function, grid, launch["threads"], addresses, launch["numbers"], self._stream)
+            shared = self._shared[launch["kernel"]]
+            self.driver.launch(function, grid, launch["threads"], addresses, launch["numbers"], self._stream, shared)
 
     def _address(self, place: str, at: int) -> int:
         if place in ("input", "output"):

@@ -213,6 +213,17 @@ static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 
 // What follows stands for instructions.cuh.
+#define STAGES_OF(bytes) 3
+static size_t launched_bytes; // that the launch gave to a block
+template <int BYTES> static int8_t *launched_memory(void)
+{
+    static int8_t memory[BYTES] __attribute__((aligned(16)));
+    if (launched_bytes < BYTES) {
+        fail("a launch with too little shared memory");
+    }
+    return memory;
+}
+
 template <int BYTES> static void copy_async(void *target, const void *source)
 {
     Thread &thread = threads[running];

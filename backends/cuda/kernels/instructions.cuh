@@ -12,6 +12,21 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer)
 #define RESIDENT 1
 #endif
 
+// Memory of a block that the launch gives it, since it is more than 48 KB.
+template <int BYTES>
+__device__ __forceinline__ int8_t *launched_memory(void)
+{
+    extern __shared__ __align__(16) int8_t launched[];
+    return launched;
+}
+
+// Tiles in shared memory, all but one on their way; before sm_80, which has 64 KB, two of the largest ones.
+#if __CUDA_ARCH__ >= 800
+#define STAGES_OF(bytes) 3
+#else
+#define STAGES_OF(bytes) ((bytes) * 3 > 65536 ? 2 : 3)
+#endif
+
 // Copies 4, 8 or 16 bytes to shared memory behind the thread's back; before sm_80 at once.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void *target, const void *source)

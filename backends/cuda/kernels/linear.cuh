@@ -14,8 +14,8 @@ struct Linear {
 // How sums end: as codes by whole products or by their high words, or as floats.
 enum Form { SHIFTED, HIGH, REAL };
 
-const int DEEP = 64;   // codes that one step multiplies
-const int STAGES = 3;  // tiles in shared memory, all but one on their way
+const int DEEP = 64;  // codes that one step multiplies
+const int STATIC = 49152;  // bytes of shared memory that a kernel may declare
 
 // Byte where chunk `chunk` of 16 codes of a row of a tile lies: ldmatrix reads eight rows from eight different banks.
 __device__ __forceinline__ int placed(int row, int chunk)
@@ -280,8 +280,14 @@ template <class Tile, int BM, int BN, int TAKEN, int GIVEN, Form FORM, class Out
 __device__ __forceinline__ void linear(const int8_t *__restrict__ input, const int8_t *__restrict__ weights,
                                        const int *__restrict__ table, Output *__restrict__ output, const Linear &shape)
 {
-    const int THREADS = Tile::THREADS, BYTES = (BM + BN) * DEEP, PITCH = BN + 16;
-    __shared__ __align__(16) int8_t memory[STAGES * BYTES];
+    const int THREADS = Tile::THREADS, BYTES = (BM + BN) * DEEP, PITCH = BN + 16, STAGES = STAGES_OF(BYTES);
+    int8_t *memory;
+    if constexpr (3 * BYTES <= STATIC) {
+        __shared__ __align__(16) int8_t declared[3 * BYTES];
+        memory = declared;
+    } else {
+        memory = launched_memory<STAGES * BYTES>();
+    }
     const int group = blockIdx.y / shape.blocks, n = (int)(blockIdx.y % shape.blocks) * BN, m = blockIdx.x * BM;
     const int steps = (shape.stored_depth + DEEP - 1) / DEEP;
     input += (wide_t)blockIdx.z * shape.rows * shape.columns * shape.channels + group * shape.group_channels;

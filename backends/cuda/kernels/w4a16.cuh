@@ -188,7 +188,7 @@ __device__ __forceinline__ void many_rows(const uint16_t *__restrict__ x, const 
                                           const float2 *__restrict__ table, float *__restrict__ output,
                                           const Blocks &shape)
 {
-    const int THREADS = 32 * DOWN * ACROSS, BYTES = (BM + BN) * DEEP, EACH = BN * 4 / THREADS, WORDS = BITS / 4;
+    const int THREADS = 32 * DOWN * ACROSS, STAGES = 3, BYTES = (BM + BN) * DEEP, EACH = BN * 4 / THREADS, WORDS = BITS / 4;
     __shared__ __align__(16) int8_t memory[STAGES * BYTES];
     const int n = blockIdx.y * BN, m = blockIdx.x * BM;
     x += (wide_t)blockIdx.z * shape.rows * shape.chunks * 32;
