@@ -98,7 +98,7 @@ def measure_drift(
 
 
 def losses(
-    reference: ir.Model, candidates: Sequence[ir.Model], data: Dataset, track: Track[Sample], threads: int = 1
+    reference: ir.Model, candidates: Sequence[ir.Model], data: Dataset, track: Track[Any], threads: int = 1
 ) -> list[OutputError]:
     """Return how far each candidate's outputs are from the float model's, in front of a last Softmax or Sigmoid.
 
@@ -106,18 +106,17 @@ def losses(
     can tell, so `data` should be held out from that. All models run as they are defined, without a runtime's fusions,
     so that the answer does not hang on a processor's integer kernels.
     """
-    expected, *sessions = (runtime.Session(at_scores(model), optimize=False) for model in (reference, *candidates))
-    errors = [OutputError() for _ in sessions]
     cost = Cost.of(candidates[0], next(iter(data)))
     samples = spread(data, cost.peak_bytes, min(SAMPLES, JUDGING / ((1 + len(candidates)) * cost.total)))
-
-    def run(feeds: Sample) -> list[runtime.Outputs]:
-        return [session.run(feeds) for session in (expected, *sessions)]
-
-    for outputs, *found in abreast(run, track(samples, len(samples), "checking what was made up for"), threads):
-        for error, one in zip(errors, found, strict=True):
+    # One model after the other: each takes what its weights do.
+    expected = list(abreast(runtime.Session(at_scores(reference), optimize=False).run, samples, threads))
+    errors = []
+    for model in track(candidates, len(candidates), "checking what was made up for"):
+        found, error = abreast(runtime.Session(at_scores(model), optimize=False).run, samples, threads), OutputError()
+        for outputs, one in zip(expected, found, strict=True):
             # By place: in front of a last Softmax that is quantized, values have other names than in float.
             error.add(outputs, dict(zip(outputs, one.values(), strict=True)))
+        errors.append(error)
     return errors
 
 

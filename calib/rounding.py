@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,8 @@ DAMPING = 0.1
 MANY = 8
 #: Rows of weights whose errors are passed on at once to those behind them.
 BLOCK = 128
+#: Columns of weights that are rounded at once: they have nothing to do with one another, and take float64.
+COLUMNS = 8192
 #: Multiply-accumulates that collecting the rows may take, over all batches of operators.
 WORK = 1e12
 
@@ -99,7 +102,7 @@ class Operator:
             return int(np.prod(self.shape[1:]))
         return self.shape[1 if self._transposed else 0]
 
-    def matrix(self, weights: FloatArray) -> FloatArray:
+    def matrix(self, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return weights as rows are multiplied by them, `[groups, depth, channels / groups]`."""
         if self.node.op_type == "Conv":
             return np.asarray(weights.reshape(self.groups, weights.shape[0] // self.groups, -1).transpose(0, 2, 1))
@@ -208,6 +211,7 @@ def second_moments(
                 total.add(*_rows(one, values[one.reads], values[one.writes], -(-ROWS // len(samples))))
 
             deque(abreast(add, zip(batch, sums, strict=True), threads), 0)
+        del session  # it holds the model, which whoever rounds weights meanwhile has no use for
         yield from ((one, total.mean(len(samples))) for one, total in zip(batch, sums, strict=True))
 
 
@@ -278,19 +282,20 @@ def round_weights(operator: Operator, moments: SecondMoments) -> numerics.IntArr
     assert value is not None and value.const_value is not None
     weights = value.const_value.numpy()
     scales = np.broadcast_to(numerics.along_axis(quant.scales, quant.axis, weights.ndim), weights.shape)
-    multiples = np.ones_like(weights)
+    multiples = np.broadcast_to(np.ones((), weights.dtype), weights.shape)
     if quant.block_size:
         multiples = packing.multiples(weights / scales, quant.axis, quant.block_size)
-    matrices = (operator.matrix(array.astype(np.float64)) for array in (weights, scales, multiples))
+    matrices = (operator.matrix(array) for array in (weights, scales, multiples))
     few = quant.bits < MANY
     damping = operator.depth / max(1, moments.rows) if few else DAMPING
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
     parts, steps, grids = matrices
     trusted = damped(moments.matrices + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
-    codes = gptq(parts, steps[:, 0], trusted, limits, grids)
+    codes = gptq(parts, steps[:, 0].astype(np.float64), trusted, limits, grids)
     if few:
         for group, h in enumerate(trusted):
-            scaled, multiple = parts[group] / steps[group, 0], grids[group]
+            multiple = grids[group].astype(np.float64)
+            scaled = parts[group].astype(np.float64) / steps[group, 0].astype(np.float64)
             if quant.block_size and quant.axis is not None:
                 length = packing.block_length(operator.depth, quant.block_size)
                 codes[group], multiple = fit_multiples(codes[group], scaled, h, limits, multiple, length)
@@ -327,9 +332,18 @@ def gptq(
     order = np.argsort(-moments.diagonal(axis1=-2, axis2=-1), axis=-1, kind="stable")[..., None]
     across = order.swapaxes(-1, -2)
     upper = factor_of_inverse(np.take_along_axis(np.take_along_axis(moments, order, -2), across, -1))
-    left = np.take_along_axis(weights, order, -2) / step[..., None, :]
-    grid = np.take_along_axis(np.broadcast_to(multiple, weights.shape), order, -2)
-    codes, count = np.empty_like(left), weights.shape[-2]
+    grid, found = np.broadcast_to(multiple, weights.shape), np.empty(weights.shape)
+    for start in range(0, weights.shape[-1], COLUMNS):
+        part = np.s_[..., start : start + COLUMNS]
+        left = np.take_along_axis(weights[part], order, -2).astype(np.float64) / step[..., None, :][part]
+        codes = _in_turn(left, upper, limits, np.take_along_axis(grid[part], order, -2).astype(np.float64))
+        np.put_along_axis(found[part], order, codes, -2)
+    return found
+
+
+def _in_turn(left: FloatArray, upper: FloatArray, limits: tuple[int, int], grid: FloatArray) -> FloatArray:
+    """Round one row after another; those behind it, in `left`, take over what is lost."""
+    codes, count = np.empty_like(left), left.shape[-2]
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
         errors = np.empty_like(left[..., start:stop, :])
@@ -339,9 +353,7 @@ def gptq(
             left[..., row + 1 : stop, :] -= upper[..., row, row + 1 : stop, None] * error[..., None, :]
             errors[..., row - start, :] = error
         left[..., stop:, :] -= upper[..., start:stop, stop:].swapaxes(-1, -2) @ errors
-    found = np.empty_like(codes)
-    np.put_along_axis(found, order, codes, -2)
-    return found
+    return codes
 
 
 def damped(moments: FloatArray, damping: float = DAMPING) -> FloatArray:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qcompile.calib.collect import Statistics
 from qcompile.calib.map_losses import Clip
 from qcompile.calib.observers import Observer
-from qcompile.core import halves, numerics, packing
+from qcompile.core import halves, numerics, packing, scratch
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import Target
 from qcompile.passes import structure
@@ -128,7 +128,7 @@ def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
             value = copy.graph.initializers[name]
             weight = structure.constant(value)
             assert weight is not None
-            value.const_value = ir.tensor(quant.dequantize(quant.quantize(weight)), name=name)
+            value.const_value = scratch.tensor(quant.dequantize(quant.quantize(weight)), name)
     return copy
 
 

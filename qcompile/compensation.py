@@ -16,6 +16,7 @@ from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.rounding import MANY, Operator, SecondMoments, round_weights, second_moments
 from qcompile.calib.workers import abreast
 from qcompile.chosen_codes import is_nearer
+from qcompile.core import scratch
 from qcompile.core.contract import Pass, Refusal
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import QuantPlan
@@ -143,7 +144,8 @@ def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], dat
         codes = round_weights(*pair)
         return names[pair[0]], codes if is_nearer(*pair, codes) else None
 
-    return {name: codes for name, codes in abreast(rounded, moments, threads) if codes is not None}
+    kept = ((name, codes) for name, codes in abreast(rounded, moments, threads) if codes is not None)
+    return {name: scratch.kept(codes) for name, codes in kept}
 
 
 def _useless(pass_: type[Pass]) -> tuple[Refusal, ...]:

@@ -23,7 +23,7 @@ from qcompile.calib.data import Sample
 from qcompile.calib.map_losses import MapLosses
 from qcompile.calib.sensitivity import Choice
 from qcompile.core import model as models
-from qcompile.core import runtime
+from qcompile.core import runtime, scratch
 from qcompile.core.contract import Effect, Pass, Refusal, Rewritten
 from qcompile.core.errors import VerificationError, first_line
 from qcompile.core.numerics import IntArray
@@ -165,6 +165,7 @@ class Pipeline:
         name = type(pass_).__name__
         self.key = caching.key(self.key, name, repr(pass_))
         start = time.perf_counter()
+        scratch.give_back()
         found = self._load(model)
         if found is None:
             found = self._run(name, pass_, model)
@@ -218,6 +219,7 @@ class Pipeline:
         key = caching.key(self.key, "measure", name)
         content = self.cache.get(key) if self.cache else None
         if content is None:
+            scratch.give_back()
             result = compute()
             if self.cache:
                 self.cache.put(key, codec.encode(result))

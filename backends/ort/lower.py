@@ -154,7 +154,7 @@ class OrtBackend(Unbounded):
         """
         path = folder / files[0]
         provider = _provider(path)
-        content = rounded(ir.load(path)) if provider == "cuda" else path
+        content = rounded(models.load_written(path)) if provider == "cuda" else path
         return runtime.Session(content, threads=threads, integer_kernels=provider == CPU).run
 
 

@@ -27,6 +27,8 @@ from qcompile.core.errors import ModelError, QcompileError, TargetError, shorten
 Feeds = Mapping[str, npt.NDArray[Any]]
 Outputs = dict[str, npt.NDArray[Any]]
 
+#: What `MappedTensor` tells locations from.
+ROOT = Path.cwd().anchor
 #: What the runtime wraps its messages in, and what is left of that: codes, source files, C++ signatures, conditions.
 WRAPPINGS = (
     (r"\[ONNXRuntimeError\] : \d+ : \w+ : ", ""),
@@ -167,6 +169,9 @@ class Session:
                 # Not copied: they have to be there as long as the session is.
                 self._weights = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
                 options.add_external_initializers(list(weights), self._weights)
+                # Locations of weights that are in files are told from there.
+                if isinstance(content, bytes):
+                    options.add_session_config_entry("session.model_external_initializers_file_folder_path", ROOT)
                 self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except QcompileError:
             raise
@@ -236,13 +241,14 @@ def ort_format(table: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _loadable(model: ir.Model | Path) -> Iterator[tuple[str | bytes, dict[str, npt.NDArray[Any]]]]:
-    """Give what InferenceSession takes, and weights beside it.
+    """Give what InferenceSession takes, and weights in memory that it takes beside that.
 
-    That is a path, or bytes, or a temporary file where the bytes would be too many.
+    That is a path, or bytes, or a temporary file where the bytes would be too many. Weights in files stay there: the
+    runtime maps them.
     """
     if isinstance(model, Path):
         yield str(model), {}
-    elif models.initializer_bytes(model) <= models.INLINE_LIMIT:
+    elif models.held_bytes(model) <= models.INLINE_LIMIT:
         yield models.apart(model)
     else:
         with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
