@@ -60,6 +60,9 @@ class Lowered:
         Where each node runs, of what a device and its host run together; those first that the host is left with.
     notes : tuple of str
         What a user must know of it first.
+    same_form : bool
+        Whether the first file is an ONNX model that computes what the QDQ model does, but for what rounding makes of
+        another order of operations.
     """
 
     files: tuple[str, ...]
@@ -70,6 +73,7 @@ class Lowered:
     segments: tuple[Mapping[str, Any], ...] = ()
     placement: tuple[Placed, ...] | None = None
     notes: tuple[str, ...] = ()
+    same_form: bool = False
 
 
 @dataclass(frozen=True)

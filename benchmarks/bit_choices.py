@@ -22,13 +22,13 @@ from qcompile.core import numerics, packing, runtime
 from qcompile.core.numerics import IntArray
 from qcompile.decision import planner
 from qcompile.equivalence import Equivalences
+from qcompile.fidelity import Comparison
 from qcompile.job import Job
 from qcompile.options import Options
 from qcompile.passes import structure
 from qcompile.passes.insert_qdq import quantized_name
 from qcompile.passes.integer_program import Candidate
 from qcompile.pipeline import untracked
-from qcompile.verify import Comparison
 from qcompile.weight_losses import EIGHT, FOUR, find_codes, quantized_in
 
 #: Samples that are run, at most.

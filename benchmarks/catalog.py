@@ -31,7 +31,8 @@ float's and, behind the arrow, the artifact's over that; medians of interleaved 
 what the cost table says of it. SQNR is that of the output that loses most; argmax is how often float and artifact agree
 on it, for models that classify.
 
-[peers.md](peers.md) has eleven of them beside what other quantizers make of them, setting by setting, with plots.
+[peers.md](peers.md) has eleven of them beside what other quantizers make of them, setting by setting, with plots;
+[large-models.md](large-models.md) what memory and time a compile takes by the size of its model.
 
 {machine}
 

@@ -32,7 +32,7 @@ from qcompile import Options, compile, timing
 from qcompile.backends.cpu.session import InferenceSession
 from qcompile.core import model as models
 from qcompile.core.runtime import Feeds, Session, name
-from qcompile.verify import Comparison
+from qcompile.fidelity import Comparison
 
 PAGE = Path(__file__).parent.parent / "docs/cpu-libraries.md"
 NAMES = (

@@ -35,7 +35,7 @@ from qcompile import Options, QcompileError, compile, timing
 from qcompile.calib.data import input_specs, open_data
 from qcompile.core import model as models
 from qcompile.core.runtime import Feeds, Outputs, Session
-from qcompile.verify import Fidelity
+from qcompile.fidelity import Fidelity
 
 FOLDER = ROOT / "docs/peers"
 MODELS = (

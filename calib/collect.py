@@ -89,7 +89,7 @@ def collect(model: ir.Model, names: Sequence[str], data: Dataset, track: Track[S
         If a sample drives one of the tensors to NaN or infinity.
     """
     histograms = {name: Histogram() for name in names}
-    for place, values in _values(model, names, data, track):
+    for place, values in _values(model, names, data, track, threads):
 
         def count(name: str, place: str = place, values: runtime.Outputs = values) -> None:
             _count(histograms[name], values[name], name, place)
@@ -192,12 +192,16 @@ def collect_spread(
 
 
 def _values(
-    model: ir.Model, names: Sequence[str], data: Dataset, track: Track[Sample]
+    model: ir.Model, names: Sequence[str], data: Dataset, track: Track[Sample], threads: int = 1
 ) -> Iterator[tuple[str, runtime.Outputs]]:
-    """Yield each sample's place and the named values."""
+    """Yield each sample's place and the named values; with threads, the next ones run meanwhile."""
     session = runtime.Session(runtime.with_outputs(model, names), optimize=True)
-    for index, feeds in enumerate(track(data, len(data), "calibrating")):
-        yield f"{data.place}: sample {index}", {**feeds, **session.run(feeds)}
+
+    def run(feeds: Sample) -> runtime.Outputs:
+        return {**feeds, **session.run(feeds)}
+
+    for index, values in enumerate(abreast(run, track(data, len(data), "calibrating"), min(threads, 2))):
+        yield f"{data.place}: sample {index}", values
 
 
 def _count(histogram: Histogram, values: npt.NDArray[Any], name: str, place: str) -> None:

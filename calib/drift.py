@@ -10,7 +10,7 @@ every token's. A normalization divides by that variance anyway, and convolutions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,19 +80,25 @@ def measure_drift(
     means, weights = _expected_means(reference, stages, samples, threads)
     states: list[runtime.Outputs] = [dict(feeds) for feeds in samples]
     drift: dict[str, tuple[float, ...]] = {}
+    last: tuple[Stage, npt.NDArray[np.float64]] | None = None
     for stage in track(stages, len(stages), "measuring drift"):
-        mean = _Mean(stage.axis)
-        for state, weight, _ in zip(states, weights, abreast(stage.advance, states, threads), strict=True):
-            mean.add(state[stage.result], weight[stage.operator])
-        correction = means[stage.operator] - mean.value
-        for state in states:
-            _shift(state[stage.result], correction, stage.axis)
+
+        def advance(pair: tuple[runtime.Outputs, Weights], stage: Stage = stage, last: Any = last) -> Sums:
+            state, weight = pair
+            if last is not None:
+                _shift(state[last[0].result], last[1], last[0].axis)
+            stage.advance(state)
+            return _sums(state[stage.result], weight[stage.operator], stage.axis)
+
+        parts = abreast(advance, zip(states, weights, strict=True), threads)
+        correction = means[stage.operator] - _mean(parts)
+        last = stage, correction
         drift[stage.operator] = tuple(map(float, correction))
     return drift
 
 
 def losses(
-    reference: ir.Model, candidates: Sequence[ir.Model], data: Dataset, track: Track[Sample]
+    reference: ir.Model, candidates: Sequence[ir.Model], data: Dataset, track: Track[Any], threads: int = 1
 ) -> list[OutputError]:
     """Return how far each candidate's outputs are from the float model's, in front of a last Softmax or Sigmoid.
 
@@ -100,16 +106,24 @@ def losses(
     can tell, so `data` should be held out from that. All models run as they are defined, without a runtime's fusions,
     so that the answer does not hang on a processor's integer kernels.
     """
-    expected, *sessions = (runtime.Session(at_scores(model), optimize=False) for model in (reference, *candidates))
-    errors = [OutputError() for _ in sessions]
     cost = Cost.of(candidates[0], next(iter(data)))
     samples = spread(data, cost.peak_bytes, min(SAMPLES, JUDGING / ((1 + len(candidates)) * cost.total)))
-    for feeds in track(samples, len(samples), "checking what was made up for"):
-        outputs = expected.run(feeds)
-        for error, session in zip(errors, sessions, strict=True):
+    # One model after the other: each takes what its weights do.
+    expected = list(abreast(runtime.Session(at_scores(reference), optimize=False).run, samples, threads))
+    errors = []
+    for model in track(candidates, len(candidates), "checking what was made up for"):
+        found, error = abreast(runtime.Session(at_scores(model), optimize=False).run, samples, threads), OutputError()
+        for outputs, one in zip(expected, found, strict=True):
             # By place: in front of a last Softmax that is quantized, values have other names than in float.
-            error.add(outputs, dict(zip(outputs, session.run(feeds).values(), strict=True)))
+            error.add(outputs, dict(zip(outputs, one.values(), strict=True)))
+        errors.append(error)
     return errors
+
+
+#: What positions count, by operator.
+Weights = dict[str, npt.NDArray[np.float64]]
+#: Weighted sums by channel, and the sum of the weights.
+Sums = tuple[npt.NDArray[np.float64], float]
 
 
 @dataclass(frozen=True)
@@ -159,24 +173,26 @@ def _stages(model: ir.Model, operators: Sequence[str]) -> list[Stage]:
 
 def _expected_means(
     reference: ir.Model, stages: Sequence[Stage], samples: Sequence[Sample], threads: int
-) -> tuple[dict[str, npt.NDArray[np.float64]], list[dict[str, npt.NDArray[np.float64]]]]:
+) -> tuple[dict[str, npt.NDArray[np.float64]], list[Weights]]:
     """Return the float results' means by operator, and for each sample the weights of its positions by operator."""
     results = {node.name: node.outputs[0].name for node in reference.graph}
     names = {stage.operator: str(results[stage.operator]) for stage in stages}
     session = runtime.Session(runtime.with_outputs(reference, list(names.values())))
-    means = {stage.operator: _Mean(stage.axis) for stage in stages}
-    weights: list[dict[str, npt.NDArray[np.float64]]] = []
-    for feeds in samples:
-        outputs = session.run(feeds)
+    sums: dict[str, list[Sums]] = {stage.operator: [] for stage in stages}
+    weights: list[Weights] = []
+    # Of a sample all results are there at once: no more of them than keep two threads busy.
+    for outputs in abreast(session.run, samples, min(threads, 2)):
 
-        def weigh(stage: Stage, outputs: runtime.Outputs = outputs) -> npt.NDArray[np.float64]:
-            found = position_weights(outputs[names[stage.operator]], stage.axis)
-            means[stage.operator].add(outputs[names[stage.operator]], found)
-            return found
+        def weigh(stage: Stage, outputs: runtime.Outputs = outputs) -> tuple[npt.NDArray[np.float64], Sums]:
+            result = outputs[names[stage.operator]]
+            found = position_weights(result, stage.axis)
+            return found, _sums(result, found, stage.axis)
 
-        found = abreast(weigh, stages, threads)
-        weights.append({stage.operator: one for stage, one in zip(stages, found, strict=True)})
-    return {operator: mean.value for operator, mean in means.items()}, weights
+        weights.append({})
+        for stage, (found, part) in zip(stages, abreast(weigh, stages, threads), strict=True):
+            weights[-1][stage.operator] = found
+            sums[stage.operator].append(part)
+    return {operator: _mean(parts) for operator, parts in sums.items()}, weights
 
 
 def _by_channel(array: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
@@ -192,22 +208,19 @@ def position_weights(array: npt.NDArray[Any], axis: int) -> npt.NDArray[np.float
     return np.asarray(1.0 / (variance + floor))
 
 
-@dataclass
-class _Mean:
-    """A weighted mean per channel over the positions of any number of arrays, summed in float64."""
+def _sums(array: npt.NDArray[Any], weights: npt.NDArray[np.float64], axis: int) -> Sums:
+    """Return the weighted sum of each channel over the positions of an array, and that of the weights, in float64."""
+    # einsum, not a matrix product: BLAS sums in an order that depends on its threads.
+    return np.einsum("acb,ab->c", _by_channel(array, axis), weights), float(weights.sum())
 
-    axis: int
+
+def _mean(parts: Iterable[Sums]) -> npt.NDArray[np.float64]:
+    """Return the weighted mean per channel over arrays, in their order."""
     total: Any = 0.0
-    weight: float = 0.0
-
-    def add(self, array: npt.NDArray[Any], weights: npt.NDArray[np.float64]) -> None:
-        # einsum, not a matrix product: BLAS sums in an order that depends on its threads.
-        self.total = self.total + np.einsum("acb,ab->c", _by_channel(array, self.axis), weights)
-        self.weight += float(weights.sum())
-
-    @property
-    def value(self) -> npt.NDArray[np.float64]:
-        return np.asarray(self.total / self.weight)
+    weight = 0.0
+    for values, weights in parts:
+        total, weight = total + values, weight + weights
+    return np.asarray(total / weight)
 
 
 def _shift(array: npt.NDArray[Any], correction: npt.NDArray[np.float64], axis: int) -> None:

@@ -18,8 +18,12 @@ from qcompile.core import numerics
 BINS = 2048
 #: Where each channel has one of its own, a bin is a code or finer.
 CHANNEL_BINS = 512
+#: Elements that are counted at once.
+PIECE = 1 << 16
 #: Share of the values that the percentile observer keeps inside the range.
 PERCENTILE = 0.9999
+
+FloatArray = npt.NDArray[np.float64]
 
 
 class Observer(StrEnum):
@@ -95,8 +99,11 @@ class Histogram:
             old = (self.start + np.arange(self.counts.size)) >> (exponent - self.exponent)
             np.add.at(counts, old - first, self.counts)
         # In float64, where the product is exact; in float32 a tiny negative value would vanish into the bin above zero.
-        codes = np.floor(np.multiply(flat, 2.0**-exponent, dtype=np.float64))
-        counts += np.bincount((codes - first).astype(np.int64), minlength=counts.size)
+        # In pieces that stay in the processor's cache.
+        for start in range(0, flat.size, PIECE):
+            codes = np.multiply(flat[start : start + PIECE], 2.0**-exponent, dtype=np.float64)
+            np.subtract(np.floor(codes, out=codes), first, out=codes)
+            counts += np.bincount(codes.astype(np.int64), minlength=counts.size)
         self.exponent, self.start, self.counts = exponent, first, counts
 
     def mirrored(self) -> Histogram:
@@ -121,7 +128,7 @@ class Histogram:
         return 0.0 if self.exponent is None else float(2.0**self.exponent)
 
     @property
-    def centres(self) -> npt.NDArray[np.float64]:
+    def centres(self) -> FloatArray:
         """What each bin stands for: its middle, kept inside what was really seen."""
         middle = (self.start + np.arange(self.counts.size) + 0.5) * self.width
         return np.clip(middle, self.low, self.high)
@@ -177,9 +184,8 @@ def _chosen(observer: Observer, dtype: str, ends: bytes, place: tuple[int, int],
 
 def expected_error(histogram: Histogram, low: float, high: float, dtype: str) -> float:
     """Return the squared error of quantization, summed over all that was seen, if [low, high] becomes the codes."""
-    centres = histogram.centres
-    codes, scale, zero_point = _codes(centres, low, high, dtype)
-    return float(np.dot(histogram.counts, np.square(centres - (codes - zero_point) * scale)))
+    (error,) = _errors(histogram, np.array([low]), np.array([high]), dtype)
+    return error
 
 
 def _minmax(histogram: Histogram, dtype: str) -> tuple[float, float]:
@@ -202,52 +208,64 @@ def _percentile(histogram: Histogram, dtype: str) -> tuple[float, float]:
 
 
 def _entropy(histogram: Histogram, dtype: str) -> tuple[float, float]:
-    return _search(histogram, partial(_divergence, dtype=dtype))
+    return _search(histogram, partial(_divergences, histogram, dtype=dtype))
 
 
 def _mse(histogram: Histogram, dtype: str) -> tuple[float, float]:
-    return _search(histogram, partial(expected_error, dtype=dtype))
+    return _search(histogram, partial(_errors, histogram, dtype=dtype))
 
 
-def _search(histogram: Histogram, loss: Callable[[Histogram, float, float], float]) -> tuple[float, float]:
+def _search(histogram: Histogram, losses: Callable[[FloatArray, FloatArray], list[float]]) -> tuple[float, float]:
     """Shrink both ends together, then each alone, as long as the loss falls."""
     widest_low, widest_high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    low, high = widest_low, widest_high
+
+    def least(lows: FloatArray, highs: FloatArray) -> tuple[float, float]:
+        lows, highs = np.broadcast_arrays(lows, highs)
+        _, low, high = min(zip(losses(lows, highs), lows.tolist(), highs.tolist(), strict=True))
+        return low, high
+
     shrink = np.linspace(0.2, 1.0, 41)
-    _, low, high = min((loss(histogram, low * f, high * f), low * f, high * f) for f in shrink[::-1])
+    low, high = least(widest_low * shrink, widest_high * shrink)
     fine = np.linspace(0.9, 1.1, 21)
     for _ in range(2):
-        lows = [max(low * f, widest_low) for f in fine]
-        _, low = min((loss(histogram, end, high), end) for end in lows)
-        highs = [min(high * f, widest_high) for f in fine]
-        _, high = min((loss(histogram, low, end), end) for end in highs)
-    return float(low), float(high)
+        low, high = least(np.maximum(low * fine, widest_low), np.array(high))
+        low, high = least(np.array(low), np.minimum(high * fine, widest_high))
+    return low, high
 
 
-def _codes(
-    centres: npt.NDArray[np.float64], low: float, high: float, dtype: str
-) -> tuple[npt.NDArray[np.float64], float, int]:
-    """Return the code that each bin gets, with its scale and zero point."""
-    scale, zero_point = numerics.affine_scale([low], [high], dtype)
-    step, zero = float(scale[0]), int(zero_point[0])
-    return np.clip(np.rint(centres / step) + zero, *numerics.code_range(dtype)), step, zero
+def _codes(centres: FloatArray, lows: FloatArray, highs: FloatArray, dtype: str) -> tuple[FloatArray, ...]:
+    """Return the code that each bin gets by each range, shape (ranges, bins), with their scales and zero points."""
+    scale, zero_point = numerics.affine_scale(lows, highs, dtype)
+    steps, zeros = scale.astype(np.float64)[:, None], zero_point.astype(np.float64)[:, None]
+    return np.clip(np.rint(centres / steps) + zeros, *numerics.code_range(dtype)), steps, zeros
 
 
-def _divergence(histogram: Histogram, low: float, high: float, dtype: str) -> float:
-    """Return KL(P‖Q), P the histogram with what saturates counted at the ends, Q what is left of it in the codes.
+def _errors(histogram: Histogram, lows: FloatArray, highs: FloatArray, dtype: str) -> list[float]:
+    """Return for each range the squared error of quantization, summed over all that was seen."""
+    centres, counts = histogram.centres, histogram.counts.astype(np.float64)
+    codes, steps, zeros = _codes(centres, lows, highs, dtype)
+    return [float(np.dot(counts, squares)) for squares in np.square(centres - (codes - zeros) * steps)]
+
+
+def _divergences(histogram: Histogram, lows: FloatArray, highs: FloatArray, dtype: str) -> list[float]:
+    """Return for each range KL(P‖Q), P the histogram with what saturates counted at the ends, Q what codes tell of it.
 
     A code says that a value was in one of its bins, each that ever held one being as likely as the next; what saturates
     is not among them, so Q lacks it, and a range that cuts much off tells badly of its ends.
     """
     centres, counts = histogram.centres, _without_zeros(histogram)
-    codes, scale, zero_point = _codes(centres, low, high, dtype)
+    codes, steps, zeros = _codes(centres, lows, highs, dtype)
     least, most = numerics.code_range(dtype)
-    kept = np.flatnonzero((centres >= (least - zero_point - 0.5) * scale)
-                          & (centres <= (most - zero_point + 0.5) * scale))  # fmt: skip
+    kept = (centres >= (least - zeros - 0.5) * steps) & (centres <= (most - zeros + 0.5) * steps)
+    groups = (codes - least).astype(np.int64)
+    return [_divergence(counts, group, np.flatnonzero(one)) for group, one in zip(groups, kept, strict=True)]
+
+
+def _divergence(counts: FloatArray, group: npt.NDArray[np.int64], kept: npt.NDArray[np.int64]) -> float:
     if not kept.size:
         return np.inf
     first, last = int(kept[0]), int(kept[-1])
-    inside, group = counts[first : last + 1], (codes[first : last + 1] - least).astype(np.int64)
+    inside, group = counts[first : last + 1], group[first : last + 1]
     p = inside.copy()
     p[0] += counts[:first].sum()
     p[-1] += counts[last + 1 :].sum()
@@ -260,7 +278,7 @@ def _divergence(histogram: Histogram, low: float, high: float, dtype: str) -> fl
     return float(np.sum(p * np.log(p / q)))
 
 
-def _without_zeros(histogram: Histogram) -> npt.NDArray[np.float64]:
+def _without_zeros(histogram: Histogram) -> FloatArray:
     """Return the counts without the peak at zero: a code stands for it exactly, whatever the range."""
     counts, zero = histogram.counts.astype(np.float64), -histogram.start
     if 0 <= zero < counts.size and counts.size > 1:

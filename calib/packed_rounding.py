@@ -123,7 +123,10 @@ def factor_of_inverse(matrix: FloatArray) -> FloatArray:
     """Return the upper U of H⁻¹ = Uᵀ U for a positive definite H.
 
     Of H = R Rᵀ with an upper R, which Cholesky's algorithm gives from the last row and column on, U is the inverse.
+    Of several, shape (..., n, n), each gets its own.
     """
+    if matrix.ndim > 2:
+        return np.stack([factor_of_inverse(one) for one in matrix])
     lower = scipy.linalg.cholesky(matrix[::-1, ::-1], lower=True, check_finite=False)
     inverse, _ = scipy.linalg.lapack.dtrtri(lower[::-1, ::-1])
     return np.asarray(inverse)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,8 @@ DAMPING = 0.1
 MANY = 8
 #: Rows of weights whose errors are passed on at once to those behind them.
 BLOCK = 128
+#: Columns of weights that are rounded at once: they have nothing to do with one another, and take float64.
+COLUMNS = 8192
 #: Multiply-accumulates that collecting the rows may take, over all batches of operators.
 WORK = 1e12
 
@@ -99,7 +102,7 @@ class Operator:
             return int(np.prod(self.shape[1:]))
         return self.shape[1 if self._transposed else 0]
 
-    def matrix(self, weights: FloatArray) -> FloatArray:
+    def matrix(self, weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return weights as rows are multiplied by them, `[groups, depth, channels / groups]`."""
         if self.node.op_type == "Conv":
             return np.asarray(weights.reshape(self.groups, weights.shape[0] // self.groups, -1).transpose(0, 2, 1))
@@ -111,7 +114,9 @@ class Operator:
             return np.asarray(matrix.transpose(0, 2, 1).reshape(self.shape))
         return np.asarray(matrix[0].T if self._transposed else matrix[0])
 
-    def rows(self, x: npt.NDArray[np.float32], written: Sequence[int], positions: npt.NDArray[np.int64]) -> FloatArray:
+    def rows(
+        self, x: npt.NDArray[np.float32], written: Sequence[int], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         """Return what the weights are multiplied by at some positions of the result, `[groups, positions, depth]`.
 
         Parameters
@@ -124,10 +129,10 @@ class Operator:
             Of the result without channels, flat.
         """
         if self.node.op_type != "Conv":
-            return x.reshape(1, -1, x.shape[-1])[:, positions].astype(np.float64)
+            return x.reshape(1, -1, x.shape[-1])[:, positions]
         where = np.unravel_index(positions, (written[0], *written[2:]))
         patches = _windows(self.node, x, self.shape[2:])[where]
-        return patches.reshape(len(positions), self.groups, -1).transpose(1, 0, 2).astype(np.float64)
+        return patches.reshape(len(positions), self.groups, -1).transpose(1, 0, 2)
 
     @property
     def _transposed(self) -> bool:
@@ -140,7 +145,7 @@ def _windows(node: ir.Node, x: npt.NDArray[np.float32], kernel: Sequence[int]) -
     strides = node.attributes.get_ints("strides", (1,) * rank)
     dilations = node.attributes.get_ints("dilations", (1,) * rank)
     pads = node.attributes.get_ints("pads", (0,) * 2 * rank)
-    padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
+    padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)]) if any(pads) else x
     reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
     view = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
     for axis, step in enumerate((*strides, *dilations), start=2):
@@ -195,14 +200,18 @@ def second_moments(
         sums = [_Products(np.zeros((one.groups, one.depth, one.depth))) for one in batch]
         asked = dict.fromkeys(name for one in batch for name in (one.reads, one.writes))
         session = runtime.Session(runtime.with_outputs(model, list(asked)))
-        for feeds in track(samples, len(samples), "weighing inputs"):
-            values = {**feeds, **session.run(feeds)}
+
+        def run(feeds: Sample, session: runtime.Session = session) -> runtime.Outputs:
+            return {**feeds, **session.run(feeds)}
+
+        for values in abreast(run, track(samples, len(samples), "weighing inputs"), min(threads, 2)):
 
             def add(pair: tuple[Operator, _Products], values: runtime.Outputs = values) -> None:
                 one, total = pair
-                total.add(_rows(one, values[one.reads], values[one.writes], -(-ROWS // len(samples))))
+                total.add(*_rows(one, values[one.reads], values[one.writes], -(-ROWS // len(samples))))
 
             deque(abreast(add, zip(batch, sums, strict=True), threads), 0)
+        del session  # it holds the model, which whoever rounds weights meanwhile has no use for
         yield from ((one, total.mean(len(samples))) for one, total in zip(batch, sums, strict=True))
 
 
@@ -212,13 +221,13 @@ class _Products:
 
     total: FloatArray
     rows: int = 0
-    pending: list[FloatArray] = field(default_factory=list)
+    pending: list[tuple[npt.NDArray[np.float32], FloatArray]] = field(default_factory=list)
 
-    def add(self, rows: FloatArray) -> None:
-        """Add the products of some rows, `[groups, rows, depth]`."""
-        self.pending.append(rows)
+    def add(self, rows: npt.NDArray[np.float32], factors: FloatArray) -> None:
+        """Add the products of some rows, `[groups, rows, depth]`, each times its factor, `[rows, 1]`."""
+        self.pending.append((rows, factors))
         self.rows += rows.shape[1]
-        if sum(part.shape[1] for part in self.pending) >= AT_ONCE:
+        if sum(len(part) for _, part in self.pending) >= AT_ONCE:
             self._multiply()
 
     def mean(self, samples: int) -> SecondMoments:
@@ -228,18 +237,23 @@ class _Products:
         return SecondMoments(self.total / samples, self.rows)
 
     def _multiply(self) -> None:
-        rows = np.concatenate(self.pending, axis=1)
+        groups, _, depth = self.total.shape
+        rows, end = np.empty((groups, sum(len(part) for _, part in self.pending), depth)), 0
+        for part, factors in self.pending:
+            start, end = end, end + len(factors)
+            np.multiply(part, factors, out=rows[:, start:end], dtype=np.float64)
         self.total += rows.transpose(0, 2, 1) @ rows
         self.pending.clear()
 
 
-def _rows(operator: Operator, read: npt.NDArray[np.float32], written: npt.NDArray[np.float32], most: int) -> FloatArray:
-    """Return the rows at so many positions of one sample at most, weighted so that their products sum to the mean."""
+def _rows(
+    operator: Operator, read: npt.NDArray[np.float32], written: npt.NDArray[np.float32], most: int
+) -> tuple[npt.NDArray[np.float32], FloatArray]:
+    """Return the rows at so many positions of a sample at most, and factors by which their products sum to the mean."""
     weights = position_weights(written, 1 if operator.node.op_type == "Conv" else -1).reshape(-1)
     chosen = np.unique(np.linspace(0, weights.size - 1, min(most, weights.size)).round().astype(np.int64))
-    return np.asarray(
-        operator.rows(read, written.shape, chosen) * np.sqrt(weights[chosen] / weights[chosen].sum())[:, None]
-    )
+    rows = operator.rows(read, written.shape, chosen)
+    return rows, np.sqrt(weights[chosen] / weights[chosen].sum())[:, None]
 
 
 def _batches(operators: Sequence[Operator]) -> Iterator[list[Operator]]:
@@ -268,25 +282,25 @@ def round_weights(operator: Operator, moments: SecondMoments) -> numerics.IntArr
     assert value is not None and value.const_value is not None
     weights = value.const_value.numpy()
     scales = np.broadcast_to(numerics.along_axis(quant.scales, quant.axis, weights.ndim), weights.shape)
-    multiples = np.ones_like(weights)
+    multiples = np.broadcast_to(np.ones((), weights.dtype), weights.shape)
     if quant.block_size:
         multiples = packing.multiples(weights / scales, quant.axis, quant.block_size)
-    matrices = (operator.matrix(array.astype(np.float64)) for array in (weights, scales, multiples))
+    matrices = (operator.matrix(array) for array in (weights, scales, multiples))
     few = quant.bits < MANY
     damping = operator.depth / max(1, moments.rows) if few else DAMPING
     limits = (packing.LOWEST, packing.HIGHEST) if quant.block_size else numerics.code_range(quant.dtype, symmetric=True)
-    codes = []
-    for part, step, multiple, h in zip(*matrices, moments.matrices, strict=True):
-        trusted = damped(h + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
-        chosen = gptq(part, step[0], trusted, limits, multiple)
-        if few:
-            scaled = part / step[0]
+    parts, steps, grids = matrices
+    trusted = damped(moments.matrices + operator.step**2 / 12.0 * np.eye(operator.depth), damping)
+    codes = gptq(parts, steps[:, 0].astype(np.float64), trusted, limits, grids)
+    if few:
+        for group, h in enumerate(trusted):
+            multiple = grids[group].astype(np.float64)
+            scaled = parts[group].astype(np.float64) / steps[group, 0].astype(np.float64)
             if quant.block_size and quant.axis is not None:
                 length = packing.block_length(operator.depth, quant.block_size)
-                chosen, multiple = fit_multiples(chosen, scaled, trusted, limits, multiple, length)
-            chosen = descend(chosen, scaled, trusted, limits, multiple)
-        codes.append(chosen)
-    return np.ascontiguousarray(operator.weights(np.stack(codes)).astype(quant.dtype))
+                codes[group], multiple = fit_multiples(codes[group], scaled, h, limits, multiple, length)
+            codes[group] = descend(codes[group], scaled, h, limits, multiple)
+    return np.ascontiguousarray(operator.weights(codes).astype(quant.dtype))
 
 
 def gptq(
@@ -296,44 +310,54 @@ def gptq(
     limits: tuple[int, int],
     multiple: FloatArray | float = 1.0,
 ) -> FloatArray:
-    """Round a matrix so that X · W changes little.
+    """Round matrices so that X · W changes little.
 
     Parameters
     ----------
-    weights : ndarray of float64, shape (n, m)
-    step : ndarray of float64, shape (m,)
+    weights : ndarray of float64, shape (..., n, m)
+    step : ndarray of float64, shape (..., m)
         What a code stands for, by column.
-    moments : ndarray of float64, shape (n, n)
-        E[xᵀx] of the rows that are multiplied by it, `damped`.
+    moments : ndarray of float64, shape (..., n, n)
+        E[xᵀx] of the rows that are multiplied by them, `damped`.
     limits : tuple of int
         The lowest and the highest code, of those that have no multiple.
-    multiple : float, or ndarray of float64, shape (n, m)
+    multiple : float, or ndarray of float64, shape (..., n, m)
         What each code is to be a whole multiple of.
 
     Returns
     -------
-    ndarray of float64, shape (n, m)
+    ndarray of float64, shape (..., n, m)
         Integers.
     """
-    diagonal = moments.diagonal()
-    order = np.argsort(-diagonal, kind="stable")
-    upper = factor_of_inverse(moments[np.ix_(order, order)])
-    left, codes = weights[order] / step, np.empty_like(weights)
-    grid = np.broadcast_to(multiple, weights.shape)[order]
-    for start in range(0, len(left), BLOCK):
-        stop = min(start + BLOCK, len(left))
-        errors = np.empty((stop - start, left.shape[1]))
-        for row in range(start, stop):
-            codes[row] = np.clip(np.rint(left[row] / grid[row]), *limits) * grid[row]
-            errors[row - start] = (left[row] - codes[row]) / upper[row, row]
-            left[row + 1 : stop] -= np.outer(upper[row, row + 1 : stop], errors[row - start])
-        left[stop:] -= upper[start:stop, stop:].T @ errors
-    found = np.empty_like(codes)
-    found[order] = codes
+    order = np.argsort(-moments.diagonal(axis1=-2, axis2=-1), axis=-1, kind="stable")[..., None]
+    across = order.swapaxes(-1, -2)
+    upper = factor_of_inverse(np.take_along_axis(np.take_along_axis(moments, order, -2), across, -1))
+    grid, found = np.broadcast_to(multiple, weights.shape), np.empty(weights.shape)
+    for start in range(0, weights.shape[-1], COLUMNS):
+        part = np.s_[..., start : start + COLUMNS]
+        left = np.take_along_axis(weights[part], order, -2).astype(np.float64) / step[..., None, :][part]
+        codes = _in_turn(left, upper, limits, np.take_along_axis(grid[part], order, -2).astype(np.float64))
+        np.put_along_axis(found[part], order, codes, -2)
     return found
+
+
+def _in_turn(left: FloatArray, upper: FloatArray, limits: tuple[int, int], grid: FloatArray) -> FloatArray:
+    """Round one row after another; those behind it, in `left`, take over what is lost."""
+    codes, count = np.empty_like(left), left.shape[-2]
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        errors = np.empty_like(left[..., start:stop, :])
+        for row in range(start, stop):
+            codes[..., row, :] = np.clip(np.rint(left[..., row, :] / grid[..., row, :]), *limits) * grid[..., row, :]
+            error = (left[..., row, :] - codes[..., row, :]) / upper[..., row, row, None]
+            left[..., row + 1 : stop, :] -= upper[..., row, row + 1 : stop, None] * error[..., None, :]
+            errors[..., row - start, :] = error
+        left[..., stop:, :] -= upper[..., start:stop, stop:].swapaxes(-1, -2) @ errors
+    return codes
 
 
 def damped(moments: FloatArray, damping: float = DAMPING) -> FloatArray:
     """Return second moments that trust the samples less in directions of which they tell little."""
-    more = damping * moments.diagonal().mean() + float(np.finfo(np.float32).tiny)
-    return np.asarray(moments + more * np.eye(len(moments)))
+    diagonals = moments.diagonal(axis1=-2, axis2=-1)
+    more = damping * diagonals.mean(axis=-1) + float(np.finfo(np.float32).tiny)
+    return np.asarray(moments + more[..., None, None] * np.eye(moments.shape[-1]))

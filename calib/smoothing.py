@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.calib.collect import ChannelSpread
-from qcompile.core import numerics
+from qcompile.core import numerics, scratch
 
 Numbers = npt.NDArray[np.float64]
 
@@ -83,8 +83,7 @@ class Reader:
 
     @cached_property
     def _absolute(self) -> npt.NDArray[Any]:
-        absolute: npt.NDArray[Any] = np.abs(self.weight)
-        return absolute
+        return scratch.kept(np.abs(self.weight))
 
     def _over(self, reduce: Callable[..., npt.NDArray[Any]], array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Reduce an array of the weights' shape to that of `channels`."""

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qcompile.calib.collect import Statistics
 from qcompile.calib.map_losses import Clip
 from qcompile.calib.observers import Observer
-from qcompile.core import halves, numerics, packing
+from qcompile.core import halves, numerics, packing, scratch
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
 from qcompile.core.target import Target
 from qcompile.passes import structure
@@ -59,7 +59,7 @@ def allocate_bits(
         By name of an activation whose codes are to have four bits, how its range is chosen then.
     """
     tensors: dict[str, TensorQuant] = {}
-    scores = _scores(model) if target.integer_only else frozenset()
+    scores = scores_of(model) if target.integer_only else frozenset()
     for name in placement.activations:
         if observers[name] is Observer.DYNAMIC and name in placement.dynamic:
             tensors[name] = TensorQuant(Role.ACTIVATION, target.activation_dtype, (), ())
@@ -106,7 +106,7 @@ def _stored_as(target: Target, wide: bool, packed: bool, precision: Precision) -
     return target.narrow_weight_dtype, 0
 
 
-def _scores(model: ir.Model) -> frozenset[str]:
+def scores_of(model: ir.Model) -> frozenset[str]:
     """Return the values that a Softmax at the model's end reads.
 
     Their highest decide, and are those that calibration may not have seen: samples of no class, or of few, have no
@@ -128,7 +128,7 @@ def round_to_codes(model: ir.Model, plan: QuantPlan) -> ir.Model:
             value = copy.graph.initializers[name]
             weight = structure.constant(value)
             assert weight is not None
-            value.const_value = ir.tensor(quant.dequantize(quant.quantize(weight)), name=name)
+            value.const_value = scratch.tensor(quant.dequantize(quant.quantize(weight)), name)
     return copy
 
 

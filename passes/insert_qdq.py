@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.core import numerics
+from qcompile.core import numerics, scratch
 from qcompile.core.contract import Effect
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
 from qcompile.passes import structure
@@ -138,7 +138,7 @@ class QdqWriter:
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         name = self._free(name)
-        value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array, order="C"), name=name))
+        value = ir.Value(name=name, const_value=scratch.tensor(np.asarray(array, order="C"), name))
         value.shape = ir.Shape(array.shape)
         value.dtype = ir.DataType.from_numpy(array.dtype)
         self.graph.register_initializer(value)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompile.calib.rounding import Operator
-from qcompile.core import numerics
+from qcompile.core import numerics, scratch
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import Precision, QuantPlan, Role, TensorQuant
@@ -57,7 +57,7 @@ class RoundWeights(ir.passes.InPlacePass):
         """Rewrite in place."""
         for name, codes in self.codes.items():
             # A new tensor: clones of the model share the old one.
-            model.graph.initializers[name].const_value = ir.tensor(codes, name=name)
+            model.graph.initializers[name].const_value = scratch.tensor(codes, name)
         return Rewritten(model, bool(self.codes), self.refused)
 
 

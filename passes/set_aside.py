@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.core import scratch
 from qcompile.core.contract import Refusal
 from qcompile.core.plan import ChannelFactors
 from qcompile.passes import structure
@@ -81,7 +82,7 @@ def _read_beside(graph: ir.Graph, node: ir.Node, bounded: ir.Value, picked: ir.V
     assert array is not None and projection is not None, "groups have constants, and the obstacle was asked for"
     rest = array.copy()
     rest[channels] = 0.0
-    weight.const_value = ir.tensor(rest, name=weight.name)
+    weight.const_value = scratch.tensor(rest, weight.name)
     # Three axes: an operator that computes in float beside the integers is not to become one of them.
     beside = add_constant(graph, f"{weight.name}/aside", array[channels][None])
     result, name = projection.result, free_name(graph, f"{projection.result.name}/aside")

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.core import scratch
 from qcompile.core.contract import Refusal
 from qcompile.passes import structure
 from qcompile.passes.canonicalize.editing import add_constant
@@ -71,7 +72,7 @@ class Shift:
             assert array is not None and isinstance(node.graph, ir.Graph)
             shifted = (array.astype(np.float64) + addend).astype(array.dtype)
             if len(value.uses()) == 1 and shifted.shape == array.shape:
-                value.const_value = ir.tensor(shifted, name=value.name)
+                value.const_value = scratch.tensor(shifted, value.name)
             else:
                 node.replace_input_with(index, add_constant(node.graph, f"{value.name}/shift", shifted))
 

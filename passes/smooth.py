@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calib.smoothing import by_class
+from qcompile.core import scratch
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.plan import ChannelFactors, How
 from qcompile.passes import structure
@@ -112,7 +113,7 @@ def _fold(fold: Fold, factors: npt.NDArray[np.float64]) -> None:
     # In the constant's own type: factors that are powers of two change no digit.
     scaled = array * by_class(factors**fold.exponent, fold.classes).astype(array.dtype)
     if len(value.uses()) == 1 and scaled.shape == array.shape:
-        value.const_value = ir.tensor(scaled, name=value.name)
+        value.const_value = scratch.tensor(scaled, value.name)
         return
     graph = fold.node.graph
     assert isinstance(graph, ir.Graph)

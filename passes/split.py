@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.core import numerics
+from qcompile.core import numerics, scratch
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.core.plan import ChannelFactors
 from qcompile.passes import structure
@@ -183,6 +183,6 @@ def _append(
     copies = (np.take(array, channels, axis) - less) * numerics.along_axis(factors, axis % array.ndim, array.ndim)
     longer = np.concatenate([array, copies.astype(array.dtype)], axis)
     if len(value.uses()) == 1:
-        value.const_value, value.shape = ir.tensor(longer, name=value.name), ir.Shape(longer.shape)
+        value.const_value, value.shape = scratch.tensor(longer, value.name), ir.Shape(longer.shape)
     else:
         node.replace_input_with(index, add_constant(graph, f"{value.name}/split", longer))

@@ -68,9 +68,13 @@ def _part(_: click.Context, __: click.Parameter, text: str) -> float:
     return part
 
 
+def _occupied(path: Path) -> None:
+    raise UsageError(path, "is there already", "name another file")
+
+
 @click.command("check")
 @FOLDER
-@click.option("--against", required=True, type=click.Path(path_type=Path), help="Earlier report.json, or its folder.")
+@click.option("--against", type=click.Path(path_type=Path), help="Earlier report.json, or its folder.")
 @click.option(
     "--max-regression",
     "allowed",
@@ -80,22 +84,52 @@ def _part(_: click.Context, __: click.Parameter, text: str) -> float:
     metavar="2%",
     help="By what part of itself a figure may be worse.",
 )
+@click.option("--screen", is_flag=True, help="Look for behaviour that quantization brings out; wants --model.")
+@FLOAT_MODEL
+@INPUTS
+@click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="How many to screen with.")
+@click.option("--seed", default=0, show_default=True, help="Draws what a screening draws.")
+@click.option(
+    "--reround", type=click.Path(path_type=Path), help="File for the float model with weights to be rounded otherwise."
+)
 @JSON
 @DEBUG
-def check_command(output: Path, against: Path, allowed: float, as_json: bool, debug: bool) -> None:
-    """Hold OUT, an artifact's folder, to the report of an earlier one: size, predicted latency, fidelity.
+def check_command(
+    output: Path, against: Path | None, allowed: float, screen: bool, model: Path | None, data: str | None,
+    samples: int, seed: int, reround: Path | None, as_json: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Hold OUT, an artifact's folder, to the report of an earlier one: size, predicted latency, fidelity. Or screen it.
 
-    Exit code 5 where one of them got worse by more than is allowed.
+    Exit code 5 where a figure got worse by more than is allowed, 6 where a screening found what is unusual.
     """
-    from qcompile import terminal
+    from qcompile import artifact, screening, terminal
+    from qcompile.core import model as models
     from qcompile.regression import check
+    from qcompile.tables import screening_table
 
-    checked = check(output, against, allowed)
+    context = click.get_current_context()
+    if against is None and not screen and reround is None:
+        raise click.UsageError("give --against REPORT, --screen, or both", context)
+    if (screen or reround is not None) and model is None:
+        raise click.UsageError("--screen and --reround need --model, the float model", context)
+    if reround is not None:
+        artifact.check_own(reround, _occupied)
+    checked = check(output, against, allowed) if against is not None else None
+    screened = screening.screen(output, model, data, samples, seed) if screen and model is not None else None
+    if reround is not None and model is not None:
+        artifact.write_file(reround, models.serialize(screening.reround(output, model, seed)))
     if as_json:
-        click.echo(json.dumps(checked.as_json(), indent=1))
-    else:
+        content = {"output": str(output)} if checked is None else checked.as_json()
+        click.echo(json.dumps(content if screened is None else content | {"screening": screened.as_json()}, indent=1))
+    elif checked is not None:
         terminal.show_check(Console(), checked)
-    checked.require()
+    if screened is not None and not as_json:
+        Console().print(screening_table(screened))
+        for line in screened.lines():
+            click.echo(line)
+    for one in (checked, screened):
+        if one is not None:
+            one.require()
 
 
 @click.command("explain")

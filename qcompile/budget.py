@@ -14,6 +14,7 @@ UNITS = {
     "--max-size": {"B": 1.0, "KB": 1024.0, "MB": 1024.0**2, "GB": 1024.0**3},
     "--max-sram": {"B": 1.0, "KB": 1024.0, "MB": 1024.0**2},
     "--max-flash": {"B": 1.0, "KB": 1024.0, "MB": 1024.0**2},
+    "--max-memory": {"B": 1.0, "KB": 1024.0, "MB": 1024.0**2, "GB": 1024.0**3},
     "--max-latency": {"us": 1.0, "ms": 1e3, "s": 1e6},
     "--max-bops": {"M": 1e6, "G": 1e9, "T": 1e12},
 }
@@ -21,9 +22,10 @@ EXAMPLES = {
     "--max-size": "0.2x of float, or 5MB", "--max-latency": "0.6x of float, or 12ms",
     "--max-bops": "0.05x of float, or 20G",
     "--max-sram": "a number of bytes with a unit, 64KB", "--max-flash": "a number of bytes with a unit, 512KB",
+    "--max-memory": "a number of bytes with a unit, 4GB",
 }  # fmt: skip
 #: Bounds that are not in parts of float's: the device's memory is what it is.
-ABSOLUTE = ("--max-sram", "--max-flash")
+ABSOLUTE = ("--max-sram", "--max-flash", "--max-memory")
 
 
 @dataclass(frozen=True)

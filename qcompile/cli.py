@@ -72,6 +72,7 @@ def cli() -> None:
     "target", "data", "enlarge", "eval", "output", "weights", "activations", "observer", "smoothing", "rotation",
     "no_added_nodes", "costs", "shape", "allow_ort_segments", "max_size", "max_bops", "max_latency", "board",
     "max_sram", "max_flash", "min_fidelity", "pairs", "pareto", "recipe", "cache", "seed", "threads", "workers",
+    "max_memory",
 )  # fmt: skip
 @click.option("--depfile", type=click.Path(path_type=Path), help="Write what was read, as make and ninja read it.")
 @click.option(
@@ -107,7 +108,7 @@ def compile_command(
     "target", "data", "enlarge", "eval", "weights", "activations", "observer", "smoothing", "rotation",
     "no_added_nodes", "costs", "shape", "max_size", "max_bops", "max_latency", "board", "max_sram", "pairs",
     "recipe", "cache", "threads",
-    "workers",
+    "workers", "max_memory",
 )  # fmt: skip
 @written_to("calibration.npz", "the measurements")
 def calibrate_command(model: Path, file: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:
@@ -150,7 +151,7 @@ def plan_command(
 @cli.command("apply")
 @takes(
     "target", "data", "eval", "output", "costs", "allow_ort_segments", "board", "max_sram", "max_flash", "min_fidelity",
-    "recipe", "cache", "seed", "threads",
+    "recipe", "cache", "seed", "threads", "max_memory",
 )  # fmt: skip
 @click.option("--plan", required=True, type=click.Path(path_type=Path), help="What 'qcompile plan' wrote; edit it.")
 def apply_command(model: Path, plan: Path, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> None:

@@ -15,10 +15,13 @@ from qcompile.calib.drift import losses, measure_drift
 from qcompile.calib.output_error import OutputError, surely_less
 from qcompile.calib.rounding import MANY, Operator, SecondMoments, round_weights, second_moments
 from qcompile.calib.workers import abreast
+from qcompile.chosen_codes import is_nearer
+from qcompile.core import scratch
 from qcompile.core.contract import Pass, Refusal
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import QuantPlan
 from qcompile.job import Job
+from qcompile.passes import structure
 from qcompile.passes.correct_bias import CorrectBias, correctable
 from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.round_weights import RoundWeights, roundable
@@ -30,6 +33,7 @@ HELD_OUT = 0.25
 SURE = 1.0
 #: Why a pass is not applied though it could be.
 UNKNOWN = "no biases are corrected: without data nothing tells what they lack"
+VAIN = "its weights are rounded to nearest: by what it reads, codes chosen with regard to one another are no better"
 USELESS = {
     RoundWeights: "weights rounded with regard to one another lost more on samples held out from it",
     CorrectBias: "correcting biases did not help on samples held out from it",
@@ -58,7 +62,9 @@ def compensate(job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPl
     useful = pipeline.measure("compensation", NAMES, lambda: _useful(job, canonical, quantized, operators, biases))
     if RoundWeights.__name__ in useful:
         codes = pipeline.measure("codes", CODES, lambda: _codes(job, canonical, operators, data))
-        quantized = pipeline.apply(RoundWeights(codes, weights_left), quantized)
+        vain = tuple(Refusal(structure.node_name(one.node), VAIN) for name, one in operators.items()
+                     if name not in codes)  # fmt: skip
+        quantized = pipeline.apply(RoundWeights(codes, (*weights_left, *vain)), quantized)
     else:
         _decline(job, RoundWeights, quantized, (_useless(RoundWeights) if operators else ()) + weights_left)
     if CorrectBias.__name__ in useful:
@@ -113,7 +119,7 @@ def _useful(
         trials.append(((*passes, CorrectBias), CorrectBias(drift)(model.clone()).model))
     if len(trials) == 1:
         return []
-    errors = losses(canonical, [model for _, model in trials], others, job.track)
+    errors = losses(canonical, [model for _, model in trials], others, job.track, job.options.threads)
     found = dict(zip((passes for passes, _ in trials), errors, strict=True))
     least = partial(min, key=lambda passes: found[passes].value)
     best = least(passes for passes in found if RoundWeights not in passes)
@@ -129,15 +135,17 @@ def _surely_worse(error: OutputError, other: OutputError) -> bool:
 
 
 def _codes(job: Job, canonical: ir.Model, operators: Mapping[str, Operator], data: Dataset) -> dict[str, IntArray]:
-    """Return the codes of each operator's weights, by the initializer that holds them."""
+    """Return the codes of each operator's weights, by the initializer that holds them, where they are of use."""
     names = {operator: name for name, operator in operators.items()}
     threads = job.options.threads
     moments = second_moments(canonical, list(operators.values()), data, job.track, threads)
 
-    def rounded(pair: tuple[Operator, SecondMoments]) -> tuple[str, IntArray]:
-        return names[pair[0]], round_weights(*pair)
+    def rounded(pair: tuple[Operator, SecondMoments]) -> tuple[str, IntArray | None]:
+        codes = round_weights(*pair)
+        return names[pair[0]], codes if is_nearer(*pair, codes) else None
 
-    return dict(abreast(rounded, moments, threads))
+    kept = ((name, codes) for name, codes in abreast(rounded, moments, threads) if codes is not None)
+    return {name: scratch.kept(codes) for name, codes in kept}
 
 
 def _useless(pass_: type[Pass]) -> tuple[Refusal, ...]:

@@ -38,6 +38,7 @@ from qcompile.passes.place import Placement, Wish, code_readers, place, sparing
 from qcompile.passes.read_plan import is_quantized
 from qcompile.passes.share_scales import unlike_ranges
 from qcompile.pipeline import CHOICE, MAP_LOSSES, NOISE, STATISTICS, WISHES
+from qcompile.planned_ranges import require_ranges
 from qcompile.pricing import Pricer
 from qcompile.rotation import ROTATES
 from qcompile.weight_losses import Planned
@@ -215,6 +216,8 @@ def decide(
     planned = planner(canonical, calibration, target, options)
     widths = choose_widths(canonical, calibration, planned, backend, options)
     decided = told(planned, widths, calibration, options)
+    if decided.tensors and calibration.calibrated:
+        require_ranges(canonical, decided, _placed(canonical, calibration, target, options), calibration, target)
     device = with_limits(target, options)
     measured = calibration.calibrated and not calibration.guessed and decided.tensors
     if not (map_widths.bounded(device) and measured):
@@ -250,11 +253,15 @@ def _planned(
     narrow: Mapping[str, Clip] = MappingProxyType({}),
 ) -> QuantPlan:
     """Return the plan with weights in so many bits, and these activations in four."""
-    placement = choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)
+    placement = _placed(canonical, calibration, target, options)
     calibration.require(placement.activations)
     observers = calibration.choice.observers
     plan = allocate_bits(canonical, placement, calibration.statistics, target, observers, bits, narrow)
     return replace(plan, options=options.as_recipe())
+
+
+def _placed(canonical: ir.Model, calibration: Calibration, target: Target, options: Options) -> Placement:
+    return choose_operators(canonical, target, options, calibration.calibrated, calibration.spared)
 
 
 def pricer_for(job: Job, canonical: ir.Model, kept: Mapping[str, Wish] = MappingProxyType({})) -> Pricer | None:

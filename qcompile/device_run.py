@@ -17,8 +17,8 @@ from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.core.errors import UsageError
 from qcompile.core.target import Target
+from qcompile.fidelity import Fidelity
 from qcompile.read_report import require_whole
-from qcompile.verify import Fidelity
 
 MEASUREMENTS = "measurements.json"
 

@@ -7,18 +7,20 @@ chosen target runs fastest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from qcompile import artifact, padding, pareto, regression, report, timing, verify
+from qcompile import artifact, continuous, memory, padding, pareto, regression, report, timing, verify
 from qcompile.budget import require_size
 from qcompile.calib.collect import Statistics
 from qcompile.compensation import compensate, rounded_at_once
 from qcompile.core.contract import Track
+from qcompile.core.lengths import Lengths
 from qcompile.core.plan import QuantPlan
 from qcompile.core.target import Target
 from qcompile.decision import calibrate, decide
@@ -26,6 +28,7 @@ from qcompile.distributions import distributions
 from qcompile.equivalence import rewrite
 from qcompile.halving import HALF, halve
 from qcompile.job import Job, Source, one_blas_thread
+from qcompile.memory import within_memory
 from qcompile.options import Options
 from qcompile.page import Page
 from qcompile.pareto import Front
@@ -34,6 +37,7 @@ from qcompile.passes.insert_qdq import InsertQdq
 from qcompile.passes.lower_opset import LowerOpset
 from qcompile.pipeline import untracked
 from qcompile.pricing import predict
+from qcompile.timing import Latency
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class CompileResult:
 
 
 @one_blas_thread
+@within_memory
 def compile(source: Source, options: Options, track: Track[Any] = untracked) -> CompileResult:
     """Compile a model for a target.
 
@@ -121,21 +126,36 @@ def deliver(
     lengths = padding.settled(job, canonical, quantized)
     with artifact.staged(output) as folder:
         lowered = job.backend.lower(quantized, plan, job.device_at(lengths), folder)
-        run = job.backend.open(folder, lowered.files)
-        proof = verify.prove(job.model, canonical, quantized, plan, run, job.evidence.evaluation, job.track, lengths)
-        proof.require(job.options.min_fidelity)
-        # A device that is not here has no latency here.
-        here = not job.target.device and (job.target.timed_here or not job.target.integer_only)
-        timed = timing.interleave(proof.reference, run, padding.fitting(lengths, job.evidence)) if here else None
+        if lowered.same_form:
+            continuous.hold("artifact", quantized, ir.load(folder / lowered.files[0]), job.evidence.samples)
+        proof, timed = prove(job, canonical, quantized, plan, partial(job.backend.open, folder, lowered.files), lengths)
         content = report.build(job, evidence, canonical, plan, lowered, proof, folder, lengths)
         content |= report.predicted(predict(job.target.costs, job.backend, job.model, quantized, job.evidence.samples))
         require_size(job.options.max_size, content["size"]["float_bytes"], content["size"]["artifact_bytes"])
-        measurements = report.measurements(content, timed, lowered, job.pipeline)
+        measurements = report.measurements(content, timed, lowered, job)
         drawn = pareto.write(folder / pareto.FOLDER, front, job.model.graph.name or "model") if front else None
         spread = distributions(canonical, plan, seen.histograms)
+        memory.require_held(job.options)
         artifact.write(folder, plan, content, spread, measurements)
         Page(content, measurements, spread, drawn, regression.changes(earlier, content)).write(folder)
     return CompileResult(output, plan, content, measurements, drawn)
+
+
+def prove(
+    job: Job, canonical: ir.Model, quantized: ir.Model, plan: QuantPlan, load: Callable[[], verify.Run],
+    lengths: Lengths | None,
+) -> tuple[verify.Proof, Latency | None]:  # fmt: skip
+    """Hold the artifact against what it was made of, and time it beside that; nothing that runs is held behind it."""
+    opened = cache(load)
+    given, threads = job.evidence.evaluation, job.options.threads
+    proof = verify.prove(job.model, canonical, quantized, plan, opened, given, job.track, lengths, threads)
+    proof.require(job.options.min_fidelity)
+    # A device that is not here has no latency here.
+    here = not job.target.device and (job.target.timed_here or not job.target.integer_only)
+    if not here or not memory.holds(job.options, job.model, 2):
+        return replace(proof, reference=None), None
+    samples = padding.fitting(lengths, job.evidence)
+    return replace(proof, reference=None), timing.interleave(proof.reference_of(job.model), opened(), samples)
 
 
 def deploy(job: Job, quantized: ir.Model) -> ir.Model:

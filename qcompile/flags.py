@@ -117,6 +117,9 @@ FLAGS = {
     "workers": click.option(
         "--workers", metavar="N|tcp://HOST:PORT", help="Processes, or a Dask cluster, that measure losses."
     ),
+    "max_memory": click.option(
+        "--max-memory", metavar="4GB", help="Memory of this process at most; weights are kept in files for it."
+    ),
     "as_json": click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON."),
     "quiet": click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only."),
     "debug": click.option("--debug", is_flag=True, help="Show the traceback of an error."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qcompile import continuous
 from qcompile.backends.ort.half import Halve, float_values
 from qcompile.calib.reach import collect_reach
 from qcompile.job import Job
@@ -22,7 +23,7 @@ def halve(job: Job, quantized: ir.Model) -> ir.Model:
         "reach", NOISE, lambda: collect_reach(quantized, float_values(quantized), data, job.track)
     )
     known = job.evidence.calibrated
-    return job.pipeline.apply(
+    halved = job.pipeline.apply(
         Halve(
             reach,
             HEADROOM if known else GUESSED,
@@ -31,3 +32,5 @@ def halve(job: Job, quantized: ir.Model) -> ir.Model:
         ),
         quantized,
     )
+    continuous.hold("pass Halve", quantized, halved, job.evidence.samples)
+    return halved

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from qcompile import cache
+from qcompile import cache, memory
 from qcompile.backends.base import Backend, find_target
 from qcompile.calib.workers import Workers
 from qcompile.core import model as models
@@ -98,6 +98,7 @@ class Job:
         options = fitting(options, target)
         backend.check(with_limits(target, options))
         taken = take(source)
+        options = replace(options, threads=memory.threads(options, taken.model))
         evidence = gather(taken.model, options, codes=bool(target.activation_dtype))
         pipeline = Pipeline.start(taken.model, evidence, target, options)
         if taken.modified:

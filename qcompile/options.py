@@ -94,6 +94,8 @@ class Options:
         Threads of the compile, by default as many as the machine has. The artifact does not depend on it.
     workers : str, optional
         What measures losses in place of those threads: a number of processes, or the address of a Dask cluster.
+    max_memory : str, optional
+        What this process may take of memory, with a unit: ``4GB``. The artifact does not depend on it.
     overrides : tuple of Override
         What is asked of single operators; the later of two that choose the same one counts.
 
@@ -130,6 +132,7 @@ class Options:
     seed: int = 0
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     workers: str | None = None
+    max_memory: str | None = None
     overrides: tuple[Override, ...] = ()
 
     @classmethod
@@ -161,7 +164,7 @@ class Options:
         if unknown := sorted(set(self.min_fidelity) - set(FIDELITY_MEASURES)):
             fact = f"there is no measure '{unknown[0]}'"
             raise UsageError("--min-fidelity", fact, f"use one of {', '.join(FIDELITY_MEASURES)}")
-        for name in ("max_size", "max_bops", "max_latency", "max_sram", "max_flash"):
+        for name in ("max_size", "max_bops", "max_latency", "max_sram", "max_flash", "max_memory"):
             if (text := getattr(self, name)) is not None:
                 Budget.parse(text, f"--{name.replace('_', '-')}")
         if not 0 <= self.pairs <= WINDOW:
@@ -226,7 +229,7 @@ class Options:
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that the artifact's bytes depend on, JSON-ready; where things lie is not among them."""
-        placeless = {"data", "eval", "output", "cache", "threads", "workers", "costs", "pareto"}
+        placeless = {"data", "eval", "output", "cache", "threads", "workers", "max_memory", "costs", "pareto"}
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in placeless}
         return chosen | {
             "shape": {name: list(shape) for name, shape in self.shape.items()},

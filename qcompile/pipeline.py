@@ -16,14 +16,14 @@ import onnx
 import onnx_ir as ir
 
 from qcompile import cache as caching
-from qcompile import verify
+from qcompile import translation, verify
 from qcompile.cache import Cache
 from qcompile.calib.collect import Statistics
 from qcompile.calib.data import Sample
 from qcompile.calib.map_losses import MapLosses
 from qcompile.calib.sensitivity import Choice
 from qcompile.core import model as models
-from qcompile.core import runtime
+from qcompile.core import runtime, scratch
 from qcompile.core.contract import Effect, Pass, Refusal, Rewritten
 from qcompile.core.errors import VerificationError, first_line
 from qcompile.core.numerics import IntArray
@@ -165,6 +165,7 @@ class Pipeline:
         name = type(pass_).__name__
         self.key = caching.key(self.key, name, repr(pass_))
         start = time.perf_counter()
+        scratch.give_back()
         found = self._load(model)
         if found is None:
             found = self._run(name, pass_, model)
@@ -178,6 +179,7 @@ class Pipeline:
         before = len(model.graph)
         result = pass_(model.clone())
         refusals, notes = (result.refusals, result.notes) if isinstance(result, Rewritten) else ((), ())
+        translation.validate(pass_, model, result.model, {refusal.node for refusal in refusals})
         if self._outputs is None:
             self._outputs = verify.outputs_of(self.reference, self.samples)
         # What earlier passes moved within their bounds must not count against a pass that is exact.
@@ -217,6 +219,7 @@ class Pipeline:
         key = caching.key(self.key, "measure", name)
         content = self.cache.get(key) if self.cache else None
         if content is None:
+            scratch.give_back()
             result = compute()
             if self.cache:
                 self.cache.put(key, codec.encode(result))

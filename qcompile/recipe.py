@@ -200,5 +200,6 @@ _KINDS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "cache": ("a path", _path),
     "seed": ("a whole number", _whole),
     "threads": ("a whole number", _whole),
+    "max_memory": ("a text, such as 4GB", _text),
     "workers": ("a number of processes, or an address", _whole_or_text),
 }

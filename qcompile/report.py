@@ -10,20 +10,20 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile import cache, timing
+from qcompile import cache, memory, timing
 from qcompile.backends.base import Lowered, Placed
 from qcompile.core import model as models
 from qcompile.core.lengths import Lengths
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role
 from qcompile.core.target import Target
 from qcompile.evidence import Evidence
+from qcompile.fidelity import Fidelity
 from qcompile.job import Job
 from qcompile.options import EXPECTED_SQNR
 from qcompile.passes import structure
-from qcompile.pipeline import Pipeline
 from qcompile.pricing import Prediction
 from qcompile.timing import Latency
-from qcompile.verify import Fidelity, Proof
+from qcompile.verify import Proof
 
 SCHEMA_VERSION = 1
 #: Two timings of one model differ by this much on a machine that does other things as well.
@@ -135,16 +135,16 @@ def warnings(content: Mapping[str, Any], measured: Mapping[str, Any]) -> list[st
     return [*([caveat] if caveat else []), *measured["warnings"], *content["warnings"]]
 
 
-def measurements(
-    content: Mapping[str, Any], latency: Latency | None, lowered: Lowered, pipeline: Pipeline
-) -> dict[str, Any]:
+def measurements(content: Mapping[str, Any], latency: Latency | None, lowered: Lowered, job: Job) -> dict[str, Any]:
     """Return what was seen on this machine."""
-    warnings = []
+    warnings, pipeline = [], job.pipeline
     if latency is not None and latency.ratio > 1.0 + NOISE:
         times = f"{latency.candidate_ms:.3g} ms against {latency.reference_ms:.3g} ms"
         warnings.append(f"Slower than float here: {times}.")
     if pipeline.cache is not None and pipeline.cache.failure:
         warnings.append(f"The cache takes no entries, this compile cannot be resumed: {pipeline.cache.failure}.")
+    if not memory.holds(job.options, job.model, 2):
+        warnings.append(f"Latency was not measured: --max-memory {job.options.max_memory} has no room for two models.")
     return {
         "schema_version": SCHEMA_VERSION,
         "processor": timing.processor(),
@@ -158,6 +158,7 @@ def measurements(
         },
         "device": lowered.measured and dict(lowered.measured),
         "seconds": dict(pipeline.seconds),
+        "memory": memory.as_json(job.options),
         "warnings": warnings,
         "report_sha256": cache.key(repr(content)),
     }

@@ -22,6 +22,7 @@ from qcompile.core.plan import QuantPlan
 from qcompile.driver import CompileResult
 from qcompile.equivalence import Equivalences
 from qcompile.job import Job, Source, chosen_target, fitting, one_blas_thread, take
+from qcompile.memory import require_held, within_memory
 from qcompile.options import COSTS_KEY, Options
 from qcompile.passes.check_plan import check_plan, check_rotations
 from qcompile.pipeline import untracked
@@ -56,6 +57,7 @@ class Written:
 
 
 @one_blas_thread
+@within_memory
 def calibrate(source: Source, options: Options, output: Path, track: Track[Any] = untracked) -> Written:
     """Measure what a plan needs to know of a model, and write it to a file.
 
@@ -69,6 +71,7 @@ def calibrate(source: Source, options: Options, output: Path, track: Track[Any] 
     canonical = driver.canonicalize(job)
     canonical, chosen = equivalence.rewrite(job, canonical)
     calibration = chosen.noted(decision.calibrate(job, canonical, chosen.kept(canonical)))
+    require_held(job.options)
     artifact.write_file(output, calibration.to_bytes())
     evidence = job.evidence
     if calibration.calibrated and not evidence.calibrated:
@@ -147,6 +150,7 @@ def _origin(model: ir.Model, calibration: Calibration, options: Options) -> dict
 
 
 @one_blas_thread
+@within_memory
 def apply(source: Source, options: Options, planned: Path, track: Track[Any] = untracked) -> CompileResult:
     """Apply a plan, which may have been edited: quantize, correct biases, lower, verify, write the artifact.
 

@@ -1,4 +1,4 @@
-"""Tables of the terminal: how they look, and those of artifacts with several lengths or in segments."""
+"""Tables of the terminal: how they look; those of artifacts with several lengths or in segments, and of a screening."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from qcompile.screening import Screened
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -37,4 +39,20 @@ def segments_table(segments: Sequence[Mapping[str, Any]]) -> Table:
         more = len(segment["forced_by"]) - 2
         said = f"{forced}, and {more} more" if more > 0 else forced
         table.add_row(str(index), segment["runs_on"], str(segment["operators"]), f"{segment['share']:.1%}", said)
+    return table
+
+
+def screening_table(found: Screened) -> Table:
+    """Show what was looked at: the tensor with most weights at edges, noise of grids, and answers of the artifact."""
+    table = new_table(f"{found.output}, screened", "", "seen", "of")
+    if found.edges:
+        first = min(found.edges, key=lambda one: one.chance)
+        name = first.tensor.replace("[", r"\[")
+        table.add_row(f"'{name}', by the grid {first.grid}", f"{first.at_edges} weights at edges", str(first.weights))
+    for one in found.shifts:
+        most = f"{max(one.shifted):.1f} dB at most with {len(one.shifted)} shifted"
+        table.add_row(f"the grid {one.grid}", f"{one.noise:.1f} dB of noise", most)
+    for each in found.answers:
+        seen = f"{each.other} other answers, {each.noise:.1f} dB of noise"
+        table.add_row(f"the artifact, canaries {each.canaries}", seen, f"{each.agreed} that all agree on")
     return table

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qcompile.calib.rounding import Operator, round_weights, second_moments
 from qcompile.calib.weighing import affordable, weights_alone, whole_models
 from qcompile.compensation import HELD_OUT
-from qcompile.core import numerics, packing
+from qcompile.core import numerics, packing, scratch
 from qcompile.core.numerics import IntArray
 from qcompile.core.plan import QuantPlan, Role
 from qcompile.job import Job
@@ -191,7 +191,7 @@ def _in_codes(canonical: ir.Model, plan: QuantPlan, codes: Mapping[str, IntArray
     model = round_to_codes(canonical, plan)
     for name, quant in plan.tensors.items():
         if (chosen := codes.get(quantized_name(name))) is not None:
-            model.graph.initializers[name].const_value = ir.tensor(quant.dequantize(chosen), name=name)
+            model.graph.initializers[name].const_value = scratch.tensor(quant.dequantize(chosen), name)
     return model
 
 

@@ -8,7 +8,8 @@ import pytest
 from qcompile import verify
 from qcompile.core.contract import Effect
 from qcompile.core.errors import BudgetError, VerificationError
-from qcompile.verify import Comparison, Fidelity, Proof
+from qcompile.fidelity import PIECE, Comparison, Fidelity
+from qcompile.verify import Proof
 
 Y = np.float32([[1.0, -2.0, 3.0, 0.5]])
 
@@ -111,14 +112,14 @@ def test_measures_against_their_definitions() -> None:
     assert measures["top1"] == np.mean(y.argmax(1) == z.argmax(1))
 
 
-@pytest.mark.parametrize("places", [[], [5], [verify.PIECE + 3, 3 * verify.PIECE + 1]])
+@pytest.mark.parametrize("places", [[], [5], [PIECE + 3, 3 * PIECE + 1]])
 @pytest.mark.parametrize("alike", [True, False])
 def test_large_tensors_are_compared_as_small_ones_are(places, alike):
     random = np.random.default_rng(0)
-    y = random.normal(size=(3 * verify.PIECE + 7,)).astype(np.float32)
+    y = random.normal(size=(3 * PIECE + 7,)).astype(np.float32)
     z = y + random.normal(size=y.size).astype(np.float32) / 100
     y[places], z[places] = np.inf, (np.inf if alike else np.nan)
-    found = verify.Comparison()
+    found = Comparison()
     found.add(y, z)
     kept = np.isfinite(y)
     one, other = y[kept].astype(np.float64), z[kept].astype(np.float64)

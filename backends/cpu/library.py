@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +24,9 @@ from qcompile.backends.cpu.session import is_here
 from qcompile.backends.integer.program import Program
 from qcompile.backends.tvm import native
 from qcompile.backends.tvm.emit import Function, load_tvm
-from qcompile.backends.tvm.native import Object
+from qcompile.backends.tvm.native import Machine, Object
 from qcompile.backends.tvm.schedules.vectors import Processor
+from qcompile.calib.workers import abreast
 from qcompile.core.errors import TargetError, VerificationError
 
 #: What links for this machine, the plainest first; a compiler is asked to do no more than that.
@@ -33,6 +36,8 @@ CROSS_LINKERS, CROSS_PACKAGE = {"aarch64": ("ld.lld", "aarch64-linux-gnu-ld")}, 
 #: The same bytes whenever it is linked, and nothing visible but the functions of the header.
 FLAGS = ("--build-id=none", "--gc-sections", "-z,noexecstack")
 
+#: Objects that kernels are dealt out to, however many processors there are: the same bytes everywhere.
+PARTS = 4
 #: What runs a network, and whether its inputs and outputs are floats.
 RUNS = {"run": False, "run_floats": True}
 #: What begins an instance, and ends it.
@@ -82,7 +87,16 @@ def compiled(network: Network, name: str) -> tuple[Object, ...]:
     steps = [each + [[]] * (count - len(each)) for each in steps]
     run = native.compile_object(runs | {f"{name}_step": _step(network, steps, name)}, machine)
     shared = [any(step and step[-1].shared > 0 for step in same) for same in zip(*steps, strict=True)]
-    return native.compile_object(network.kernels, machine), run, pool.compiled(name, shared, machine)
+    return *_kernels(network, machine), run, pool.compiled(name, shared, machine)
+
+
+def _kernels(network: Network, machine: Machine) -> list[Object]:
+    """Return the machine code of the kernels, in parts that are compiled at the same time."""
+    names = list(network.kernels)
+    parts = [{name: network.kernels[name] for name in names[start::PARTS]} for start in range(min(PARTS, len(names)))]
+    # What LLVM is told on its command line is there once for all threads.
+    threads = 1 if machine.options else min(PARTS, os.cpu_count() or 1)
+    return list(abreast(lambda part: native.compile_object(part, machine), parts, threads))
 
 
 def _run(whole: Network, index: int, name: str, stem: str) -> Function:
@@ -234,8 +248,9 @@ def linked(objects: Sequence[Object], file: Path, processor: Processor, words: S
     command = linker(processor.architecture)
     with tempfile.TemporaryDirectory() as folder:
         sources = [Path(folder) / f"{index}.o" for index in range(len(objects))]
-        for made, source in zip(objects, sources, strict=True):
-            made.write(source)
+        pairs = zip(objects, sources, strict=True)
+        threads = 1 if processor.machine.options else min(len(objects), os.cpu_count() or 1)
+        deque(abreast(lambda pair: pair[0].write(pair[1]), pairs, threads), 0)
         arguments = [*command, *words, *map(str, sources), "-o", str(file)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -22,9 +22,11 @@ from qcompile.backends.base import (
     require_one_length,
 )
 from qcompile.backends.cuda import compiler
+from qcompile.backends.cuda.blocks import stored, with_halves
 from qcompile.backends.cuda.linear import linear_kernel
 from qcompile.backends.cuda.network import MANY, Network, network_of
 from qcompile.backends.cuda.session import DESCRIPTION, InferenceSession
+from qcompile.backends.integer.float_operations import FloatDense, Gather, HalfDense
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.operations import Conv, Dense
@@ -32,7 +34,7 @@ from qcompile.backends.integer.program import Port, Program
 from qcompile.backends.mcu.write_c import identifier
 from qcompile.backends.tvm.emit import load_tvm
 from qcompile.core import model as models
-from qcompile.core.errors import TargetError, UsageError
+from qcompile.core.errors import OperatorError, TargetError, UsageError
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import LIMITS, Target
@@ -80,7 +82,7 @@ class CudaBackend(Unpriced, Unbounded):
         TargetError
             If an operator has no integer form, or no kernel.
         """
-        network = network_of(lower(model, target.floats))
+        network = network_of(with_halves(lower(model, target.floats)))
         code = compiler.compile_all(network.source())
         written = write(network, identifier(network.program.name), code, folder)
         models.save(model, folder / REFERENCE)
@@ -92,15 +94,25 @@ class CudaBackend(Unpriced, Unbounded):
 
     def size(self, model: ir.Model) -> int:
         """Return the bytes of constants that `lower` would write."""
-        program = lower(model)
-        layers = [part for part in program.operations if isinstance(part, Conv | Dense)]
+        try:
+            program = with_halves(lower(model, self._floats))
+        except OperatorError:
+            # Refused in the end: weights are stored all the same.
+            return models.initializer_bytes(model)
+        layers = [part for part in program.operations if isinstance(part, Conv | Dense | FloatDense)]
         made = [linear_kernel(part, program.tensors[part.inputs[0]], program.tensors[part.output]) for part in layers]
-        return sum(kernel.weights.nbytes + kernel.table.nbytes for kernel in made)
+        tables = sum(part.table.nbytes for part in program.operations if isinstance(part, Gather))
+        tables += sum(stored(part).nbytes for part in program.operations if isinstance(part, HalfDense))
+        return tables + sum(kernel.weights.nbytes + kernel.table.nbytes for kernel in made)
+
+    @property
+    def _floats(self) -> frozenset[str]:
+        return frozenset().union(*(target.floats for target in self.targets()))
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         """Return what interprets the kernels' program, so that a report is the same with a device and without."""
         del files, threads
-        return _interpreted(lower(models.load(folder / REFERENCE)))
+        return _interpreted(with_halves(lower(models.load(folder / REFERENCE), self._floats)))
 
     def on_device(self, target: Target, fallback: bool) -> Callable[[Path], DeviceSession]:
         """Return what loads an artifact by its `network.json`; nothing of it can fall back."""
@@ -186,7 +198,7 @@ def _port(network: Network, port: Port) -> dict[str, Any]:
     return {
         "name": port.name, "shape": list(port.shape), "stored": list(tensor.shape), "axes": list(port.axes),
         "scale": float(np.float32(tensor.scale)), "zero_point": tensor.zero_point,
-        "code_offset": 128 if port.unsigned else 0, "at": network.offsets[port.tensor],
+        "code_offset": 128 if port.unsigned else 0, "at": network.offsets[port.tensor], "dtype": tensor.dtype,
     }  # fmt: skip
 
 

@@ -14,7 +14,9 @@ REMEDY = "run it on a machine with a CUDA device"
 #: How a graph is captured: other threads may go on calling the driver (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).
 THREAD_LOCAL = 1
 #: Attributes of a device: its compute capability, and its multiprocessors.
-MAJOR, MINOR, MULTIPROCESSORS = 75, 76, 16
+MAJOR, MINOR, MULTIPROCESSORS, MOST_SHARED = 75, 76, 16, 97
+#: Attribute of a kernel: bytes of shared memory that a launch may give it.
+DYNAMIC_SHARED = 8
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuDriverGetVersion": (POINTER(c_int),),
@@ -44,6 +46,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuGraphDestroy": (c_void_p,),
     "cuGraphExecDestroy": (c_void_p,),
     "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuFuncSetAttribute": (c_void_p, c_int, c_int),
     "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
     "cuEventDestroy_v2": (c_void_p,),
@@ -177,6 +180,12 @@ class Driver:
         """Return a kernel of a module."""
         return self.made("cuModuleGetFunction", module, name.encode())
 
+    def give_shared(self, function: c_void_p, wanted: int) -> int:
+        """Let launches give a kernel shared memory, and return how much: what is wanted, or what the device has."""
+        given = min(wanted, self.attribute(MOST_SHARED))
+        self.call("cuFuncSetAttribute", function, DYNAMIC_SHARED, given)
+        return given
+
     def captured(self, stream: c_void_p) -> c_void_p:
         """End a capture and return what was captured, ready to be launched; `cuGraphExecDestroy` gives it back."""
         graph = c_void_p()
@@ -201,7 +210,7 @@ class Driver:
 
     def launch(
         self, function: c_void_p, grid: Sequence[int], threads: int, addresses: Sequence[int], numbers: Sequence[int],
-        stream: c_void_p,
+        stream: c_void_p, shared: int = 0,
     ) -> None:  # fmt: skip
         """Launch a kernel, or capture that it is.
 
@@ -217,9 +226,11 @@ class Driver:
         numbers : sequence of int
             The fields of the struct of int32 that it takes behind them; none, if it takes no struct.
         stream : c_void_p
+        shared : int
+            Bytes of shared memory beyond what the kernel declares.
         """
         values: list[Any] = [c_uint64(address) for address in addresses]
         if numbers:
             values.append((ctypes.c_int32 * len(numbers))(*numbers))
         pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        self.call("cuLaunchKernel", function, *grid, threads, 1, 1, 0, stream, pointers, None)
+        self.call("cuLaunchKernel", function, *grid, threads, 1, 1, shared, stream, pointers, None)

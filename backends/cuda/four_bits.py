@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.backends.cuda.network import prelude, template
+from qcompile.backends.cuda.blocks import ROWS, WARPS, few_rows
+from qcompile.backends.cuda.floats import bits
+from qcompile.backends.cuda.network import prelude
 
 #: Codes that have a scale.
 BLOCK = 32
-WARPS, ROWS = 4, 2
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Gemv:
 
     def source(self, name: str) -> str:
         """Return its CUDA C++, with all that it builds on."""
-        taken = "const uint32_t *x, const int4 *codes, const uint16_t *scales, uint16_t *output, const Nibbles shape"
-        head = f'extern "C" __global__ void __launch_bounds__({self.threads}) {name}({taken})'
-        body = f"    w4a16<{WARPS}, {ROWS}>(x, codes, scales, output, shape);\n"
-        return f"{prelude()}\n{template('w4a16.cuh')}\n{head}\n{{\n{body}}}\n"
+        return prelude() + self.kernel(name)
+
+    def kernel(self, name: str) -> str:
+        """Return it alone."""
+        return few_rows(4, 1, "uint16_t").replace("{name}", name)
 
     @property
     def threads(self) -> int:
@@ -48,14 +50,21 @@ class Gemv:
         return -(-self.outputs // (WARPS * ROWS)), 1, 1
 
     @property
-    def numbers(self) -> tuple[int, int]:
-        """The struct behind its pointers: x, codes, scales, output."""
-        return self.outputs, self.depth // BLOCK
+    def numbers(self) -> tuple[int, ...]:
+        """The struct behind its pointers: x, codes, scales, table, output."""
+        blocks = self.depth // BLOCK
+        return 1, self.depth, self.outputs, blocks, 0, blocks, bits(-np.inf), bits(np.inf)
+
+    @property
+    def table(self) -> npt.NDArray[np.float32]:
+        """What its sums are multiplied by, and what is added: nothing."""
+        return np.tile(np.array([1.0, 0.0], np.float32), (self.outputs, 1))
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it reads and writes: codes, scales, and one row each of x and output."""
-        return self.outputs * self.depth // 2 + 2 * self.outputs * self.depth // BLOCK + 2 * (self.outputs + self.depth)
+        """Bytes that it reads and writes: codes, scales, the table, and one row each of x and output."""
+        weights = self.outputs * self.depth // 2 + 2 * self.outputs * self.depth // BLOCK + 8 * self.outputs
+        return weights + 2 * (self.outputs + self.depth)
 
 
 def pack(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.integer import operations as ops
+from qcompile.backends.integer.float_operations import Dequantize, FloatDense
 from qcompile.backends.integer.program import Tensor
 from qcompile.backends.tvm.definitions import HIGH_WORD
 
@@ -19,10 +20,15 @@ Int32Array = npt.NDArray[np.int32]
 DEEP = 32
 #: Codes of a step of a tile.
 STEP = 64
+#: Tiles of shared memory that are in flight, and the bytes of it that a kernel may declare.
+STAGES, DECLARED = 3, 49152
 #: From so few positions on a warp computes each output alone.
 FEW = 8
 #: Threads of a block of depthwise convolutions, and warps of a block for few positions.
 DEPTHWISE_THREADS, WARPS = 128, 4
+Layer = ops.Conv | ops.Dense | FloatDense
+#: How sums end, as linear.cuh has it: by whole products, by their high words, as floats.
+SHIFTED, HIGH, REAL = "SHIFTED", "HIGH", "REAL"
 #: Multiprocessors that tiles are chosen for: between Jetson's 16 and H100's 132.
 PROCESSORS = 48
 
@@ -49,6 +55,17 @@ class Tile:
         return 32 * self.down * self.across or 256
 
     @property
+    def resident(self) -> str:
+        """Blocks that a multiprocessor is to have room for in registers."""
+        return "RESIDENT" if self.threads == 256 and self.pixels * self.outputs <= 64 * self.threads else "1"
+
+    @property
+    def launched(self) -> int:
+        """Bytes of shared memory that a launch gives it, where that is more than a kernel may declare."""
+        nbytes = STAGES * (self.pixels + self.outputs) * STEP
+        return nbytes if nbytes > DECLARED else 0
+
+    @property
     def kind(self) -> str:
         """What computes its sums, in linear.cuh."""
         if not self.down:
@@ -57,8 +74,8 @@ class Tile:
 
 
 #: Tiles of tensor cores; each warp has 16 rows and 16 columns at least.
-TILES = (Tile(128, 128, 2, 4), Tile(128, 64, 4, 2), Tile(64, 64, 2, 2), Tile(128, 32, 4, 1), Tile(32, 64, 2, 2),
-         Tile(64, 32, 2, 2), Tile(32, 32, 2, 1))  # fmt: skip
+TILES = (Tile(128, 256, 2, 4), Tile(128, 128, 2, 4), Tile(128, 64, 4, 2), Tile(64, 64, 2, 2), Tile(128, 32, 4, 1),
+         Tile(32, 64, 2, 2), Tile(64, 32, 2, 2), Tile(32, 32, 2, 1))  # fmt: skip
 #: Of dp4a: for groups that would leave tensor cores mostly idle.
 NARROW = Tile(64, 16)
 
@@ -117,7 +134,13 @@ class LinearKernel:
     weights : ndarray of int8
         As it stores them.
     table : ndarray of int32, shape (outputs, 3)
-        Bias, multiplier and shift of each.
+        Bias, multiplier and shift of each; bias and the bits of its scale where results are floats.
+    floats : bool
+        Whether they are.
+    resident : str
+        Blocks that a multiprocessor is to have room for.
+    launched : int
+        Bytes of shared memory that a launch gives it.
     """
 
     body: str
@@ -127,41 +150,53 @@ class LinearKernel:
     threads: int
     weights: Int8Array
     table: Int32Array
+    floats: bool = False
+    resident: str = "1"
+    launched: int = 0
 
 
-def linear_kernel(
-    operation: ops.Conv | ops.Dense, source: Tensor, target: Tensor, samples: int = 1
-) -> LinearKernel:  # fmt: skip
+def form_of(step: ops.Requantize | Dequantize) -> str:
+    """Return how sums end."""
+    if isinstance(step, Dequantize):
+        return REAL
+    return HIGH if np.all(step.shift >= HIGH_WORD) else SHIFTED
+
+
+def linear_kernel(operation: Layer, source: Tensor, target: Tensor, samples: int = 1) -> LinearKernel:
     """Return the kernel of a layer, in a tile for so many samples: what it stores is the same for all."""
-    high = bool(np.all(operation.requantize.shift >= HIGH_WORD))
-    table = _table(operation, high)
-    flag = "true" if high else "false"
+    form = form_of(operation.requantize)
+    table = _table(operation, form)
     if isinstance(operation, ops.Conv) and _depthwise(operation, source, target):
-        return _depthwise_kernel(operation, _shape(operation, source, target, high, 1), table, flag)
-    shape = _shape(operation, source, target, high, STEP)
+        return _depthwise_kernel(operation, _shape(operation, source, target, form, 1), table, form)
+    shape = _shape(operation, source, target, form, STEP)
     groups = shape.outputs // shape.group_outputs
     alike = shape.depth == shape.channels and shape.rows * shape.columns == shape.pixels
     if alike and groups == 1 and shape.pixels <= FEW and not (shape.top or shape.left):
-        return _gemv_kernel(operation, shape, table, flag)
-    tile = tile_of(shape, samples)
+        return _gemv_kernel(operation, shape, table, form)
+    tile = tile_of(shape, samples, form)
     blocks = -(-shape.group_outputs // tile.outputs)
-    shape = _shape(operation, source, target, high, tile.outputs)
+    shape = _shape(operation, source, target, form, tile.outputs)
     widest = 16 if tile.down else 4
     taken, given = gcd(widest, shape.channels, shape.group_channels), gcd(16, shape.outputs, shape.group_outputs)
     taken = taken if taken >= 4 else 1
     given = given if given >= 4 else 1
-    body = f"linear<{tile.kind}, {tile.pixels}, {tile.outputs}, {taken}, {given}, {flag}>"
+    body = f"linear<{tile.kind}, {tile.pixels}, {tile.outputs}, {taken}, {given}, {form}>"
     grid = -(-shape.pixels // tile.pixels), groups * blocks
     rows = operation.weights.reshape(len(operation.weights), -1)
     stem = "linear" if tile.down else "narrow"
-    return LinearKernel(body, stem, shape, grid, tile.threads, filled(rows, shape.stored_depth), table)
+    stored = filled(rows, shape.stored_depth)
+    return LinearKernel(
+        body, stem, shape, grid, tile.threads, stored, table, form == REAL, tile.resident, tile.launched
+    )
 
 
-def tile_of(shape: Shape, samples: int = 1) -> Tile:
+def tile_of(shape: Shape, samples: int = 1, form: str = HIGH) -> Tile:
     """Return the tile that takes fewest cycles by count: the same everywhere, whatever device it will run on."""
     if shape.group_outputs < 8 or shape.depth < 16:
         return NARROW
     groups = shape.outputs // shape.group_outputs
+    # The largest one has no registers left to gather codes one by one, nor for products of 64 bits.
+    whole = gcd(16, shape.channels, shape.group_channels) == 16 and form != SHIFTED
 
     def cycles(tile: Tile) -> tuple[int, int]:
         blocks = -(-shape.pixels // tile.pixels) * -(-shape.group_outputs // tile.outputs) * groups * samples
@@ -170,7 +205,7 @@ def tile_of(shape: Shape, samples: int = 1) -> Tile:
         waves = max(1.0, blocks / PROCESSORS)
         return round(waves * step * -(-shape.stored_depth // STEP)), -tile.pixels * tile.outputs
 
-    return min(TILES, key=cycles)
+    return min((tile for tile in TILES if whole or not tile.launched), key=cycles)
 
 
 def filled(rows: Int8Array, length: int) -> Int8Array:
@@ -194,33 +229,44 @@ def _depthwise(operation: ops.Conv, source: Tensor, target: Tensor) -> bool:
     return operation.groups == source.shape[-1] == target.shape[-1] > 1
 
 
-def _depthwise_kernel(operation: ops.Conv, shape: Shape, table: Int32Array, flag: str) -> LinearKernel:
+def _depthwise_kernel(operation: ops.Conv, shape: Shape, table: Int32Array, form: str) -> LinearKernel:
     vector = 4 if shape.channels % 4 == 0 else 1
     height, width = operation.window.size
-    body = f"depthwise<{height}, {width}, {DEPTHWISE_THREADS}, {vector}, {flag}>"
+    body = f"depthwise<{height}, {width}, {DEPTHWISE_THREADS}, {vector}, {form}>"
     work = shape.pixels * -(-shape.channels // 4)
     weights = by_taps(operation.weights.reshape(shape.outputs, -1))
     grid = -(-work // DEPTHWISE_THREADS), 1
     return LinearKernel(body, "depthwise", shape, grid, DEPTHWISE_THREADS, weights, table)
 
 
-def _gemv_kernel(operation: ops.Conv | ops.Dense, shape: Shape, table: Int32Array, flag: str) -> LinearKernel:
+def _gemv_kernel(operation: Layer, shape: Shape, table: Int32Array, form: str) -> LinearKernel:
     taken = gcd(16, shape.depth)
-    body = f"gemv<{WARPS}, {taken if taken in (4, 16) else 4 if taken == 8 else 1}, {flag}>"
+    body = f"gemv<{WARPS}, {taken if taken in (4, 16) else 4 if taken == 8 else 1}, {form}>"
     weights = filled(operation.weights.reshape(shape.outputs, -1), shape.stored_depth)
     grid = -(-shape.outputs // WARPS), shape.pixels
-    return LinearKernel(body, "gemv", shape, grid, 32 * WARPS, weights, table)
+    return LinearKernel(body, "gemv", shape, grid, 32 * WARPS, weights, table, form == REAL)
 
 
-def _table(operation: ops.Conv | ops.Dense, high: bool) -> Int32Array:
-    requantize = operation.requantize
-    places = requantize.shift - (HIGH_WORD if high else 0)
-    columns = np.broadcast_arrays(operation.bias, requantize.multiplier, places)
+def _table(operation: Layer, form: str) -> Int32Array:
+    step = operation.requantize
+    if isinstance(step, Dequantize):
+        columns = np.broadcast_arrays(operation.bias, step.scale.view(np.int32), np.int32(0))
+    else:
+        places = step.shift - (HIGH_WORD if form == HIGH else 0)
+        columns = np.broadcast_arrays(operation.bias, step.multiplier, places)
     return np.ascontiguousarray(np.stack(columns, axis=-1), np.int32)
 
 
-def _shape(operation: ops.Conv | ops.Dense, source: Tensor, target: Tensor, high: bool, block: int) -> Shape:
-    requantize, outputs = operation.requantize, len(operation.weights)
+def ending(step: ops.Requantize | Dequantize, form: str) -> tuple[int, int, int]:
+    """Return the zero point and the bounds that a kernel is given; of floats the bits of the bounds."""
+    if isinstance(step, Dequantize):
+        low, high = (int(np.float32(bound).view(np.int32)) for bound in (step.low, step.high))
+        return 0, low, high
+    return 2 * step.zero_point + 1 if form == HIGH else step.zero_point, step.low, step.high
+
+
+def _shape(operation: Layer, source: Tensor, target: Tensor, form: str, block: int) -> Shape:
+    outputs = len(operation.weights)
     depth = operation.weights.size // outputs
     if isinstance(operation, ops.Conv):
         window, groups = operation.window, operation.groups
@@ -234,5 +280,5 @@ def _shape(operation: ops.Conv | ops.Dense, source: Tensor, target: Tensor, high
         rows, columns, channels, height, width, outputs, window.size[1], *window.strides, *window.dilations,
         *window.pads[:2], depth, -(-depth // DEEP) * DEEP, channels // groups, outputs // groups,
         -(-(outputs // groups) // block), window.outside,
-        2 * requantize.zero_point + 1 if high else requantize.zero_point, requantize.low, requantize.high,
+        *ending(operation.requantize, form),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.backends.cuda import arena
+from qcompile.backends.cuda import arena, blocks, floats, products
+from qcompile.backends.cuda.expressions import polynomials
 from qcompile.backends.cuda.linear import LinearKernel, linear_kernel
 from qcompile.backends.integer import operations as ops
-from qcompile.backends.integer.program import Operation, Port, Program, Strips
+from qcompile.backends.integer.float_operations import FloatDense
+from qcompile.backends.integer.program import PLAIN, Operation, Port, Program, Strips
 from qcompile.backends.tvm.schedules import cuda_maps
 from qcompile.backends.tvm.schedules.cuda_maps import MapKernel
 from qcompile.core.errors import TargetError
@@ -28,8 +30,11 @@ MANY = 8
 #: Threads of a block of `join`.
 JOINING = 256
 #: In the order in which they build on one another.
-SOURCES = ("arithmetic.cuh", "instructions.cuh", "linear.cuh", "gemv.cuh", "depthwise.cuh", "moves.cuh")
+SOURCES = ("arithmetic.cuh", "instructions.cuh", "linear.cuh", "gemv.cuh", "depthwise.cuh", "moves.cuh", "floats.cuh",
+           "products.cuh", "w4a16.cuh")  # fmt: skip
 LAYER = "const int8_t *input, const int8_t *weights, const int *table, int8_t *output, const Linear shape"
+#: Kernels of these are written for their shapes, by the operation; those of the first read and write floats too.
+WRITTEN = {**floats.GENERATORS, **products.GENERATORS, **blocks.GENERATORS}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Launch:
         The fields of the struct of int32 that follows them, if any.
     many : Launch, optional
         What takes its place from `MANY` samples on: the same in larger tiles.
+    shared : int
+        Bytes of shared memory beyond what the kernel declares; where a device has less, as much as it has.
     """
 
     operation: str
@@ -60,6 +67,7 @@ class Launch:
     arguments: tuple[Argument, ...]
     numbers: tuple[int, ...] = ()
     many: Launch | None = None
+    shared: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return it JSON-ready."""
@@ -67,6 +75,7 @@ class Launch:
             "operation": self.operation, "kernel": self.kernel, "grid": list(self.grid), "threads": self.threads,
             "arguments": [list(argument) for argument in self.arguments], "numbers": list(self.numbers),
         }  # fmt: skip
+        content |= {"shared": self.shared} if self.shared else {}
         return content if self.many is None else content | {"many": self.many.as_json()}
 
 
@@ -91,6 +100,9 @@ class Network:
     giving: list[Launch] = field(default_factory=list)
     constants: bytearray = field(default_factory=bytearray)
     sources: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tensor_bytes = self.arena_bytes
 
     def source(self) -> str:
         """Return the CUDA C++ of all kernels."""
@@ -127,16 +139,36 @@ class Network:
         if isinstance(operation, ops.View):
             return
         _require(self.program, operation)
-        if isinstance(operation, ops.Conv | ops.Dense):
+        tensors = self.program.tensors
+        written = self._generator(operation)
+        if isinstance(operation, ops.Conv | ops.Dense | FloatDense):
             self.launches.append(self._layer(operation))
+        elif written is not None:
+            self.launches.extend(self._written(made, operation.name) for made in written(operation, tensors))
         elif isinstance(operation, ops.Concat):
             self.launches.extend(self._joined(operation))
         else:
-            made = cuda_maps.map_kernel(operation, self.program.tensors)
+            made = cuda_maps.map_kernel(operation, tensors)
             places = dict(zip(("input", "other"), map(self.at, operation.inputs), strict=False))
             self.launches.append(self._mapped(made, operation.name, places | {"output": self.at(operation.output)}))
 
-    def _layer(self, operation: ops.Conv | ops.Dense) -> Launch:
+    def _generator(self, operation: Operation) -> Callable[[Any, floats.Tensors], list[floats.Kernel]] | None:
+        if not self.program.tensors[operation.output].is_codes and type(operation) in floats.MOVES:
+            return floats.MOVES[type(operation)]
+        return WRITTEN.get(type(operation))
+
+    def _written(self, made: floats.Kernel, operation: str) -> Launch:
+        def place(argument: str | Array | floats.Scratch) -> Argument:
+            if isinstance(argument, floats.Scratch):
+                begin = self.tensor_bytes + -(-argument.at // ALIGNMENT) * ALIGNMENT
+                self.arena_bytes = max(self.arena_bytes, begin + -(-argument.nbytes // ALIGNMENT) * ALIGNMENT)
+                return "arena", begin
+            return self.at(argument) if isinstance(argument, str) else self.constant(argument)
+
+        arguments = tuple(map(place, made.arguments))
+        return Launch(operation, self.kernel(made.stem, made.text), made.grid, made.threads, arguments, made.numbers)
+
+    def _layer(self, operation: ops.Conv | ops.Dense | FloatDense) -> Launch:
         tensors = self.program.tensors
         few, many = (linear_kernel(operation, tensors[operation.inputs[0]], tensors[operation.output], samples)
                      for samples in (1, MANY))  # fmt: skip
@@ -144,7 +176,7 @@ class Network:
                   self.at(operation.output))  # fmt: skip
         first, second = (
             Launch(operation.name, self.kernel(made.stem, layer_source(made)), made.grid, made.threads, places,
-                   made.shape.numbers)
+                   made.shape.numbers, shared=made.launched)
             for made in (few, many)
         )  # fmt: skip
         return replace(first, many=None if second == first else second)
@@ -191,21 +223,23 @@ def network_of(program: Program) -> Network:
     network = Network(program, *arena.place(program))
     for operation in program.operations:
         network.add(operation)
-    network.taking = [network.port(port, index, True) for index, port in enumerate(program.inputs)]
-    network.giving = [network.port(port, index, False) for index, port in enumerate(program.outputs)]
+    network.taking, network.giving = (
+        [network.port(port, index, into) for index, port in enumerate(ports) if program.tensors[port.tensor].is_codes]
+        for ports, into in ((program.inputs, True), (program.outputs, False))
+    )
     return network
 
 
 def layer_source(made: LinearKernel) -> str:
     """Return the CUDA C++ of a layer's kernel, which it calls {name}."""
-    bounds = f"{made.threads}, RESIDENT" if made.threads == 256 else str(made.threads)
-    head = f'extern "C" __global__ void __launch_bounds__({bounds}) {{name}}({LAYER})'
-    return f"{head}\n{{\n    {made.body}(input, weights, table, output, shape);\n}}\n"
+    head = f'extern "C" __global__ void __launch_bounds__({made.threads}, {made.resident}) {{name}}({LAYER})'
+    text = f"{head}\n{{\n    {made.body}(input, weights, table, output, shape);\n}}\n"
+    return text.replace("int8_t *output", "float *output") if made.floats else text
 
 
-def prelude() -> str:
-    """Return what all kernels build on."""
-    return "\n".join(template(name) for name in SOURCES)
+def prelude(replaced: str = "") -> str:
+    """Return what all kernels build on, but for one file."""
+    return "\n".join([polynomials(), *(template(name) for name in SOURCES if name != replaced)])
 
 
 def template(name: str) -> str:
@@ -219,12 +253,13 @@ def operation_stem(made: MapKernel) -> str:
 
 
 def _require(program: Program, operation: Operation) -> None:
-    """Refuse codes of other than eight bits, and what only other backends have."""
-    known = isinstance(operation, (ops.Conv, ops.Dense, ops.Concat, *cuda_maps.GENERATORS))
-    if not known or isinstance(operation, Strips):
-        fact = f"{type(operation).__name__} has no kernel for CUDA devices"
+    """Refuse what only other backends have, and codes of other than eight bits."""
+    kind, dtypes = type(operation), {program.tensors[name].dtype for name in (*operation.inputs, operation.output)}
+    takes_floats = kind in WRITTEN or kind in floats.MOVES or kind is FloatDense
+    on_codes = isinstance(operation, (ops.Conv, ops.Dense, ops.Concat, *cuda_maps.GENERATORS))
+    if not (takes_floats or on_codes) or isinstance(operation, Strips):
+        fact = f"{kind.__name__} has no kernel for CUDA devices"
         raise TargetError(operation.name, fact, "choose --target cuda, or keep it out of the model")
-    for name in (*operation.inputs, operation.output):
-        if program.tensors[name].dtype != "int8":
-            fact = f"reads or writes {program.tensors[name].dtype}, and kernels for CUDA devices have codes of 8 bits"
-            raise TargetError(operation.name, fact, "leave --activations out, or choose --target cuda")
+    for dtype in sorted(dtypes - {"int8", *(PLAIN if takes_floats else ())}):
+        fact = f"reads or writes {dtype}, and its kernel for CUDA devices has codes of 8 bits"
+        raise TargetError(operation.name, fact, "leave --activations out, or choose --target cuda")

@@ -56,6 +56,8 @@ class Port:
         What the model's own codes are above those of the kernels.
     at : int
         Byte of the arena where its codes are, counted for one sample.
+    dtype : str
+        ``int8``; or ``float32`` or ``int64`` of what is no codes and is handed over as it is.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Port:
     zero_point: int
     code_offset: int
     at: int
-    type: str = "tensor(float)"
+    dtype: str = "int8"
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> Port:
@@ -81,14 +83,26 @@ class Port:
         """Elements of a sample."""
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def type(self) -> str:
+        """What the model takes or gives, as onnxruntime calls it."""
+        return "tensor(int64)" if self.dtype == "int64" else "tensor(float)"
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is no codes."""
+        return self.dtype != "int8"
+
     def take(self, array: Array) -> Array:
-        """Return codes as stored, shape (samples, *stored), from the model's own codes."""
-        codes = (array.astype(np.int16) - self.code_offset).astype(np.int8).reshape(-1, *self.shape)
-        ordered = codes.transpose(0, *(axis + 1 for axis in self.axes))
+        """Return what is stored, shape (samples, *stored), from the model's own codes, or from what is none."""
+        own = array.astype(self.dtype) if self.plain else (array.astype(np.int16) - self.code_offset).astype(np.int8)
+        ordered = own.reshape(-1, *self.shape).transpose(0, *(axis + 1 for axis in self.axes))
         return np.ascontiguousarray(ordered.reshape(-1, *self.stored))
 
     def quantize(self, array: Array) -> Array:
-        """Return codes as stored of a model's floats."""
+        """Return what is stored of a model's floats."""
+        if self.plain:
+            return self.take(array)
         codes = np.rint(array.astype(np.float32) / np.float32(self.scale)) + self.zero_point
         return self.take(np.clip(codes, -128, 127).astype(np.int16) + self.code_offset)
 
@@ -151,11 +165,13 @@ class InferenceSession:
         self.close = weakref.finalize(self, _Memory.free, self._memory)
         self._load(folder)
         self._stream = self._memory.keep("cuStreamDestroy_v2", self.driver.made("cuStreamCreate", 1))
-        self._given = {False: [self._memory.host((batch * port.size,), "int8") for port in self.inputs],
-                       True: [self._memory.host((batch * port.size,), "float32") for port in self.inputs]}  # fmt: skip
-        self._made = {False: [self._memory.host((batch * port.size,), "int8") for port in self.outputs],
-                      True: [self._memory.host((batch * port.size,), "float32") for port in self.outputs]}  # fmt: skip
+        self._given, self._made = ({floats: self._pinned(ports, floats) for floats in (False, True)}
+                                   for ports in (self.inputs, self.outputs))  # fmt: skip
         self._graphs = dict[tuple[bool, bool], Any]()
+
+    def _pinned(self, ports: Sequence[Port], floats: bool) -> list[Array]:
+        kinds = [port.dtype if port.plain or not floats else "float32" for port in ports]
+        return [self._memory.host((self.batch * port.size,), kind) for port, kind in zip(ports, kinds, strict=True)]
 
     def _load(self, folder: Path) -> None:
         content = (folder / self.about["kernels"]).read_bytes()
@@ -166,9 +182,11 @@ class InferenceSession:
             here = f"{self.driver.name} ({self.driver.capability})"
             raise OSError(f"{folder}: the kernels are for {made}, and this is {here} ({error})") from error
         launches = [launch for part in ("taking", "launches", "giving") for launch in self.about[part]]
-        known = {launch["kernel"] for launch in launches}
-        known |= {launch["many"]["kernel"] for launch in launches if "many" in launch}
+        launches += [launch["many"] for launch in launches if "many" in launch]
+        known = {launch["kernel"]: launch.get("shared", 0) for launch in launches}
         self._functions = {name: self.driver.function(module, name) for name in sorted(known)}
+        self._shared = {name: self.driver.give_shared(self._functions[name], shared) if shared else 0
+                        for name, shared in known.items()}  # fmt: skip
         constants = (folder / self.about["constants"]).read_bytes()
         places = {"arena": self._memory.device(self.batch * self.about["arena_bytes"]),
                   "constants": int(self._memory.keep("cuMemFree_v2", self.driver.upload(constants)))}  # fmt: skip
@@ -193,7 +211,7 @@ class InferenceSession:
         names : sequence of str, optional
             Of the outputs wanted; all, in order, without it.
         feeds : mapping of str to ndarray
-            Each input's floats, or the model's own codes.
+            Each input's floats, or the model's own codes; of what is no codes, what the model takes.
 
         Raises
         ------
@@ -202,21 +220,20 @@ class InferenceSession:
         """
         given = [self._array(port, feeds) for port in self.inputs]
         pairs = list(zip(self.inputs, given, strict=True))
-        if all(array.dtype.kind == "f" for array in given):
-            made = [array.copy().reshape(self._shape(port))
-                    for port, array in zip(self.outputs, self._run(given, True), strict=True)]  # fmt: skip
+        if floats := all(port.plain or array.dtype.kind == "f" for port, array in pairs):
+            stored = [port.take(array) if port.plain else array for port, array in pairs]
         else:
-            codes = [port.quantize(array) if array.dtype.kind == "f" else port.take(array) for port, array in pairs]
-            made = [self._floats(port, array)
-                    for port, array in zip(self.outputs, self._run(codes, False), strict=True)]  # fmt: skip
+            stored = [port.quantize(array) if array.dtype.kind == "f" else port.take(array) for port, array in pairs]
+        made = [array.copy().reshape(self._shape(port)) if floats and not port.plain else self._floats(port, array)
+                for port, array in zip(self.outputs, self._run(stored, floats), strict=True)]  # fmt: skip
         found = {port.name: array for port, array in zip(self.outputs, made, strict=True)}
         return [found[name] for name in (names or found)]
 
     def run_codes(self, inputs: Sequence[Array]) -> list[Array]:
         """Return outputs' codes for inputs' codes, both as the kernels store them: shape (batch, *stored[1:])."""
         for port, array in zip(self.inputs, inputs, strict=True):
-            if array.size != self.batch * port.size or array.dtype != np.int8:
-                fact = f"has {array.size} codes of {array.dtype}, not int8 of {port.stored}"
+            if array.size != self.batch * port.size or array.dtype != port.dtype:
+                fact = f"has {array.size} codes of {array.dtype}, not {port.dtype} of {port.stored}"
                 raise ValueError(f"input '{port.name}' {fact}")
         found = self._run(list(inputs), False)
         return [array.copy().reshape(self.batch * port.stored[0], *port.stored[1:])
@@ -256,7 +273,8 @@ class InferenceSession:
         pinned = (self._given if key == "input" else self._made)[floats]
         for index, port in enumerate(ports):
             array = pinned[index]
-            address = self._places[f"{key} {index}"] if floats else self._places["arena"] + self.batch * port.at
+            apart = floats and not port.plain
+            address = self._places[f"{key} {index}"] if apart else self._places["arena"] + self.batch * port.at
             if key == "input":
                 self.driver.call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self._stream)
             else:
@@ -268,7 +286,8 @@ class InferenceSession:
             addresses = [self._address(*argument) for argument in launch["arguments"]]
             grid = (*launch["grid"], self.batch)
             function = self._functions[launch["kernel"]]
-            self.driver.launch(function, grid, launch["threads"], addresses, launch["numbers"], self._stream)
+            shared = self._shared[launch["kernel"]]
+            self.driver.launch(function, grid, launch["threads"], addresses, launch["numbers"], self._stream, shared)
 
     def _address(self, place: str, at: int) -> int:
         if place in ("input", "output"):
@@ -305,5 +324,7 @@ class InferenceSession:
     def _floats(self, port: Port, codes: Array) -> npt.NDArray[np.float32]:
         ordered = codes.reshape(self.batch, *(port.shape[axis] for axis in port.axes))
         back = ordered.transpose(0, *(1 + int(axis) for axis in np.argsort(port.axes)))
+        if port.plain:
+            return np.array(back.reshape(self._shape(port)), np.float32)
         real = (back.astype(np.int32) - port.zero_point).astype(np.float32) * np.float32(port.scale)
         return np.ascontiguousarray(real.reshape(self._shape(port)), np.float32)

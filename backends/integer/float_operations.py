@@ -207,6 +207,14 @@ class BlockDense(Operation):
 
 
 @dataclass(frozen=True, eq=False)
+class HalfDense(BlockDense):
+    """The same layer of activations that no codes are made of: clip(bias + Σ x · scale · weights, low, high).
+
+    Kernels may round x, and scale · weights, to eleven bits, and add up in float32.
+    """
+
+
+@dataclass(frozen=True, eq=False)
 class FloatMatMul(Operation):
     """A product of two activations in float: clip(scale · Σ_k a[…, m, k] · b[…, k, n], low, high).
 

@@ -113,6 +113,13 @@ def _block_dense(operation: ops.BlockDense, inputs: list[Array], output: Tensor)
     return np.clip(y, np.float32(operation.low), np.float32(operation.high)).reshape(output.shape)
 
 
+def _half_dense(operation: ops.HalfDense, inputs: list[Array], output: Tensor) -> Array:
+    length = operation.weights.shape[1]
+    scale = np.repeat(operation.scale.astype(np.float64), operation.block, axis=1)[:, :length]
+    y = inputs[0].reshape(-1, length).astype(np.float64) @ (operation.weights * scale).T + operation.bias
+    return np.clip(y.astype(np.float32), np.float32(operation.low), np.float32(operation.high)).reshape(output.shape)
+
+
 def _float_matmul(operation: ops.FloatMatMul, inputs: list[Array], output: Tensor) -> Array:
     a, b = (along(array, axes) for array, axes in zip(inputs, operation.axes[:2], strict=True))
     y = np.zeros((), np.float32)
@@ -142,6 +149,7 @@ KERNELS: Mapping[type[Operation], Callable[[Any, list[Array], Tensor], Array]] =
     ops.FloatMatMul: _float_matmul,
     ops.FloatSoftmax: _softmax,
     ops.Gather: _gather,
+    ops.HalfDense: _half_dense,
     ops.MatMul: _matmul,
     ops.Normalize: _normalize,
     ops.Pointwise: _pointwise,

@@ -17,6 +17,7 @@ import onnx_ir.passes.common as common_passes
 
 from qcompile.backends.ort.half_values import HALF, SINGLE, Reach, Slots, fits, slots
 from qcompile.core import model as models
+from qcompile.core import scratch
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.passes import structure
 
@@ -227,7 +228,7 @@ class _Writer:
         return self.casts[value, dtype]
 
     def _constant(self, array: npt.NDArray[np.float32], name: str) -> ir.Value:
-        stored = ir.Value(name=name, const_value=ir.tensor(array.astype(np.float16), name=name))
+        stored = ir.Value(name=name, const_value=scratch.tensor(array.astype(np.float16), name))
         stored.dtype, stored.shape = HALF, ir.Shape(array.shape)
         self.graph.register_initializer(stored)
         return stored

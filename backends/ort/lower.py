@@ -23,7 +23,7 @@ from qcompile.backends.ort.round_halves import rounded
 from qcompile.backends.ort.tensorrt_rules import MUST, SHOULD, WEIGHTED, violations
 from qcompile.core import model as models
 from qcompile.core import runtime
-from qcompile.core.contract import Refusal, Track
+from qcompile.core.contract import Effect, Refusal, Track
 from qcompile.core.costs import CostTable
 from qcompile.core.errors import ModelError, TargetError, UsageError, VerificationError
 from qcompile.core.execution import Kernel
@@ -88,7 +88,7 @@ class OrtBackend(Unbounded):
         rules = RULES_OF[provider]
         if provider == CPU:
             models.save(legalize(model), folder / MODEL_FILE)
-            return Lowered(_written(folder), *_kernels(plan, target, _executed(folder)))
+            return Lowered(_written(folder), *_kernels(plan, target, _executed(folder)), same_form=True)
         # Where nodes run is told by types, which the last rule leaves out of the file.
         legal = legalize(model, rules[:-1])
         if provider == "tensorrt":
@@ -97,7 +97,8 @@ class OrtBackend(Unbounded):
         stored = legalize(legal, rules[-1:])
         stored.metadata_props[PROVIDER] = provider
         models.save(stored, folder / MODEL_FILE)
-        return Lowered(_written(folder), *_by_rules(plan, legal), placement=placed)
+        kept = not any(getattr(rule, "effect", None) is Effect.LOSSY for rule in rules)
+        return Lowered(_written(folder), *_by_rules(plan, legal), placement=placed, same_form=kept)
 
     def on_device(self, target: Target, fallback: bool) -> Callable[[Path], DeviceSession]:
         """Return what loads a model file into a session of the target's provider."""
@@ -153,7 +154,7 @@ class OrtBackend(Unbounded):
         """
         path = folder / files[0]
         provider = _provider(path)
-        content = rounded(ir.load(path)) if provider == "cuda" else path
+        content = rounded(models.load_written(path)) if provider == "cuda" else path
         return runtime.Session(content, threads=threads, integer_kernels=provider == CPU).run
 
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qcompile.backends.ort.half_values import HALF, SINGLE
 from qcompile.backends.ort.kernel_table import schema_of
 from qcompile.core import model as models
+from qcompile.core import scratch
 from qcompile.passes import structure
 
 #: Results that are among the operands, or one of a few numbers: there is nothing to round.
@@ -35,7 +36,7 @@ def rounded(model: ir.Model) -> ir.Model:
     half = _halves(copy)
     for value in list(copy.graph.initializers.values()):
         if value in half and value.const_value is not None:
-            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            value.const_value = scratch.tensor(value.const_value.numpy().astype(np.float32), value.name)
             value.type = ir.TensorType(SINGLE)
     for value in copy.graph.inputs:
         if value in half and value.const_value is None and value.uses():

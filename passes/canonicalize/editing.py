@@ -9,13 +9,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from qcompile.core import scratch
 from qcompile.passes import structure
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """Return a new initializer of a graph; its name is made to differ from those that are taken."""
     name = free_name(graph, name)
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value = ir.Value(name=name, const_value=scratch.tensor(array, name))
     value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)  # type: ignore[union-attr]
     graph.register_initializer(value)
     return value

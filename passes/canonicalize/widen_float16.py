@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.core import scratch
 from qcompile.core.contract import Effect, Refusal, Rewritten
 from qcompile.passes import structure
 
@@ -198,7 +199,7 @@ def _widen_value(value: ir.Value) -> None:
         value.type = _widened(value.type)
     tensor = value.const_value
     if tensor is not None and tensor.dtype is HALF:
-        value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=value.name)
+        value.const_value = scratch.tensor(tensor.numpy().astype(np.float32), value.name)
 
 
 def _widened(type_: ir.TypeProtocol) -> ir.TypeProtocol:

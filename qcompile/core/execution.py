@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qcompile.core import model as models
 from qcompile.core import runtime
 
 #: Axes of a tensor, () for a number.
@@ -73,11 +72,8 @@ def execute(
         Called with each sample in turn with the runs, so that what else the machine does falls on both alike.
     """
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
-        path, optimized = Path(folder) / "model.onnx", Path(folder) / "optimized.onnx"
-        if isinstance(model, ir.Model):
-            models.save(model, path)
-        source = path if isinstance(model, ir.Model) else model
-        session = runtime.Session(source, optimized_path=optimized, profile_prefix=Path(folder) / "profile")
+        optimized = Path(folder) / "optimized.onnx"
+        session = runtime.Session(model, optimized_path=optimized, profile_prefix=Path(folder) / "profile")
         for _ in range(rounds + 1):
             for feeds in samples:
                 session.run(feeds)

@@ -6,17 +6,23 @@ import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import google.protobuf.message
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from qcompile.core import validate
 from qcompile.core.errors import ModelError, QcompileError, first_line
+from qcompile.core.mapped import map_weights
 
 #: Weights beyond this go beside the model as external data: protobuf ends at 2 GiB, and loaders slow down long before.
 INLINE_LIMIT = 1 << 30
+#: Bytes from which on a runtime is given a weight as it is in memory.
+LARGE = 1 << 12
 #: Tensors with more elements than this stay on disk until they are read; onnx's checker is handed the smaller ones.
 LAZY_ELEMENTS = 4096
 #: The first IR version in which an initializer need not be an input of the graph.
@@ -48,6 +54,7 @@ def take(source: str | Path | onnx.ModelProto | ir.Model) -> ir.Model:
     """Take a model in any form that a caller may have it in, with the checks of `load`."""
     if isinstance(source, ir.Model):
         model = source.clone()  # sorting must not touch the caller's
+        map_weights(model)
         _close_weights(model)
         validate.check_model(model, "model")
         return model
@@ -68,6 +75,7 @@ def _checked(proto: onnx.ModelProto, folder: Path | None, place: object) -> ir.M
         model = ir.from_proto(proto)
         if folder is not None:
             ir.external_data.set_base_dir(model.graph, folder)
+            map_weights(model)
         if "ai.onnx" in model.opset_imports:  # the long name of the default domain, which nodes have the short one of
             model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
         _close_weights(model)
@@ -127,13 +135,17 @@ def _parse(path: Path) -> onnx.ModelProto:
 
 def save(model: ir.Model, path: Path) -> None:
     """Write a model; weights beyond `INLINE_LIMIT` go to ``<name>.data`` beside it."""
-    external = f"{path.name}.data" if initializer_bytes(model) > INLINE_LIMIT else None
-    ir.save(model, path, external_data=external)
+    if initializer_bytes(model) > INLINE_LIMIT:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        path.write_bytes(serialize(model))
 
 
 def load_written(path: Path) -> ir.Model:
     """Read a model that this program wrote itself, without the checks of `load`."""
-    return ir.load(path)
+    model = ir.load(path)
+    map_weights(model)
+    return model
 
 
 def serialize(model: ir.Model) -> bytes:
@@ -142,6 +154,34 @@ def serialize(model: ir.Model) -> bytes:
         model = ir.external_data.load_to_model(model.clone())
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return content
+
+
+def apart(model: ir.Model) -> tuple[bytes, dict[str, npt.NDArray[Any]]]:
+    """Return a model as protobuf bytes without its large weights, and those in memory by name, as they are there.
+
+    Protobuf would copy each twice. Weights in files stay there, by paths from the root. Weights of subgraphs and those
+    of types that NumPy lacks stay with the bytes.
+    """
+    shell, weights = model.clone(), dict[str, npt.NDArray[Any]]()
+    map_weights(shell)
+    for name, value in shell.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < LARGE or isinstance(tensor, ir.ExternalTensor):
+            continue
+        kind = tensor.dtype.numpy()
+        if value.uses() and kind.isbuiltin == 1 and kind.kind != "O":  # the runtime drops the unused, then misses them
+            weights[name] = np.ascontiguousarray(tensor.numpy())
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(name, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+    content: bytes = ir.to_proto(shell).SerializeToString()
+    return content, weights
+
+
+def _with_places(model: ir.Model) -> onnx.ModelProto:
+    if any(type(value.const_value) is ir.ExternalTensor for value in initializers(model)):
+        model = model.clone()
+        map_weights(model)
+    return ir.to_proto(model)
 
 
 def initializers(model: ir.Model) -> Iterator[ir.Value]:
@@ -153,12 +193,33 @@ def initializers(model: ir.Model) -> Iterator[ir.Value]:
 def file_bytes(model: ir.Model) -> int:
     """Return the bytes of a model's file, or of its weights alone where these are beyond `INLINE_LIMIT`."""
     weights = initializer_bytes(model)
-    return len(serialize(model)) if weights < INLINE_LIMIT else weights
+    if weights >= INLINE_LIMIT:
+        return weights
+    # Without the bytes of weights in files, which would be read to be counted: protobuf writes a length before each.
+    proto = _with_places(model)
+    graph = before = proto.graph.ByteSize()
+    for tensor in proto.graph.initializer:
+        if onnx.external_data_helper.uses_external_data(tensor):
+            within = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims).ByteSize()
+            length = model.graph.initializers[tensor.name].const_value.nbytes  # type: ignore[union-attr]
+            graph += _field(within + _field(length)) - _field(tensor.ByteSize())
+    return proto.ByteSize() - _field(before) + _field(graph)
+
+
+def _field(length: int) -> int:
+    """Return the bytes of a protobuf field that holds so many: a tag and the length, seven bits a byte, before them."""
+    return 1 + max(1, -(-length.bit_length() // 7)) + length
 
 
 def initializer_bytes(model: ir.Model) -> int:
     """Return the bytes that the initializers of all graphs take, packed."""
     return sum(value.const_value.nbytes for value in initializers(model) if value.const_value is not None)
+
+
+def held_bytes(model: ir.Model) -> int:
+    """Return the bytes of those initializers that are in memory rather than in files."""
+    tensors = (value.const_value for value in initializers(model))
+    return sum(one.nbytes for one in tensors if one is not None and not isinstance(one, ir.ExternalTensor))
 
 
 def content_hash(model: ir.Model) -> str:

@@ -7,6 +7,7 @@ https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes  # which makes int4 and uint4 types of NumPy
@@ -26,6 +27,8 @@ SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 LARGEST_SHIFT = 62
 
 
+#: Elements that are turned into codes or back at once.
+AT_ONCE = 1 << 20
 #: Parts of absmax that the largest code may stand for where codes are few, from all of it down.
 SHARES = np.linspace(1.0, 0.4, 25)
 
@@ -149,9 +152,11 @@ def quantize(
     qmin, qmax = code_range(dtype, symmetric)
     wide = np.float64 if dtype == "int32" else np.float32
     s = along_axis(np.asarray(scale, wide), axis, x.ndim)
-    z = along_axis(zero_point, axis, x.ndim)
-    codes = np.rint(np.asarray(x, wide) / s).astype(np.float64) + z
-    saturated: IntArray = np.clip(codes, qmin, qmax).astype(dtype)
+    z = along_axis(np.asarray(zero_point, np.int64), axis, x.ndim)
+    saturated = np.empty(np.shape(x), dtype)
+    for part in _parts(x):
+        codes = np.rint(np.asarray(x[part], wide) / _part_of(s, part)).astype(np.float64) + _part_of(z, part)
+        saturated[part] = np.clip(codes, qmin, qmax).astype(dtype)
     return saturated
 
 
@@ -160,9 +165,25 @@ def dequantize(
 ) -> npt.NDArray[np.float32]:
     """Return (codes - zero_point) * scale in float32, as ONNX DequantizeLinear does."""
     s = along_axis(np.asarray(scale, np.float32), axis, codes.ndim)
-    z = along_axis(zero_point, axis, codes.ndim)
-    real: npt.NDArray[np.float32] = (codes.astype(np.int64) - z).astype(np.float32) * s
+    z = along_axis(np.asarray(zero_point, np.int64), axis, codes.ndim)
+    real = np.empty(codes.shape, np.float32)
+    for part in _parts(codes):
+        real[part] = (codes[part].astype(np.int64) - _part_of(z, part)).astype(np.float32) * _part_of(s, part)
     return real
+
+
+def _parts(array: npt.NDArray[Any]) -> Iterator[slice | tuple[()]]:
+    """Yield what of an array is worked on at once: wider numbers of a large one would be several times its bytes."""
+    if array.ndim == 0:
+        yield ()
+        return
+    rows = max(1, AT_ONCE * len(array) // max(1, array.size))
+    yield from (slice(start, start + rows) for start in range(0, len(array), rows))
+
+
+def _part_of(parameter: npt.NDArray[Any], part: slice | tuple[()]) -> npt.NDArray[Any]:
+    """Return what of a parameter of as many axes goes with a part of an array."""
+    return parameter if parameter.ndim == 0 or len(parameter) == 1 else parameter[part]
 
 
 def fixed_point(ratio: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

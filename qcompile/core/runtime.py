@@ -27,6 +27,8 @@ from qcompile.core.errors import ModelError, QcompileError, TargetError, shorten
 Feeds = Mapping[str, npt.NDArray[Any]]
 Outputs = dict[str, npt.NDArray[Any]]
 
+#: What `MappedTensor` tells locations from.
+ROOT = Path.cwd().anchor
 #: What the runtime wraps its messages in, and what is left of that: codes, source files, C++ signatures, conditions.
 WRAPPINGS = (
     (r"\[ONNXRuntimeError\] : \d+ : \w+ : ", ""),
@@ -36,6 +38,8 @@ WRAPPINGS = (
     (r"^This is an invalid model\. In Node, \(\"([^\"]*)\", (\w+), .*, Error ", r"\2 '\1': "),
     (r"(^|: )(?:(?!: ).)* was false\. ", r"\1"),
 )
+#: How many axes a batch of images has, and how high and wide one is that all but the deepest networks take.
+IMAGE_RANK, SMALL_IMAGE = 4, 64
 #: Distributions that all install the one import package `onnxruntime`.
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
@@ -161,7 +165,13 @@ class Session:
             options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
         self._place = place = model if isinstance(model, Path) else "model"
         try:
-            with _loadable(model) as content:
+            with _loadable(model) as (content, weights):
+                # Not copied: they have to be there as long as the session is.
+                self._weights = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+                options.add_external_initializers(list(weights), self._weights)
+                # Locations of weights that are in files are told from there.
+                if isinstance(content, bytes):
+                    options.add_session_config_entry("session.model_external_initializers_file_folder_path", ROOT)
                 self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except QcompileError:
             raise
@@ -230,17 +240,21 @@ def ort_format(table: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _loadable(model: ir.Model | Path) -> Iterator[str | bytes]:
-    """Give what InferenceSession takes: a path, or bytes, or a temporary file where the bytes would be too many."""
+def _loadable(model: ir.Model | Path) -> Iterator[tuple[str | bytes, dict[str, npt.NDArray[Any]]]]:
+    """Give what InferenceSession takes, and weights in memory that it takes beside that.
+
+    That is a path, or bytes, or a temporary file where the bytes would be too many. Weights in files stay there: the
+    runtime maps them.
+    """
     if isinstance(model, Path):
-        yield str(model)
-    elif models.initializer_bytes(model) <= models.INLINE_LIMIT:
-        yield models.serialize(model)
+        yield str(model), {}
+    elif models.held_bytes(model) <= models.INLINE_LIMIT:
+        yield models.apart(model)
     else:
         with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
             path = Path(folder) / "model.onnx"
             models.save(model, path)
-            yield str(path)
+            yield str(path), {}
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
@@ -268,7 +282,8 @@ def optimized_nodes(model: Path) -> list[onnx.NodeProto]:
 def synthetic_feeds(model: ir.Model, seed: int, open_axis: int = 1) -> dict[str, npt.NDArray[Any]]:
     """Return one seeded random sample that fits the model's inputs: normal floats, integers 0 and 1.
 
-    Axes that the model leaves open are `open_axis` long, but for a batch: a first one is 1.
+    Axes that the model leaves open are `open_axis` long, but for a batch, a first one, which is 1, and for the height
+    and width of images, which are at least `SMALL_IMAGE`: networks that halve them many times fail on less.
 
     It serves to check that a rewrite keeps the function, never to measure fidelity.
     """
@@ -278,7 +293,8 @@ def synthetic_feeds(model: ir.Model, seed: int, open_axis: int = 1) -> dict[str,
         if value.is_initializer():
             continue  # it has a default, as every weight of an IR version 3 model has
         assert value.name is not None and value.dtype is not None
-        lengths = [1, *[open_axis] * len(value.shape or ())]
+        image = len(value.shape or ()) == IMAGE_RANK and value.dtype.is_floating_point()
+        lengths = [1, *[max(open_axis, SMALL_IMAGE) if image else open_axis] * len(value.shape or ())]
         shape = [dim if isinstance(dim, int) else lengths[axis] for axis, dim in enumerate(value.shape or ())]
         dtype = value.dtype.numpy()
         if value.dtype.is_floating_point():

@@ -8,6 +8,8 @@ import types
 from pathlib import Path
 
 import cuda
+import cuda_ceiling
+import cuda_networks
 import cuda_shapes
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from random_programs import random_program
 
 from qcompile.backends.cuda import compiler
 from qcompile.backends.cuda.four_bits import Gemv
-from qcompile.backends.cuda.network import network_of
+from qcompile.backends.cuda.network import network_of, prelude
 
 pytest.importorskip("tvm")
 
@@ -38,7 +40,7 @@ def prepared(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "MATRICES", 3)
     monkeypatch.setattr(cuda_shapes, "resnet50", small)
     monkeypatch.setattr(compiler, "ARCHITECTURES", ("80",))
-    cuda.prepare(tmp_path / "folder", [], None)
+    cuda.prepare(tmp_path / "folder", [], None, [])
     monkeypatch.syspath_prepend(str(tmp_path / "folder"))
     monkeypatch.delitem(sys.modules, "driver", raising=False)
     return tmp_path / "folder"
@@ -63,9 +65,10 @@ def test_cases_are_checked_bit_by_bit(prepared, tmp_path, monkeypatch, capsys):
 def test_figures_are_of_what_they_say(prepared, tmp_path, monkeypatch):
     from emulated_cuda import emulate
 
-    kernel = Gemv(16, 64).source("gemv")
-    text = kernel[kernel.index("// One row of halves") :]
-    monkeypatch.setenv("QCOMPILE_LIBCUDA", str(emulate.built([*emulate.templates(), text], tmp_path)))
+    text = [prelude(emulate.REPLACED), Gemv(16, 64).kernel("gemv"), cuda_ceiling.KERNEL]
+    monkeypatch.setattr(cuda_ceiling, "ROUNDS", 1)
+    monkeypatch.setattr(cuda, "ROUNDS", 1)
+    monkeypatch.setenv("QCOMPILE_LIBCUDA", str(emulate.built(text, tmp_path)))
     monkeypatch.setenv("QCOMPILE_STUB_LOG", str(tmp_path / "log.txt"))
 
     class Session:
@@ -91,14 +94,50 @@ def test_figures_are_of_what_they_say(prepared, tmp_path, monkeypatch):
     (tmp_path / "log.txt").write_text("")
     found = cuda.measure(prepared)
     assert asked == [(64, 64, 64), (6, (1, 4, 8, 8), 1), (6, (1, 4, 8, 8), 32)]
+    # The emulated device has two multiprocessors, and takes a millisecond for twenty runs.
+    ceiling = 2 * (2 * 8 * 32 * 16 * 8 * 32) / (1e-3 / 20) / 1e12
+    assert found["int8 product"]["ceiling"] == pytest.approx(ceiling)
+    assert found["int8 product"]["share of ceiling"] == pytest.approx(2 * 64**3 / 0.5e9 / ceiling)
     assert found["int8 product"]["share"] == 2.0 and found["int8 product"]["tops"] == pytest.approx(2 * 64**3 / 0.5e9)
     # The emulated clock says a millisecond for five runs of three matrices.
-    nbytes = 16 * 64 // 2 + 16 * 2 * 2 + 2 * (16 + 64)
+    nbytes = 16 * 64 // 2 + 16 * 2 * 2 + 8 * 16 + 2 * (16 + 64)
     assert found["w4a16"]["w4a16"] == pytest.approx(1.0 / 5 / 3)
     assert found["w4a16"]["share"] == pytest.approx(nbytes / (1 / 15) / (1 << 30))
     assert found["resnet50, batch 32"]["times as fast"] == 1 / 64
-    launches = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("cuLaunchKernel")]
+    launches = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("cuLaunchKernel g")]
     assert launches == ["cuLaunchKernel gemv 2 1 1 128"] * 3
+
+
+def test_networks_are_held_to_what_a_compile_verified(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    exact = [random.normal(size=(1, 50)).astype(np.float32) for _ in range(3)]
+    content = {}
+    for index, one in enumerate(exact):
+        host = one + np.float32(0.1) * np.sign(one)
+        content |= {f"{index} input x": one, f"{index} float y": one, f"{index} host y": host}
+    np.savez(tmp_path / "samples.npz", **content)
+
+    class Session:
+        off = 0.1
+
+        def get_inputs(self):
+            return [types.SimpleNamespace(name="x")]
+
+        def get_outputs(self):
+            return [types.SimpleNamespace(name="y")]
+
+        def run(self, names, feeds):
+            return [feeds["x"] + self.off * np.sign(feeds["x"])]
+
+    assert cuda_networks.check(tmp_path, Session()) == 0
+    near = np.mean([10.0 * np.log10(np.square(one).mean() / 0.01) for one in exact])
+    said = f"{tmp_path.name}, 'y': {near:.2f} dB from float on the device, {near:.2f} as verified\n"
+    assert capsys.readouterr().out == said
+    Session.off = 0.12
+    assert cuda_networks.check(tmp_path, Session()) == 1
+    Session.off = np.nan
+    assert cuda_networks.check(tmp_path, Session()) == 1
+    assert cuda_networks.sqnr(exact[0], exact[0]) == np.inf
 
 
 def test_resnet50_has_its_shapes():

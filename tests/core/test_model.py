@@ -87,6 +87,36 @@ def test_external_weights_run(linear: ir.Model, externally: Callable[[ir.Model, 
     np.testing.assert_array_equal(runtime.Session(loaded).run(feeds)["y"], expected)
 
 
+def test_external_weights_run_while_somebody_looks_at_them(
+    linear: ir.Model, externally: Callable[[ir.Model, str], Path]
+) -> None:
+    loaded, feeds = models.load(externally(linear, "a")), runtime.synthetic_feeds(linear, 0)
+    seen = loaded.graph.initializers["w"].const_value.numpy()
+    found = runtime.Session(loaded, optimize=False).run(feeds)["y"]
+    np.testing.assert_array_equal(found, runtime.Session(linear, optimize=False).run(feeds)["y"])
+    np.testing.assert_array_equal(seen, linear.graph.initializers["w"].const_value.numpy())
+
+
+def test_what_nobody_looks_at_is_not_mapped(linear: ir.Model, externally: Callable[[ir.Model, str], Path]) -> None:
+    tensor = models.load(externally(linear, "a")).graph.initializers["w"].const_value
+    seen = tensor.numpy()
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("nothing tells what is mapped here")
+    assert "a/model.data" in maps.read_text()
+    del seen
+    assert "a/model.data" not in maps.read_text()
+
+
+def test_the_bytes_of_a_file_are_counted_without_reading_its_weights(
+    linear: ir.Model, externally: Callable[[ir.Model, str], Path], tmp_path: Path
+) -> None:
+    loaded = models.load(externally(linear, "a"))
+    assert isinstance(loaded.graph.initializers["w"].const_value, ir.ExternalTensor)
+    models.save(loaded, tmp_path / "inline.onnx")
+    assert models.file_bytes(loaded) == (tmp_path / "inline.onnx").stat().st_size == len(models.serialize(loaded))
+
+
 def test_content_hash_does_not_depend_on_the_storage(
     linear: ir.Model, externally: Callable[[ir.Model, str], Path]
 ) -> None:

@@ -78,6 +78,13 @@ def test_synthetic_feeds_fit_the_inputs(model_of: Model) -> None:
     assert not np.array_equal(feeds["x"], other["x"])
 
 
+def test_images_of_open_height_and_width_are_large_enough_to_be_halved(model_of: Model) -> None:
+    text = "(float[N,3,H,W] x, float[N,C,48,W] strip, int64[N,L,L,L] i) => (float[N,3,H,W] y) { y = Relu (x) }"
+    shapes = {name: array.shape for name, array in runtime.synthetic_feeds(model_of(text), 1).items()}
+    assert shapes == {"x": (1, 3, 64, 64), "strip": (1, 64, 48, 64), "i": (1, 1, 1, 1)}
+    assert runtime.synthetic_feeds(model_of(text), 1, open_axis=80)["x"].shape == (1, 3, 80, 80)
+
+
 def test_exactly_one_distribution_of_onnx_runtime_is_installed_here() -> None:
     assert len(runtime.distributions()) == 1
     assert isinstance(runtime.load_onnxruntime(), ModuleType)

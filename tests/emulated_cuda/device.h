@@ -203,10 +203,27 @@ static float __uint_as_float(uint32_t bits)
     memcpy(&value, &bits, 4);
     return value;
 }
+static uint32_t __float_as_uint(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 
 // What follows stands for instructions.cuh.
+#define STAGES_OF(bytes) 3
+static size_t launched_bytes; // that the launch gave to a block
+template <int BYTES> static int8_t *launched_memory(void)
+{
+    static int8_t memory[BYTES] __attribute__((aligned(16)));
+    if (launched_bytes < BYTES) {
+        fail("a launch with too little shared memory");
+    }
+    return memory;
+}
+
 template <int BYTES> static void copy_async(void *target, const void *source)
 {
     Thread &thread = threads[running];
@@ -270,4 +287,32 @@ static uint16_t to_half(float x)
     uint16_t bits;
     memcpy(&bits, &half, 2);
     return bits;
+}
+
+// Exact in float32 before they are rounded.
+static uint32_t minus_halves(uint32_t a, uint32_t b)
+{
+    const float2 left = from_halves(a), right = from_halves(b);
+    return to_half(left.x - right.x) | (uint32_t)to_half(left.y - right.y) << 16;
+}
+
+static uint32_t times_halves(uint32_t a, uint32_t b)
+{
+    const float2 left = from_halves(a), right = from_halves(b);
+    return to_half(left.x * right.x) | (uint32_t)to_half(left.y * right.y) << 16;
+}
+
+static void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+{
+    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    uint32_t(*all)[8] = exchange(mine, 6);
+    const int lane = running & 31;
+    for (int e = 0; e < 4; e++) {
+        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        for (int k = 0; k < 16; k++) {
+            const uint32_t left = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            const uint32_t right = all[column * 4 + k % 8 / 2][4 + k / 8];
+            sums[e] += from_half((uint16_t)(left >> (16 * (k % 2)))) * from_half((uint16_t)(right >> (16 * (k % 2))));
+        }
+    }
 }

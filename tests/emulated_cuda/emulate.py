@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qcompile.backends.cuda.network import SOURCES, Network, template
+from qcompile.backends.cuda.network import Network, prelude
 
 HERE = Path(__file__).parent
 #: In place of what only a device understands.
@@ -27,12 +27,7 @@ def compiler() -> list[str]:
 
 def library(network: Network, folder: Path) -> Path:
     """Compile a network's kernels with the driver that runs them here, and return the library."""
-    return built([*templates(), *network.sources.values()], folder)
-
-
-def templates() -> list[str]:
-    """Return the files of kernels that run here."""
-    return [template(name) for name in SOURCES if name != REPLACED]
+    return built([prelude(REPLACED), *network.sources.values()], folder)
 
 
 def built(parts: list[str], folder: Path) -> Path:
@@ -50,7 +45,8 @@ def built(parts: list[str], folder: Path) -> Path:
     head = "struct Kernel { const char *name; void (*call)(void **); int sizes[16]; int pointers[16]; };"
     rows = "\n".join([head, "static const Kernel kernels[] = {", *table, "    {}};"])
     device, driver = ((HERE / name).read_text(encoding="utf-8") for name in ("device.h", "libcuda.h"))
-    source, made = folder / "emulated.cpp", folder / "libcuda.so"
+    # Each has a name of its own: a library that is open already would be taken for it.
+    source, made = folder / "emulated.cpp", folder / f"libcuda{len(list(folder.glob('libcuda*')))}.so"
     source.write_text("\n".join([device, text, *calls, rows, driver]), encoding="utf-8")
     words = ["-std=c++17", "-O1", "-w", "-fwrapv", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti"]
     command = [*compiler(), *words, "-ffp-contract=off", "-fno-threadsafe-statics", str(source), "-o", str(made), "-lm"]

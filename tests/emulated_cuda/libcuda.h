@@ -9,7 +9,7 @@ enum { OK = 0, INVALID = 1, NO_DEVICE = 100, NOT_FOUND = 500, ILLEGAL = 700 };
 enum { MOST = 4096 };
 
 struct Allocation { char *start; size_t size; char *mapped; size_t whole; bool host; };
-struct Step { int kind; const Kernel *kernel; unsigned grid[3], threads; char arguments[512]; void *target; const void *source; size_t size; };
+struct Step { int kind; const Kernel *kernel; unsigned grid[3], threads, shared; char arguments[512]; void *target; const void *source; size_t size; };
 struct Graph { int count; Step *steps; };
 
 static Allocation allocations[MOST];
@@ -86,6 +86,7 @@ static void run_step(const Step &step)
         pointers[argument] = (void *)(step.arguments + at);
         at += (size_t)(step.kernel->sizes[argument] + 7) / 8 * 8;
     }
+    launched_bytes = step.shared;
     run_grid(step.kernel->call, pointers, step.grid[0], step.grid[1], step.grid[2], step.threads);
 }
 
@@ -123,7 +124,7 @@ Result cuDriverGetVersion(int *version) { return *version = 12040, OK; }
 Result cuDeviceGetCount(int *count) { return *count = 1, OK; }
 Result cuDeviceGet(int *device, int number) { return *device = number, number ? INVALID : OK; }
 Result cuDeviceGetName(char *name, int size, int) { return snprintf(name, (size_t)size, "Emulated Device"), OK; }
-Result cuDeviceGetAttribute(int *value, int which, int) { return *value = which == 75 ? 9 : which == 76 ? 0 : 2, OK; }
+Result cuDeviceGetAttribute(int *value, int which, int) { return *value = which == 75 ? 9 : which == 76 ? 0 : which == 97 ? 101376 : 2, OK; }
 Result cuDevicePrimaryCtxRetain(void **context, int) { return *context = &alive, alive++, OK; }
 Result cuDevicePrimaryCtxRelease_v2(int) { return note("left %d", --alive), OK; }
 Result cuCtxSetCurrent(void *context) { return context == &alive ? OK : INVALID; }
@@ -205,15 +206,37 @@ Result cuGraphLaunch(void *graph, void *)
     return OK;
 }
 
+static const Kernel *permitted[64]; // kernels that may be given more shared memory, and how much
+static int permitted_bytes[64], permitted_count;
+Result cuFuncSetAttribute(void *function, int which, int value)
+{
+    if (which != 8 || value < 0 || value > 101376 || permitted_count == 64) {
+        return INVALID;
+    }
+    note("cuFuncSetAttribute %s %d", ((const Kernel *)function)->name, value);
+    permitted[permitted_count] = (const Kernel *)function, permitted_bytes[permitted_count++] = value;
+    return OK;
+}
+
+static bool permits(const Kernel *kernel, unsigned shared)
+{
+    for (int at = permitted_count - 1; at >= 0; at--) {
+        if (permitted[at] == kernel) {
+            return (int)shared <= permitted_bytes[at];
+        }
+    }
+    return shared <= 49152;
+}
+
 Result cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y, unsigned threads_z, unsigned shared, void *, void **parameters, void **extra)
 {
     const Kernel *kernel = (const Kernel *)function;
-    if (!x || !y || !z || y > 65535 || z > 65535 || threads_y != 1 || threads_z != 1 || shared || extra) {
+    if (!x || !y || !z || y > 65535 || z > 65535 || threads_y != 1 || threads_z != 1 || !permits(kernel, shared) || extra) {
         return INVALID;
     }
     note("cuLaunchKernel %s %u %u %u %u", kernel->name, x, y, z, threads_x);
     Step step = {};
-    step.kernel = kernel, step.grid[0] = x, step.grid[1] = y, step.grid[2] = z, step.threads = threads_x;
+    step.kernel = kernel, step.grid[0] = x, step.grid[1] = y, step.grid[2] = z, step.threads = threads_x, step.shared = shared;
     size_t at = 0;
     for (int argument = 0; kernel->sizes[argument]; argument++) {
         memcpy(step.arguments + at, parameters[argument], (size_t)kernel->sizes[argument]);

@@ -156,3 +156,14 @@ def test_a_regression_is_a_part(qcompile, compiled, part):
 )
 def test_by_what_part_a_figure_is_worse(before, now, grows, worse_by):
     assert Figure("name", "", before, now, grows).worse_by == pytest.approx(worse_by)
+
+
+def test_a_screening_wants_the_float_model_and_a_file_of_its_own(qcompile, compiled, small, tmp_path):
+    output, _ = compiled
+    for wrong in ((), ("--screen",), ("--reround", tmp_path / "anew.onnx")):
+        assert qcompile("check", output, *wrong).code == 2
+    done = qcompile("check", output, "--model", small.model, "--reround", small.model)
+    assert done.code == 2 and "name another file" in done.err
+    done = qcompile("check", output, "--model", small.model, "--reround", output / "anew.onnx")
+    assert done.code == 2 and "lies in an artifact" in done.err
+    assert not (output / "anew.onnx").exists()

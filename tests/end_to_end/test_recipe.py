@@ -80,6 +80,7 @@ def test_every_option_is_a_key(small, recipe):
         seed = 7
         threads = 1000
         workers = 3
+        max_memory = "4GB"
         [shape]
         x = [1, 3, 8, 8]
         [min_fidelity]
@@ -122,6 +123,7 @@ def test_every_option_is_a_key(small, recipe):
         seed=7,
         threads=1000,
         workers="3",
+        max_memory="4GB",
         overrides=(Override(("conv",), keep_float=True), Override(("a*", "b"), "Gemm", weights="int8")),
     )
     default = Options("other")

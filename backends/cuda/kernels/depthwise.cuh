@@ -30,7 +30,7 @@ __device__ __forceinline__ void transpose(uint32_t (&words)[4])
     words[2] = __byte_perm(high, upper, 0x5410), words[3] = __byte_perm(high, upper, 0x7632);
 }
 
-template <int HEIGHT, int WIDTH, int THREADS, int VECTOR, bool HIGH>
+template <int HEIGHT, int WIDTH, int THREADS, int VECTOR, Form FORM>
 __device__ __forceinline__ void depthwise(const int8_t *__restrict__ input, const int8_t *__restrict__ weights,
                                           const int *__restrict__ table, int8_t *__restrict__ output, const Linear &shape)
 {
@@ -68,7 +68,7 @@ __device__ __forceinline__ void depthwise(const int8_t *__restrict__ input, cons
 #pragma unroll
     for (int byte = 0; byte < 4; byte++) {
         if (VECTOR == 4 || c + byte < shape.channels) {
-            const int code = coded<HIGH>(shape, table, c + byte, sums[byte]);
+            const int code = coded<FORM>(shape, table, c + byte, sums[byte]);
             made |= (uint32_t)(code & 255) << (8 * byte);
             if (VECTOR != 4) {
                 output[byte] = (int8_t)code;

@@ -22,9 +22,9 @@ __device__ __forceinline__ int4 sixteen(const int8_t *__restrict__ from, int lef
     return int4{words[0], words[1], words[2], words[3]};
 }
 
-template <int WARPS, int TAKEN, bool HIGH>
+template <int WARPS, int TAKEN, Form FORM, class Output>
 __device__ __forceinline__ void gemv(const int8_t *__restrict__ input, const int8_t *__restrict__ weights,
-                                     const int *__restrict__ table, int8_t *__restrict__ output, const Linear &shape)
+                                     const int *__restrict__ table, Output *__restrict__ output, const Linear &shape)
 {
     const int lane = threadIdx.x & 31, n = blockIdx.x * WARPS + (int)threadIdx.x / 32;
     if (n >= shape.outputs) {
@@ -46,6 +46,6 @@ __device__ __forceinline__ void gemv(const int8_t *__restrict__ input, const int
         sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     }
     if (lane == 0) {
-        output[m * shape.outputs + n] = (int8_t)coded<HIGH>(shape, table, n, sum);
+        output[m * shape.outputs + n] = coded<FORM>(shape, table, n, sum);
     }
 }

@@ -12,6 +12,21 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer)
 #define RESIDENT 1
 #endif
 
+// Memory of a block that the launch gives it, since it is more than 48 KB.
+template <int BYTES>
+__device__ __forceinline__ int8_t *launched_memory(void)
+{
+    extern __shared__ __align__(16) int8_t launched[];
+    return launched;
+}
+
+// Tiles in shared memory, all but one on their way; before sm_80, which has 64 KB, two of the largest ones.
+#if __CUDA_ARCH__ >= 800
+#define STAGES_OF(bytes) 3
+#else
+#define STAGES_OF(bytes) ((bytes) * 3 > 65536 ? 2 : 3)
+#endif
+
 // Copies 4, 8 or 16 bytes to shared memory behind the thread's back; before sm_80 at once.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void *target, const void *source)
@@ -76,6 +91,39 @@ __device__ __forceinline__ void multiply_tile(int (&sums)[4], const uint32_t (&a
             : "r"(a[part]), "r"(b[part / 2]));
     }
 #endif
+}
+
+// sums[16][8] += a[16][16] * b[8][16], halves of 16 bits, summed in float32; fragments as PTX has m16n8k16.
+__device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+{
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[2 * part]), "r"(a[2 * part + 1]), "r"(b[part]));
+    }
+#endif
+}
+
+// Differences and products of pairs of halves.
+__device__ __forceinline__ uint32_t minus_halves(uint32_t a, uint32_t b)
+{
+    uint32_t pair;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
+__device__ __forceinline__ uint32_t times_halves(uint32_t a, uint32_t b)
+{
+    uint32_t pair;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
 }
 
 // Two halves of 16 bits as floats.

@@ -8,11 +8,14 @@ struct Linear {
     int stride_y, stride_x, dilation_y, dilation_x, top, left;
     int depth, stored_depth;                       // codes of a patch; of a row of weights: a multiple of 32
     int group_channels, group_outputs, blocks;     // of a group; blocks of BN outputs that it takes
-    int outside, zero_point, low, high;            // with high words `zero_point` is 2 * zero point + 1
+    int outside, zero_point, low, high;            // with high words `zero_point` is 2 * zero point + 1; of floats the bits
 };
 
-const int DEEP = 64;   // codes that one step multiplies
-const int STAGES = 3;  // tiles in shared memory, all but one on their way
+// How sums end: as codes by whole products or by their high words, or as floats.
+enum Form { SHIFTED, HIGH, REAL };
+
+const int DEEP = 64;  // codes that one step multiplies
+const int STATIC = 49152;  // bytes of shared memory that a kernel may declare
 
 // Byte where chunk `chunk` of 16 codes of a row of a tile lies: ldmatrix reads eight rows from eight different banks.
 __device__ __forceinline__ int placed(int row, int chunk)
@@ -20,12 +23,24 @@ __device__ __forceinline__ int placed(int row, int chunk)
     return row * DEEP + ((chunk ^ ((row >> 1) & 3)) << 4);
 }
 
-template <bool HIGH>
-__device__ __forceinline__ int coded(const Linear &shape, const int *__restrict__ table, int n, int sum)
+// A sum's code, or clip(sum * scale, low, high); `factor` is a multiplier, or a scale's bits.
+template <Form FORM, class Shape>
+__device__ __forceinline__ auto finished(const Shape &shape, int acc, int factor, int shift)
 {
-    const int acc = sum + table[3 * n], multiplier = table[3 * n + 1], shift = table[3 * n + 2];
-    return HIGH ? qc_requantize_high(acc, multiplier, shift, shape.zero_point, shape.low, shape.high)
-                : qc_requantize(acc, multiplier, shift, shape.zero_point, shape.low, shape.high);
+    if constexpr (FORM == REAL) {
+        const float real = __fmul_rn((float)acc, __uint_as_float((uint32_t)factor));
+        return fminf(fmaxf(real, __uint_as_float((uint32_t)shape.low)), __uint_as_float((uint32_t)shape.high));
+    } else if constexpr (FORM == HIGH) {
+        return (int8_t)qc_requantize_high(acc, factor, shift, shape.zero_point, shape.low, shape.high);
+    } else {
+        return (int8_t)qc_requantize(acc, factor, shift, shape.zero_point, shape.low, shape.high);
+    }
+}
+
+template <Form FORM>
+__device__ __forceinline__ auto coded(const Linear &shape, const int *__restrict__ table, int n, int sum)
+{
+    return finished<FORM>(shape, sum + table[3 * n], table[3 * n + 1], table[3 * n + 2]);
 }
 
 // Where a pixel's window begins.
@@ -143,11 +158,11 @@ __device__ __forceinline__ void take_weights(const Linear &shape, const int8_t *
     }
 }
 
-// Sums of a tile in tensor cores: DOWN x ACROSS warps.
-template <int BM, int BN, int DOWN, int ACROSS>
+// Sums of a tile in tensor cores: DOWN x ACROSS warps. Of codes; or of halves, half as many of which are as many bytes.
+template <int BM, int BN, int DOWN, int ACROSS, class Sum = int>
 struct TensorCores {
     static const int THREADS = 32 * DOWN * ACROSS, TM = BM / DOWN / 16, TN = BN / ACROSS / 8;
-    int sums[TM][TN][4];
+    Sum sums[TM][TN][4];
 
     __device__ __forceinline__ int row(void) const { return (int)threadIdx.x / 32 / ACROSS * TM * 16; }
     __device__ __forceinline__ int column(void) const { return (int)threadIdx.x / 32 % ACROSS * TN * 8; }
@@ -261,12 +276,18 @@ __device__ __forceinline__ void give_codes(const Linear &shape, const int8_t *ti
 }
 
 // TAKEN and GIVEN: codes that are read and written at once, 16, 8, 4 or 1.
-template <class Tile, int BM, int BN, int TAKEN, int GIVEN, bool HIGH>
+template <class Tile, int BM, int BN, int TAKEN, int GIVEN, Form FORM, class Output>
 __device__ __forceinline__ void linear(const int8_t *__restrict__ input, const int8_t *__restrict__ weights,
-                                       const int *__restrict__ table, int8_t *__restrict__ output, const Linear &shape)
+                                       const int *__restrict__ table, Output *__restrict__ output, const Linear &shape)
 {
-    const int THREADS = Tile::THREADS, BYTES = (BM + BN) * DEEP, PITCH = BN + 16;
-    __shared__ __align__(16) int8_t memory[STAGES * BYTES];
+    const int THREADS = Tile::THREADS, BYTES = (BM + BN) * DEEP, PITCH = BN + 16, STAGES = STAGES_OF(BYTES);
+    int8_t *memory;
+    if constexpr (3 * BYTES <= STATIC) {
+        __shared__ __align__(16) int8_t declared[3 * BYTES];
+        memory = declared;
+    } else {
+        memory = launched_memory<STAGES * BYTES>();
+    }
     const int group = blockIdx.y / shape.blocks, n = (int)(blockIdx.y % shape.blocks) * BN, m = blockIdx.x * BM;
     const int steps = (shape.stored_depth + DEEP - 1) / DEEP;
     input += (wide_t)blockIdx.z * shape.rows * shape.columns * shape.channels + group * shape.group_channels;
@@ -302,10 +323,18 @@ __device__ __forceinline__ void linear(const int8_t *__restrict__ input, const i
     }
     copies_wait<0>();
     __syncthreads();
-    tile.give([&](int row, int column, int sum) {
-        const bool real = n + column < shape.group_outputs;
-        memory[row * PITCH + column] = real ? (int8_t)coded<HIGH>(shape, table, channel + column, sum) : (int8_t)0;
-    });
-    __syncthreads();
-    give_codes<BM, BN, THREADS, GIVEN>(shape, memory, PITCH, m, n, output);
+    if constexpr (FORM == REAL) {
+        tile.give([&](int row, int column, int sum) {
+            if (m + row < shape.height * shape.width && n + column < shape.group_outputs) {
+                output[(wide_t)(m + row) * shape.outputs + column] = coded<FORM>(shape, table, channel + column, sum);
+            }
+        });
+    } else {
+        tile.give([&](int row, int column, int sum) {
+            const bool real = n + column < shape.group_outputs;
+            memory[row * PITCH + column] = real ? coded<FORM>(shape, table, channel + column, sum) : (int8_t)0;
+        });
+        __syncthreads();
+        give_codes<BM, BN, THREADS, GIVEN>(shape, memory, PITCH, m, n, output);
+    }
 }

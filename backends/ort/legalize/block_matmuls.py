@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from qcompile.backends.ort.half_values import HALF, SINGLE, fits
-from qcompile.core import packing
+from qcompile.core import packing, scratch
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
 
@@ -124,7 +124,7 @@ def _replace(graph: ir.Graph, node: ir.Node, weights: _Weights, half: bool) -> N
     bias = node.inputs[structure.BIAS_INPUT] if len(node.inputs) > structure.BIAS_INPUT else None
 
     def constant(what: str, array: npt.NDArray[Any]) -> ir.Value:
-        stored = ir.Value(name=f"{name}_{what}", const_value=ir.tensor(array, name=f"{name}_{what}"))
+        stored = ir.Value(name=f"{name}_{what}", const_value=scratch.tensor(array, f"{name}_{what}"))
         stored.dtype, stored.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
         graph.register_initializer(stored)
         return stored

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.core import packing
+from qcompile.core import packing, scratch
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
 
@@ -63,7 +63,7 @@ def _write(graph: ir.Graph, node: ir.Node) -> bool:
 
     def constant(what: str, array: npt.NDArray[Any]) -> ir.Value:
         kept = np.ascontiguousarray(array if channels == 0 else array.T)
-        stored = ir.Value(name=f"{name}_{what}", const_value=ir.tensor(kept, name=f"{name}_{what}"))
+        stored = ir.Value(name=f"{name}_{what}", const_value=scratch.tensor(kept, f"{name}_{what}"))
         stored.dtype, stored.shape = ir.DataType.from_numpy(kept.dtype), ir.Shape(kept.shape)
         graph.register_initializer(stored)
         return stored

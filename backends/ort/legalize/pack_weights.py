@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.core import model as models
-from qcompile.core import packing
+from qcompile.core import packing, scratch
 from qcompile.core.contract import Effect
 from qcompile.core.numerics import IntArray
 from qcompile.passes import structure
@@ -66,7 +66,7 @@ def _unpack(graph: ir.Graph, value: ir.Value, axis: int | None, numbers: IntArra
     made = list[ir.Node]()
 
     def constant(what: str, array: npt.NDArray[Any]) -> ir.Value:
-        stored = ir.Value(name=f"{name}_{what}", const_value=ir.tensor(array, name=f"{name}_{what}"))
+        stored = ir.Value(name=f"{name}_{what}", const_value=scratch.tensor(array, f"{name}_{what}"))
         graph.register_initializer(stored)
         return stored
 

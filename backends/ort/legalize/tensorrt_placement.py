@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from qcompile.core import scratch
 from qcompile.core.contract import Effect
 from qcompile.passes import structure
 
@@ -31,7 +32,7 @@ class FloatBiases(ir.passes.InPlacePass):
             assert scale is not None
             value, name = node.outputs[0], structure.name_of(node.outputs[0])
             array = (codes.numpy().astype("float64") * scale.astype("float64")).astype("float32")
-            stored = ir.Value(name=f"{name}_float", const_value=ir.tensor(array, name=f"{name}_float"))
+            stored = ir.Value(name=f"{name}_float", const_value=scratch.tensor(array, f"{name}_float"))
             stored.dtype, stored.shape = ir.DataType.FLOAT, ir.Shape(array.shape)
             model.graph.register_initializer(stored)
             ir.convenience.replace_all_uses_with(value, stored)

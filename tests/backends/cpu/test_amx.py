@@ -63,7 +63,7 @@ def test_every_depth_equals_the_interpreter(load, tiles_always, deep):
 @pytest.mark.parametrize(("channels", "outputs", "size"), [(4096, 64, 1), (4096, 32, 3)])
 def test_the_inner_loop_is_tdpbusd_without_spills(channels, outputs, size):
     network = library.network_of(wide(np.random.default_rng(0), channels, outputs, size, side=(14, 14)), AMX)
-    text = library.compiled(network, "net")[0].assembly
+    text = "".join(each.assembly for each in library.compiled(network, "net")[:-2])
     (body,) = re.findall(r"^tiles_\d+:\n(.*?)^\.Lfunc_end", text, re.MULTILINE | re.DOTALL)
     loops = re.findall(r"^(\.LBB\w+):\n((?:(?!^\.LBB).)*?)\tj\w+\t\1$", body, re.MULTILINE | re.DOTALL)
     products = [loop for _, loop in loops if "tdpbusd" in loop]
@@ -89,7 +89,7 @@ def test_products_of_activations_are_of_tiles_where_these_are_high(m, real):
     target = (lambda shape: floats("y", *shape)) if real else (lambda shape: codes("y", *shape))
     network = library.network_of(product((2,), m, 32, 128, step, target, False, True), AMX)
     (call,) = network.calls
-    text = library.compiled(network, "net")[0].assembly
+    text = "".join(each.assembly for each in library.compiled(network, "net")[:-2])
     assert call.kernel.startswith("product") and call.shared == (2 if m == 128 else 0)
     assert ("tdpbusd" in text) == (m == 128) and ("quads" in vars(network.tiles[call.kernel])) == (m == 128)
 

@@ -160,7 +160,7 @@ def test_any_number_of_threads_gives_the_same(load, tmp_path, monkeypatch, loop,
 def test_the_inner_loop_is_products_of_unpacked_weights():
     program = blocked(np.random.default_rng(0), 1, 2048, 1024, 32, 4, True)
     network = library.network_of(program, KINDS["avx512-vnni"])
-    text = library.compiled(network, "net")[0].assembly
+    text = "".join(each.assembly for each in library.compiled(network, "net")[:-2])
     (body,) = re.findall(r"^dense_\d+:\n(.*?)^\.Lfunc_end", text, re.MULTILINE | re.DOTALL)
     loops = re.findall(r"^(\.LBB\w+):\n((?:(?!^\.LBB).)*?)\tj\w+\t\1$", body, re.MULTILINE | re.DOTALL)
     (inner,) = [loop for _, loop in loops if "vpdpbusd" in loop]

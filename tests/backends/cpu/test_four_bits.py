@@ -89,7 +89,7 @@ def test_the_largest_sums_equal_the_interpreter(load, processor, extreme, code):
 
 def test_the_inner_loop_unpacks_in_registers():
     network = library.network_of(dense(1, 4096, 64), PROCESSORS["avx512-vnni"])
-    text = library.compiled(network, "net")[0].assembly
+    text = "".join(each.assembly for each in library.compiled(network, "net")[:-2])
     (body,) = re.findall(r"^nibbles_\d+:\n(.*?)^\.Lfunc_end", text, re.MULTILINE | re.DOTALL)
     loops = re.findall(r"^(\.LBB\w+):\n((?:(?!^\.LBB).)*?)\tj\w+\t\1$", body, re.MULTILINE | re.DOTALL)
     (loop,) = [loop for _, loop in loops if "vpdpbusd" in loop]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from float_programs import every_kind
 from random_programs import random_codes, random_program, wide
 
 from qcompile.backends.cuda import compiler, linear
@@ -12,6 +13,7 @@ from qcompile.backends.cuda.driver import Driver, has_device
 from qcompile.backends.cuda.linear import NARROW, TILES
 from qcompile.backends.cuda.network import network_of
 from qcompile.backends.cuda.session import InferenceSession
+from qcompile.backends.integer import float_operations as ops
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 
 pytestmark = pytest.mark.gpu
@@ -72,7 +74,7 @@ def test_random_layers_equal_the_interpreter(run, seed):
 @pytest.mark.parametrize("tile", [*TILES, NARROW], ids=lambda tile: f"{tile.pixels}x{tile.outputs}")
 @pytest.mark.parametrize("channels", [3, 4, 24, 256])
 def test_every_tile_equals_the_interpreter(run, monkeypatch, tile, channels):
-    monkeypatch.setattr(linear, "tile_of", lambda shape, samples: tile)
+    monkeypatch.setattr(linear, "tile_of", lambda shape, samples, form: tile)
     program = wide(np.random.default_rng(7), channels, tile.outputs + 17, 3, side=(33, 34))
     check(run(program, batch=2), program)
 
@@ -86,6 +88,26 @@ def test_floats_are_quantized_and_back_as_the_specification_says(run):
     session = run(program)
     np.testing.assert_array_equal(session.run(None, {"x": real})[0], dequantize_output(program, made, expected))
     assert all(0.0 < taken < 1000.0 for taken in session.time(5))
+
+
+def test_floats_are_as_near_as_their_sums_have_them(run):
+    program = every_kind()
+    random, given = np.random.default_rng(0), {}
+    for port in program.inputs:
+        tensor = program.tensors[port.tensor]
+        drawn = random.integers(-128, 128, tensor.shape) if tensor.is_codes else random.normal(size=tensor.shape)
+        given[port.name] = drawn.astype(tensor.dtype)
+    expected, session = interpret(program, given), run(program)
+    found = session.run_codes([given[port.name] for port in program.inputs])
+    session.close()
+    for operation, port, one in zip(program.operations, program.outputs, found, strict=True):
+        exact = expected[port.name]
+        if isinstance(operation, ops.MatMul | ops.FloatMatMul | ops.FloatDense):
+            np.testing.assert_array_equal(one, exact)
+            continue
+        # A rounding for each term of a row's sum, twice where it is a variance, and the functions' own bounds.
+        terms = program.tensors[operation.inputs[0]].shape[-1] if not isinstance(operation, ops.Pointwise) else 1
+        assert np.abs(one - exact).max() <= (2 * terms * 2.0**-23 + 3e-6) * np.abs(exact).max()
 
 
 def test_a_whole_network_equals_the_interpreter(architecture, qcompile, resnet8, tmp_path):

@@ -65,7 +65,7 @@ def test_wide_layers_equal_the_interpreter(load, channels, outputs, size, stride
 @pytest.mark.parametrize("tile", [*TILES, linear.NARROW], ids=lambda tile: f"{tile.pixels}x{tile.outputs}")
 def test_every_tile_equals_the_interpreter(load, monkeypatch, tile):
     # Neither rows nor outputs fill whole tiles; sums are of more steps than there are stages.
-    monkeypatch.setattr(linear, "tile_of", lambda shape, samples: tile)
+    monkeypatch.setattr(linear, "tile_of", lambda shape, samples, form: tile)
     program = wide(np.random.default_rng(7), 48, tile.outputs + 17, 3, side=(13, 14))
     session = load(program)
     assert f"{tile.pixels}, {tile.outputs}, " in network_of(program).source().split("extern")[-3]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qcompile.backends.cuda import compiler
 from qcompile.backends.cuda.driver import Driver, has_device
 from qcompile.backends.cuda.four_bits import BLOCK, Gemv, exact, pack
+from qcompile.backends.cuda.network import prelude
 
 SHAPES = [(1, 32), (8, 64), (9, 4096), (13, 4128), (37, 5 * 1024 + 96), (64, 1024)]
 
@@ -27,7 +28,7 @@ def computed(driver, gemv, code, x, codes, scales):
     module = driver.made("cuModuleLoadData", code)
     stream, made = driver.made("cuStreamCreate", 1), np.empty(gemv.outputs, np.float16)
     addresses = []
-    addresses += [driver.upload(array.tobytes()) for array in (x, pack(codes), scales)]
+    addresses += [driver.upload(array.tobytes()) for array in (x, pack(codes), scales, gemv.table)]
     addresses.append(driver.allocate(made.nbytes))
     driver.launch(driver.function(module, "gemv"), gemv.grid, gemv.threads, addresses, gemv.numbers, stream)
     pinned = driver.made("cuMemAllocHost_v2", made.nbytes)
@@ -55,10 +56,9 @@ def emulated(tmp_path_factory):
     from emulated_cuda import emulate
 
     folder = tmp_path_factory.mktemp("gemv")
-    kernel = Gemv(1, 32).source("gemv")
-    text = kernel[kernel.index("// One row of halves") :]
+    text = Gemv(1, 32).kernel("gemv")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QCOMPILE_LIBCUDA", str(emulate.built([*emulate.templates(), text], folder)))
+        patch.setenv("QCOMPILE_LIBCUDA", str(emulate.built([prelude(emulate.REPLACED), text], folder)))
         yield Driver()
 
 

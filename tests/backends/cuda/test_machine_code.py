@@ -17,24 +17,27 @@ from qcompile.core.errors import VerificationError
 KERNELS = {
     **{f"tile_{at}": f"linear<{tile.kind}, {tile.pixels}, {tile.outputs}, {taken}, {given}, {flag}>"
        for at, (tile, taken, given, flag) in enumerate(zip(
-           TILES, (16, 8, 4, 16, 16, 8, 1), (16, 8, 4, 1, 16, 16, 4), ("true", "false") * 4, strict=False))},
-    "narrow": f"linear<{NARROW.kind}, {NARROW.pixels}, {NARROW.outputs}, 4, 4, true>",
-    "narrow_bytes": f"linear<{NARROW.kind}, {NARROW.pixels}, {NARROW.outputs}, 1, 1, false>",
-    "gemv_16": "gemv<4, 16, true>", "gemv_4": "gemv<4, 4, false>", "gemv_1": "gemv<4, 1, true>",
-    "depthwise_3": "depthwise<3, 3, 128, 4, true>", "depthwise_5": "depthwise<5, 5, 128, 4, false>",
-    "depthwise_1": "depthwise<3, 3, 128, 1, true>",
+           TILES, (16, 16, 8, 4, 16, 16, 8, 1), (16, 16, 8, 4, 1, 16, 16, 4), ("HIGH", "SHIFTED") * 4, strict=False))},
+    **{f"tile_0_{given}_{form}": f"linear<{TILES[0].kind}, {TILES[0].pixels}, {TILES[0].outputs}, 16, {given}, {form}>"
+       for given, form in ((1, "HIGH"), (4, "HIGH"))},
+    "narrow": f"linear<{NARROW.kind}, {NARROW.pixels}, {NARROW.outputs}, 4, 4, HIGH>",
+    "narrow_bytes": f"linear<{NARROW.kind}, {NARROW.pixels}, {NARROW.outputs}, 1, 1, SHIFTED>",
+    "gemv_16": "gemv<4, 16, HIGH>", "gemv_4": "gemv<4, 4, SHIFTED>", "gemv_1": "gemv<4, 1, HIGH>",
+    "depthwise_3": "depthwise<3, 3, 128, 4, HIGH>", "depthwise_5": "depthwise<5, 5, 128, 4, SHIFTED>",
+    "depthwise_1": "depthwise<3, 3, 128, 1, HIGH>",
 }  # fmt: skip
 TENSOR = {"75": "IMMA.8816.S8.S8"}
 
 
 def source() -> str:
-    parts = [f'extern "C" __global__ void __launch_bounds__({bounds(threads(body))}) {name}({LAYER})\n'
+    parts = [f'extern "C" __global__ void __launch_bounds__({bounds(body)}) {name}({LAYER})\n'
              f"{{ {body}(input, weights, table, output, shape); }}\n" for name, body in KERNELS.items()]  # fmt: skip
     return prelude() + "".join(parts)
 
 
-def bounds(threads: int) -> str:
-    return f"{threads}, RESIDENT" if threads == 256 else str(threads)
+def bounds(body: str) -> str:
+    found = [tile.resident for tile in (*TILES, NARROW) if f"<{tile.kind}, " in body]
+    return f"{threads(body)}, {found[0] if found else 1}"
 
 
 def threads(body: str) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from random_programs import random_codes, random_program, wide
 
+from qcompile.backends.cuda import linear
 from qcompile.backends.cuda.network import network_of
 from qcompile.backends.cuda.session import InferenceSession
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
@@ -137,3 +138,20 @@ def test_a_folder_needs_numpy_and_nothing_else(load, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "made.npy"), interpret(program, {"x": codes})["y"])
     assert not [line for name in ("session.py", "driver.py") for line in Path(tmp_path / name).read_text().splitlines()
                 if "qcompile." in line and "import" in line]  # fmt: skip
+
+
+def test_the_largest_tile_is_given_shared_memory(load, log, monkeypatch):
+    monkeypatch.setattr(linear, "tile_of", lambda shape, samples, form: linear.TILES[0])
+    program = wide(np.random.default_rng(1), 16, 24, 1, side=(5, 5))
+    (launch,) = network_of(program).launches
+    assert launch.as_json()["shared"] == launch.shared == 3 * (128 + 256) * 64
+    session = load(program)
+    assert f"cuFuncSetAttribute {launch.kernel} {launch.shared}" in log.read_text().splitlines()
+    codes = random_codes(program, 0)["x"]
+    np.testing.assert_array_equal(session.run_codes([codes])[0], interpret(program, {"x": codes})["y"])
+    # A device that has less gives what it has: Turing, whose kernel wants no more.
+    assert session.driver.give_shared(session._functions[launch.kernel], 1 << 20) == 101376
+    monkeypatch.setattr(session.driver, "attribute", lambda which: 2)
+    assert session.driver.give_shared(session._functions[launch.kernel], launch.shared) == 2
+    with pytest.raises(OSError, match="cuLaunchKernel: invalid argument"):
+        session.graph(False, copied=False)
