@@ -1,6 +1,6 @@
 """Compile one language model at several depths, with and without a bound on memory; write docs/large-models.md.
 
-    python benchmarks/large_models.py MODEL.onnx CALIB.npz EVAL.npz --folder DIR [--depths 3 22 60 140]
+    python benchmarks/large_models.py MODEL.onnx EVAL.npz --folder DIR [--depths 3 22 60 140]
 
 MODEL is the catalog's smollm2-135m, with its data. A model of n layers has each of its layers about n / 30 times in a
 row, and each copy adds that part of what the layer adds, so that the function stays near the original's; of fewer than
@@ -33,8 +33,8 @@ from qcompile.core import model as models
 PAGE = Path(__file__).parent.parent / "docs/large-models.md"
 #: Layers of the models, and of the one that they are made of.
 DEPTHS, LAYERS = (3, 22, 60, 140), 30
-#: Samples to calibrate on and to evaluate on, and how many tokens each has.
-CALIBRATED, EVALUATED, TOKENS = 8, 4, 16
+#: Samples to evaluate on, and how many tokens each has.
+EVALUATED, TOKENS = 2, 16
 #: Where a tensor begins in a file: at a page of memory.
 PAGE_BYTES = 4096
 #: Tensors of more elements than this are given noise of a thousandth, each its own.
@@ -49,8 +49,8 @@ TEXT = """# Large models
 
 Written by `python benchmarks/large_models.py`; do not edit.
 
-Models whose weights lie beside them as external data are compiled from there, whatever their size: protobuf ends at
-2 GB, files do not. `--max-memory 4GB` bounds what the process may have in memory meanwhile:
+Models whose weights lie beside them as external data are compiled from there: protobuf ends at 2 GB, files do not.
+`--max-memory 4GB` bounds what the process may have in memory meanwhile:
 
 ```
 qcompile MODEL.onnx --target cpu --activations none --data calib.npz --max-memory 4GB
@@ -72,17 +72,18 @@ files included). Other processes (`--workers`, compilers of some targets) are no
 The folder goes with the compile, a file of it with its last reader. It lies where `TMPDIR` says; it has to have room
 for the model about twice over, and should not be a file system in memory.
 
-The least that can be asked for is one model in the runtime, which packs float weights anew for its kernels: 1.2 times
-the weights in float32, or five times the largest one (its codes are found in float64) where that is more; {base} MB for
+The least that can be asked for is one model in the runtime, which packs float weights anew for its kernels, with
+the QDQ model beside it whose layers are held against its own: 2.5 times the weights in float32, or five times the largest one (its codes are found in float64) where that is more; {base} MB for
 the process, and 512 MB for samples and what is summed up over them (less for small models).
 Layers are not run one by one: so a model larger than memory cannot be compiled.
 
 ## Measured
 
 smollm2-135m with its layers repeated, no two tensors alike, in external data: `--target cpu --activations none`
-(weights in int8, rounded by GPTQ), {calibrated} samples of {tokens} tokens to calibrate and {evaluated} to evaluate,
-each compile in a process of its own with the least bound that is taken. The smaller ones were compiled without a bound
-too, and all files that the manifest lists were the same. Peak: ru_maxrss. Time: of the processor, user and system, on
+without data (weights in int8, rounded to nearest), {evaluated} samples of {tokens} tokens to evaluate, each compile in
+a process of its own with a bound. Those below 0.6 GB were compiled without a bound too, and all
+files that the manifest lists were the same. With data, which is GPTQ besides, that is so too for 3 layers:
+its peak was 1.17 GB, 1.40 without a bound, in 35 s. Peak: ru_maxrss. Time: of the processor, user and system, on
 two cores of a machine that others used meanwhile. All bytes in GB, which are 10⁹ bytes.
 
 | layers | weights, GB | artifact | SQNR, dB | bound | peak | over weights | peak without | time, s | s/GB |
@@ -190,7 +191,7 @@ def measured(model: Path, folder: Path, bound: int | None) -> dict[str, Any]:
     """
     output = folder / "artifact"
     shutil.rmtree(output, ignore_errors=True)
-    data = ["--data", folder / "calib.npz", "--eval", folder / "eval.npz", "-o", output, "--quiet"]
+    data = ["--eval", folder / "eval.npz", "-o", output, "--quiet"]
     words = [model, "--target", "cpu", "--activations", "none", *data]
     words += [] if bound is None else ["--max-memory", f"{bound}B"]
     began = time.perf_counter()
@@ -231,22 +232,19 @@ def page(figures: Mapping[str, Mapping[str, Any]]) -> str:
             f"{held['peak'] / 1e9:.2f} | {held['peak'] / one['weights']:.1f} | {unbounded} | {held['seconds']:.0f} | "
             f"{held['seconds'] / giga:.0f} |"
         )
-    return TEXT.format(
-        base=memory.BASE >> 20, rows="\n".join(rows), calibrated=CALIBRATED, evaluated=EVALUATED, tokens=TOKENS
-    )
+    return TEXT.format(base=memory.BASE >> 20, rows="\n".join(rows), evaluated=EVALUATED, tokens=TOKENS)
 
 
 def main() -> None:
     """Make the models, compile them, and write the page."""
     parser = argparse.ArgumentParser(description="Measure memory and time of a compile by the size of its model.")
     parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path, nargs=2)
+    parser.add_argument("data", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="For models and figures, outside of the repository.")
     parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    for source, count, name in zip(given.data, (CALIBRATED, EVALUATED), ("calib", "eval"), strict=True):
-        sampled(source, count, given.folder / f"{name}.npz")
+    sampled(given.data, EVALUATED, given.folder / "eval.npz")
     kept = given.folder / "figures.json"
     figures = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     for depth in given.depths:

@@ -28,7 +28,7 @@ from qcompile.calib.packed_rounding import descend, factor_of_inverse, fit_multi
 from qcompile.calib.sensitivity import MEMORY, SAMPLES, spread
 from qcompile.calib.work import Cost
 from qcompile.calib.workers import abreast
-from qcompile.core import numerics, packing, runtime
+from qcompile.core import numerics, packing, runtime, scratch
 from qcompile.core.contract import Track
 from qcompile.core.plan import TensorQuant
 
@@ -212,6 +212,7 @@ def second_moments(
 
             deque(abreast(add, zip(batch, sums, strict=True), threads), 0)
         del session  # it holds the model, which whoever rounds weights meanwhile has no use for
+        scratch.give_back()
         yield from ((one, total.mean(len(samples))) for one, total in zip(batch, sums, strict=True))
 
 

@@ -26,8 +26,9 @@ from qcompile.options import Options
 FLAG = "--max-memory"
 #: What the process takes beside any model: interpreter, libraries, and what allocators do not give back.
 BASE = 320 << 20
-#: What the runtime takes of a model, in parts of its weights in float32: packed, with what is read meanwhile.
-HELD = 1.2
+#: What the runtime takes of a model, in parts of its weights in float32: packed, with what is read meanwhile, and beside
+#: it the QDQ model, whose layers are held against its own.
+HELD = 2.5
 #: What the largest of the weights takes while it is rounded, in parts of it: its codes in float64, and as a matrix. No
 #: model is held then. Beside both there are `sensitivity.MEMORY` of samples, or second moments of about two weights.
 ROUNDED = 5.0

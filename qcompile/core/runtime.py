@@ -29,6 +29,8 @@ Outputs = dict[str, npt.NDArray[Any]]
 
 #: What `MappedTensor` tells locations from.
 ROOT = Path.cwd().anchor
+#: Bytes of weights up to which the runtime keeps what it freed for the next run.
+ARENA = 1 << 28
 #: What the runtime wraps its messages in, and what is left of that: codes, source files, C++ signatures, conditions.
 WRAPPINGS = (
     (r"\[ONNXRuntimeError\] : \d+ : \w+ : ", ""),
@@ -151,6 +153,9 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
         options.use_deterministic_compute = True
+        # Its arena holds twice the weights where these are dequantized as they are read; a large model's are worth more
+        # than the time that it saves.
+        options.enable_cpu_mem_arena = _weight_bytes(model) <= ARENA
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         if not integer_kernels:
@@ -237,6 +242,13 @@ def write_ort_format(model: Path) -> None:
 def ort_format(table: str) -> ModuleType:
     """Return what reads and writes a table of files in ORT format."""
     return importlib.import_module(f"onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs.{table}")
+
+
+def _weight_bytes(model: ir.Model | Path) -> int:
+    """Return the bytes of a model's weights; of a file, those of all that goes with it."""
+    if isinstance(model, ir.Model):
+        return models.initializer_bytes(model)
+    return sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*") if file.is_file())
 
 
 @contextlib.contextmanager
