@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 #: Samples, and by how much the mean over them may be worse on a device, in dB. A float that is rounded to another code
-#: there gives all roundings behind it another course, at random: MiniLM-L6's texts have 0.4 dB of it each.
-SAMPLES, TOLERANCE = 16, 0.5
+#: there gives all roundings behind it another course, at random: twelve of MiniLM-L6's texts on the emulated device had
+#: a standard deviation of 0.95 dB, which is 0.24 in the mean of 16. Three of these are allowed.
+SAMPLES, TOLERANCE = 16, 0.75
 #: What is no part of an artifact on a device.
 LEFT_BEHIND = ("report*", "*.onnx", "*.onnx.data", "dist*")
 

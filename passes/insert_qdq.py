@@ -94,7 +94,7 @@ def _scale_of(value: ir.Value | None) -> npt.NDArray[np.float32]:
     assert producer is not None and producer.op_type == "DequantizeLinear"
     scale = structure.constant(producer.inputs[1])
     assert scale is not None
-    return np.asarray(scale, np.float32)
+    return scale
 
 
 class QdqWriter:
@@ -124,11 +124,12 @@ class QdqWriter:
         bias : ndarray of float, shape (channels,)
         """
         scale = np.broadcast_to(bias_scale(node), bias.shape)
-        codes = numerics.quantize(bias, scale, np.zeros(bias.shape, np.int64), "int32", 0)
+        zero_point = np.zeros(bias.shape, np.int32)
+        codes = numerics.quantize(bias, scale, zero_point, "int32", 0)
         # The node's name: two operators may share a bias, but not the steps that it is counted in.
         name = f"{structure.node_name(node)}_bias"
         parameters = [self._initializer(f"{name}_scale", np.array(scale)),
-                      self._initializer(f"{name}_zero_point", np.zeros(bias.shape, np.int32))]  # fmt: skip
+                      self._initializer(f"{name}_zero_point", zero_point)]  # fmt: skip
         stored = self._initializer(quantized_name(name), codes)
         real = self._dequantize(stored, parameters, dequantized_name(name), ir.Shape(bias.shape), 0)
         if len(node.inputs) <= structure.BIAS_INPUT:
@@ -244,8 +245,8 @@ class _Writer(QdqWriter):
         uses = list(rows.uses())
         node.replace_input_with(index, codes)
         name = structure.name_of(rows)
-        rank = len(rows.shape) if rows.shape is not None else 0
-        real = self._dequantize(rows, parameters, dequantized_name(name), rows.shape, rank - 1 if rank else -1)
+        last = len(rows.shape) - 1 if rows.shape is not None else -1
+        real = self._dequantize(rows, parameters, dequantized_name(name), rows.shape, last)
         # A new type object: clones of a model share the old one.
         rows.type = codes.type
         for user, position in uses:

@@ -38,9 +38,9 @@ def _lift(graph):
         graph.node.remove(node)
 
 
-def agree(model, feeds, tolerance):
+def agree(model, feeds, tolerance, floats=FLOATS):
     """Hold the interpreter's outputs to ONNX Runtime's without optimizations, and return the program."""
-    program = lower(ir.from_proto(model), FLOATS)
+    program = lower(ir.from_proto(model), floats)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     expected = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feeds)

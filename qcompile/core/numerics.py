@@ -6,6 +6,7 @@ https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,7 +80,7 @@ def affine_scale(
 
 def symmetric_scale(absmax: npt.ArrayLike, dtype: str) -> npt.NDArray[np.float32]:
     """Return the scale that maps [-absmax, absmax] onto the symmetric codes of a signed type (zero point 0)."""
-    return _usable(np.asarray(absmax, np.float64) / code_range(dtype, symmetric=True)[1])
+    return _usable(np.asarray(absmax, np.float64) / code_range(dtype)[1])
 
 
 def clipped_scale(rows: FloatArray, dtype: str) -> npt.NDArray[np.float32]:
@@ -96,14 +97,13 @@ def clipped_scale(rows: FloatArray, dtype: str) -> npt.NDArray[np.float32]:
     -------
     ndarray of float32, shape (rows,)
     """
-    most = code_range(dtype, symmetric=True)[1]
-    values = np.asarray(rows, np.float64)
-    best = symmetric_scale(np.abs(values).max(axis=1), dtype)
-    least = np.full(len(values), np.inf)
+    most = code_range(dtype)[1]
+    absmax = np.abs(rows).max(axis=1)
+    best, least = np.zeros(len(rows), np.float32), np.full(len(rows), np.inf)
     for share in SHARES:
-        scale = symmetric_scale(share * np.abs(values).max(axis=1), dtype)
+        scale = symmetric_scale(share * absmax, dtype)
         steps = scale.astype(np.float64)[:, None]
-        error = np.square(np.clip(np.rint(values / steps), -most, most) * steps - values).sum(axis=1)
+        error = np.square(np.clip(np.rint(rows / steps), -most, most) * steps - rows).sum(axis=1)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
     return best
 
@@ -211,7 +211,7 @@ def fixed_point(ratio: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], npt.NDArra
         raise ValueError(f"a ratio of {float(np.max(np.abs(real)))} is no fixed-point multiplier")
     # A fraction of nearly 1 is rounded to 2^31, one too many: half of it with one shift less.
     exponent = np.frexp(real)[1] + (np.rint(np.frexp(real)[0] * 2.0**31) >= 2.0**31)
-    shift = np.clip(31 - exponent, 1, LARGEST_SHIFT)
+    shift = np.minimum(31 - exponent, LARGEST_SHIFT)
     return np.rint(np.ldexp(real, shift)).astype(np.int32), shift.astype(np.int32)
 
 
@@ -229,33 +229,32 @@ def requantize(
     multiplier, shift : ndarray of int, shape (channels,) or (1,)
     zero_point, low, high : int
     """
-    places = np.asarray(shift, np.int64)
-    product = np.asarray(accumulator, np.int64) * np.asarray(multiplier, np.int64)
-    rounded: npt.NDArray[np.int64] = (product + (np.int64(1) << (places - 1))) >> places
+    product = np.asarray(accumulator, np.int64) * multiplier
+    rounded: npt.NDArray[np.int64] = (product + (np.int64(1) << (shift - 1))) >> shift
     return np.clip(rounded + zero_point, low, high)
 
 
 def sqnr(reference: FloatArray, candidate: FloatArray) -> float:
     """Return the signal-to-quantization-noise ratio in dB, 10·log10(Σy² / Σ(y - ŷ)²), summed in float64."""
     y = np.asarray(reference, np.float64)
-    return decibel(float(np.sum(y * y)), float(np.sum((y - np.asarray(candidate, np.float64)) ** 2)))
+    return decibel(float(np.sum(y * y)), float(np.sum((y - candidate) ** 2)))
 
 
 def decibel(signal: float, noise: float) -> float:
     """Return 10·log10(signal / noise); infinite when there is no noise."""
     if noise == 0.0:
-        return float("inf")
-    return float(10.0 * np.log10(signal / noise)) if signal > 0.0 else float("-inf")
+        return math.inf
+    return float(10.0 * np.log10(signal / noise)) if signal > 0.0 else -math.inf
 
 
 def relative_error(reference: FloatArray, candidate: FloatArray) -> float:
     """Return max|y - ŷ| / max|y|; non-finite values must stand at the same places with the same sign."""
-    y, z = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+    y, z = np.asarray(reference, np.float64), candidate
     finite = np.isfinite(y)
     if y.shape != z.shape or not np.array_equal(finite, np.isfinite(z)):
-        return float("inf")
+        return math.inf
     if not np.array_equal(y[~finite], z[~finite], equal_nan=True):
-        return float("inf")
+        return math.inf
     if not finite.any():
         return 0.0
     peak = float(np.max(np.abs(y[finite])))

@@ -97,6 +97,17 @@ def test_a_range_from_zero_has_the_lowest_code_as_zero_point(high: float, dtype:
     assert affine(high / 2, high, dtype)[1] == [qmin], "a range above zero is widened to hold it"
     assert affine(-high, 0.0, dtype)[1] == [qmax]
     assert affine(-high, -high / 2, dtype)[1] == [qmax]
+    step = np.float32(high / (qmax - qmin))
+    assert affine(high / 2, high, dtype)[0] == affine(-high, -high / 2, dtype)[0] == [step]
+
+
+@given(low=finite, high=finite, dtype=st.sampled_from(DTYPES))
+def test_ranges_in_float32_are_subtracted_in_float64(low: float, high: float, dtype: str) -> None:
+    expected = affine(low, high, dtype)
+    found = numerics.affine_scale(np.float32([low]), np.float32([high]), dtype)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+    assert found[0].dtype == np.float32 and found[1].dtype == np.int64
 
 
 @EVERY_DTYPE
@@ -128,6 +139,26 @@ def test_symmetric_scale_maps_the_peak_to_the_highest_code() -> None:
     zeros = np.zeros(4, np.int64)
     assert numerics.quantize(absmax, scale, zeros, "int8", axis=0).tolist() == [0, 127, 127, 127]
     assert numerics.quantize(-absmax, scale, zeros, "int8", axis=0).tolist() == [0, -127, -127, -127]
+
+
+def test_the_peak_of_any_type_of_float_is_divided_in_float64() -> None:
+    absmax = [0.1001, 3.0, 60000.0]
+    half = np.float16(absmax)
+    np.testing.assert_array_equal(
+        numerics.symmetric_scale(half, "int8"), (half.astype(np.float64) / 127).astype(np.float32), strict=True
+    )
+
+
+def test_a_scalar_stays_one() -> None:
+    codes = numerics.quantize(np.array(3.0, np.float32), np.float32([2.0]), np.array([1]), "uint8")
+    assert codes.shape == () and int(codes) == 3
+    assert numerics.dequantize(codes, np.float32([2.0]), np.array([1])).shape == ()
+
+
+def test_values_of_float64_count_as_float32() -> None:
+    x = np.float64([3.5 - 2.0**-40])
+    assert numerics.quantize(x, np.ones(1, np.float32), np.array([0]), "int8").tolist() == [4]
+    assert numerics.quantize(x, np.ones(1, np.float32), np.array([0]), "int32").tolist() == [3], "but for biases"
 
 
 @given(
@@ -208,6 +239,26 @@ def test_dequantized_int32_is_float32() -> None:
     assert restored.dtype == np.float32 and restored[0] == np.float32(2.0**31)
 
 
+def test_what_is_dequantized_is_a_product_of_float32_whatever_the_types() -> None:
+    scale = np.float64([0.1])
+    restored = numerics.dequantize(np.int8([3, 7]), scale, np.uint8([1]))
+    assert restored.dtype == np.float32
+    np.testing.assert_array_equal(restored, np.float32([2, 6]) * np.float32(0.1))
+
+
+@given(codes=hnp.arrays(np.int32, 20, elements=st.integers(-(2**31), 2**31 - 1)), zero=st.integers(-(2**31), 2**31 - 1))
+def test_the_difference_of_codes_is_exact(codes: np.ndarray, zero: int) -> None:
+    """It has up to 33 bits, and is rounded once."""
+    restored = numerics.dequantize(codes, np.ones(1, np.float32), np.array([zero]))
+    assert restored.tolist() == [float(np.float32(int(code) - zero)) for code in codes]
+
+
+def test_a_scale_of_float64_counts_as_the_float32_that_is_stored() -> None:
+    scale = np.float64([2.0 * (1 + 2.0**-30)])
+    # 1.5 steps, which is a tie; of the scale itself, a little less.
+    assert numerics.quantize(np.float32([3.0]), scale, np.array([0]), "int8").tolist() == [2]
+
+
 @pytest.mark.parametrize(
     ("signal", "noise", "expected"),
     [
@@ -242,6 +293,8 @@ INF, NAN = math.inf, math.nan
     [
         ([1.0, -4.0], [1.0, -4.0], 0.0),
         ([1.0, -4.0], [1.0, -3.0], 0.25),
+        ([0.5, 0.0], [0.25, 0.0], 0.5),
+        ([3e38], [-3e38], 2.0),
         ([0.0, 0.0], [0.0, 0.5], 0.5),
         ([0.0, 0.0], [0.0, 0.0], 0.0),
         ([1.0, NAN], [1.5, NAN], 0.5),
@@ -275,11 +328,27 @@ def test_a_fixed_point_multiplier_has_31_bits(values: list[float]) -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "multiplier", "shift"),
-    [(0.0, 0, 31), (1.0, 2**30, 30), (1.0 - 2.0**-40, 2**30, 30), (0.25, 2**30, 32), (2.0**-62, 1, 62)],
+    [
+        (0.0, 0, 31),
+        (1.0, 2**30, 30),
+        (1.0 - 2.0**-40, 2**30, 30),
+        (0.25, 2**30, 32),
+        (2.0**-62, 1, 62),
+        (math.nextafter(2.0**29, 0.0), 2**30, 1),
+        (2.0**28, 2**30, 2),
+    ],
 )
 def test_fixed_point_by_hand(ratio: float, multiplier: int, shift: int) -> None:
     found = numerics.fixed_point([ratio])
     assert (int(found[0][0]), int(found[1][0])) == (multiplier, shift)
+
+
+def test_ratios_of_any_type_of_float_are_counted_in_float64() -> None:
+    ratios = [0.75, 3.0, 2.0**-12]
+    expected = numerics.fixed_point(ratios)
+    for dtype in (np.float16, np.float32):
+        for found, wanted in zip(numerics.fixed_point(np.array(ratios, dtype)), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted, strict=True)
 
 
 @pytest.mark.parametrize("ratio", [-1.0, 2.0**29, float("nan"), float("inf")])
@@ -319,6 +388,30 @@ def test_a_clipped_scale_leaves_no_more_error_than_the_whole_range(seed: int, dt
     whole = numerics.symmetric_scale(np.abs(rows).max(axis=1), dtype)
     clipped = numerics.clipped_scale(rows, dtype)
     assert np.all(clipped <= whole) and np.all(error(clipped) <= error(whole) * (1.0 + 1e-9))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["int4", "int8"]), st.sampled_from([np.float16, np.float32]))
+def test_a_clipped_scale_is_the_best_of_all_shares(seed: int, dtype: str, kind: type) -> None:
+    """Tried one by one, row by row, in Python's floats."""
+    rows = np.random.default_rng(seed).standard_t(3, (3, 30)).astype(kind)
+    most = 2 ** (int(dtype[3:]) - 1) - 1
+    for row, found in zip(rows, numerics.clipped_scale(rows, dtype), strict=True):
+        absmax = max(abs(float(value)) for value in row)
+        scales = [float(np.float32(share * absmax / most)) for share in np.linspace(1.0, 0.4, 25)]
+        errors = [
+            math.fsum((max(-most, min(most, round(float(x) / scale))) * scale - float(x)) ** 2 for x in row)
+            for scale in scales
+        ]
+        assert found.dtype == np.float32
+        assert errors[scales.index(float(found))] <= min(errors) * (1.0 + 1e-12)
+
+
+def test_one_weight_far_out_is_clipped_and_none_is_where_all_are_alike() -> None:
+    even = np.linspace(-1.0, 1.0, 101, dtype=np.float32)
+    rows = np.stack([even, np.concatenate([even[1:], [1.6]]).astype(np.float32), np.full(101, 0.5, np.float32)])
+    far, alike = numerics.clipped_scale(rows, "int4")[1:]
+    assert far < np.float32(1.6 / 7) and alike == np.float32(0.5 / 7)
+    np.testing.assert_array_equal(numerics.clipped_scale(np.zeros((2, 3), np.float32), "int4"), np.ones(2, np.float32))
 
 
 def test_four_bits_are_a_type_like_any_other() -> None:

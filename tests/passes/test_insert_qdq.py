@@ -233,6 +233,8 @@ def test_weights_shared_by_two_operators_are_stored_once(model_of: Build, quanti
     as_emulated(result)
     stored = {name for name in result.model.graph.initializers if name.startswith("w")}
     assert stored == {"w_scale", "w_zero_point", "w_quantized"}
+    [real] = {node.inputs[1] for node in result.model.graph if node.op_type == "MatMul"}
+    assert real.name == dequantized_name("w") and len(real.uses()) == 2, "and dequantized once"
 
 
 def test_weights_that_a_float_operator_reads_too_stay_for_it(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -91,6 +92,115 @@ CASES: dict[str, tuple[str, str, str, dict[str, Array], str]] = {
         "[1, 4]", "[1, 4]", f"n: v = Slice (xd, a, b, c, d) {BEHIND}",
         {"a": np.array([3]), "b": np.array([-9]), "c": np.array([1]), "d": np.array([-1])}, "goes backward",
     ),
+    "a scale per channel": (
+        "[1, 3]", "[1, 3]",
+        "v = Relu (xd)  n: q = QuantizeLinear <axis = 1> (v, t, u)  y = DequantizeLinear <axis = 1> (q, t, u)",
+        {"t": real(1, 2, 3), "u": ones(3)}, "a scale that is no single constant",
+    ),
+    "a zero point that is computed": (
+        "[1, 3]", "[1, 3]",
+        "v = Relu (xd)  u = Identity (z)  n: q = QuantizeLinear (v, s, u)  y = DequantizeLinear (q, s, z)",
+        {}, "a zero point that is no constant",
+    ),
+    "another type of codes": (
+        "[1, 3]", "[1, 3]",
+        "v = Relu (xd)  n: q = QuantizeLinear <output_dtype = 17> (v, s)  y = DequantizeLinear (q, s)",
+        {}, "has codes of float8e4m3fn",
+    ),
+    "a constant that is quantized": (
+        "[1, 3]", "[1, 3]",
+        "c = Identity (k)  n: q = QuantizeLinear (c, s, z)  d = DequantizeLinear (q, s, z)  y = Add (xd, d)",
+        {"k": real(1, 2, 3)}, "quantizes 'c', which is no activation",
+    ),
+    "another scale of sixteen bits": ("[1, 3]", "[1, 3]", "n: v = DequantizeLinear (xq, t, z)  y = Add (xd, v)",
+                                      {"z": np.int16(0), "t": real(3)}, "reads int16 codes at another scale"),
+    "a function of sixteen bits": ("[1, 3]", "[1, 3]", f"n: v = Sigmoid (xd) {BEHIND}", {"z": np.int16(0)},
+                                   "is a function of 16-bit codes"),
+    "bounds that are computed": ("[1, 3]", "[1, 3]", f"r = Identity (s)  n: v = Clip (xd, s, r) {BEHIND}",
+                                 {"z": np.int16(0)}, "reads 'r' in float"),
+    "several activations": (
+        "[1, 3]", "[1, 3]", f"t = Slice (xd, a, b, a)  n: v = Max (xd, t) {BEHIND}",
+        {"a": np.array([1]), "b": np.array([2])}, "is a function of several activations",
+    ),
+    "scales far apart": (
+        "[1, 3]", "[1, 3]",
+        f"r = Relu (xd)  q = QuantizeLinear (r, t, z)  d = DequantizeLinear (q, t, z)  n: v = Add (xd, d) {BEHIND}",
+        {"t": real(1e12)}, "its scales are out of proportion",
+    ),
+    "sixteen bits far apart": (
+        "[1, 3]", "[1, 3]", "v = Identity (xd)  n: q = QuantizeLinear (v, t, z)  y = DequantizeLinear (q, t, z)",
+        {"z": np.int16(0), "t": real(1e-12)}, "its scales are out of proportion",
+    ),
+    "another number of axes": ("[1, 4]", "[1, 1, 4]", f"r = Reshape (xd, h)  n: v = Add (xd, r) {BEHIND}",
+                               {"h": np.array([1, 1, 4])}, "joins shapes"),
+    "a product of other shapes": (
+        "[1, 4, 2, 2]", "[1, 4, 2, 2]", f"p = MaxPool <kernel_shape = [1, 2]> (xd)  n: v = Mul (xd, p) {BEHIND}", {},
+        "joins shapes (1, 4, 2, 2) and (1, 4, 2, 1)",
+    ),
+    "a product of sixteen bits": ("[4, 4]", "[4, 4]", f"t = Transpose (xd)  n: v = Mul (xd, t) {BEHIND}",
+                                  {"z": np.int16(0)}, "reads int16 codes"),
+    "tiny steps of a Softmax": (
+        "[1, 3]", "[1, 3]", "n: v = Softmax (xd)  q = QuantizeLinear (v, t, z)  y = DequantizeLinear (q, t, z)",
+        {"t": real(1e-12)}, "goes over 3 elements in steps of 1e-12",
+    ),
+    "a constant that widens": ("[1, 1]", "[1, 3]", f"n: v = Mul (xd, k) {BEHIND}", {"k": real(1, 2, 3)},
+                               "makes (1, 3) of (1, 1)"),
+    "a constant far away": ("[1, 3]", "[1, 3]", f"n: v = Add (xd, k) {BEHIND}", {"k": real(1, -1e12, 3)},
+                            "the constant of channel 1 is beyond int32"),
+    "a divisor that is computed": ("[1, 3]", "[1, 3]", f"n: v = Div (k, xd) {BEHIND}", {"k": real(1, 2, 3)},
+                                   "divides by an activation"),
+    "a constant per element": ("[1, 2, 2]", "[1, 2, 2]", f"n: v = Mul (xd, k) {BEHIND}",
+                               {"k": np.ones((2, 2), np.float32)}, "has a constant of shape (2, 2)"),
+    "a divisor of nothing": ("[1, 3]", "[1, 3]", f"n: v = Div (xd, k) {BEHIND}", {"k": real(1, 0, 3)},
+                             "divides by zero"),
+    "a bias that is computed": (
+        "[1, 4]", "[1, 3]", f"wd = DequantizeLinear (w, s)  b = Identity (k)  n: v = Gemm (xd, wd, b) {BEHIND}",
+        {"w": ones(4, 3), "k": real(1, 2, 3)}, "reads 'b' in float",
+    ),
+    "a bias far away": (
+        "[1, 4]", "[1, 3]", f"wd = DequantizeLinear (w, s)  n: v = Gemm (xd, wd, k) {BEHIND}",
+        {"w": ones(4, 3), "k": real(1, 2, 1e12)}, "the bias of channel 2 is beyond int32",
+    ),
+    "a negative alpha": (
+        "[1, 4]", "[1, 3]", f"wd = DequantizeLinear (w, s)  n: v = Gemm <alpha = -1.0> (xd, wd) {BEHIND}",
+        {"w": ones(4, 3)}, "has an alpha that is not positive",
+    ),
+    "a stack of weights": ("[2, 1, 4]", "[2, 1, 3]", f"wd = DequantizeLinear (w, s)  n: v = MatMul (xd, wd) {BEHIND}",
+                           {"w": ones(2, 4, 3)}, "has weights of rank 3"),
+    "bounds behind a join": (
+        "[1, 3]", "[1, 6]",
+        f"r = Relu (xd)  q = QuantizeLinear (r, t, z)  d = DequantizeLinear (q, t, z)"
+        f"  n: c = Concat <axis = 1> (xd, d)  v = Relu (c) {BEHIND}", {"t": real(0.3)}, "has a Relu or Clip behind it",
+    ),
+    "a constant that is joined": ("[1, 3]", "[1, 6]", f"n: v = Concat <axis = 1> (xd, k) {BEHIND}",
+                                  {"k": np.ones((1, 3), np.float32)}, "joins constants too"),
+    "several places": ("[1, 3]", "[1, 2]", f"n: v = Gather <axis = 1> (xd, k) {BEHIND}", {"k": np.array([0, 2])},
+                       "picks several places"),
+    "nothing left": ("[1, 3]", "[1, 0]", f"n: v = Slice (xd, a, a, a) {BEHIND}", {"a": np.array([1])},
+                     "leaves nothing over"),
+    "places of maxima": (
+        "[1, 1, 2, 2]", "[1, 1, 1, 1]", f"n: v, p = MaxPool <kernel_shape = [2, 2]> (xd)  o = Identity (p) {BEHIND}",
+        {}, "is asked for the places of its maxima",
+    ),
+    "a mean over very many": (
+        "[1, 1, 1, 70000]", "[1, 1, 1, 1]", f"n: v = AveragePool <kernel_shape = [1, 70000]> (xd) {BEHIND}",
+        {"z": np.int16(0)}, "beyond int32",
+    ),
+    "resized channels": ("[1, 1, 2, 2]", "[1, 2, 2, 2]", f"n: v = Resize (xd, , r) {BEHIND}", {"r": real(1, 2, 1, 1)},
+                         "resizes other axes"),
+    "other coordinates": (
+        "[1, 1, 2, 2]", "[1, 1, 4, 4]",
+        f'n: v = Resize <coordinate_transformation_mode = "tf_crop_and_resize"> (xd, o, r) {BEHIND}',
+        {"r": real(1, 1, 2, 2), "o": real(0, 0, 0, 0, 1, 1, 1, 1)}, "has coordinates 'tf_crop_and_resize'",
+    ),
+    "a pad that cuts": ("[1, 4]", "[1, 3]", f"n: v = Pad (xd, p) {BEHIND}", {"p": np.array([0, -1, 0, 0])},
+                        "cuts its input"),
+    "four bits": ("[1, 3]", "[1, 3]", f"n: v = Sigmoid (xd) {BEHIND}", {"z": ml_dtypes.int4(0)},
+                  "is a function of int4 codes"),
+    "four bits at another scale": (
+        "[1, 3]", "[1, 3]", "v = Identity (xd)  n: q = QuantizeLinear (v, t, z)  y = DequantizeLinear (q, t, z)",
+        {"z": ml_dtypes.int4(0), "t": real(3)}, "changes the scale of int4 codes",
+    ),
 }  # fmt: skip
 
 
@@ -98,7 +208,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Array], str]] = {
 def test_refusals_name_the_operator(model_of: Build, name: str) -> None:
     arriving, leaving, line, constants, fact = CASES[name]
     nodes = f"{QUANTIZE} {line}".replace("n: ", "")
-    model = model_of(f"(float{arriving} x) => (float{leaving} y) {{ {nodes} }}", opset=21, **SCALE, **constants)
+    model = model_of(f"(float{arriving} x) => (float{leaving} y) {{ {nodes} }}", opset=21, **(SCALE | constants))
     guilty = line.split("n: ")[1].split("= ")[1].split()[0]
     for node in model.graph:
         node.name = f"the {node.op_type}"
