@@ -89,7 +89,8 @@ class CudaBackend(Unpriced, Unbounded):
         kernels = {node: "cuda" for node, op in plan.ops.items()
                    if op.precision is Precision.INTEGER and not op.reason}  # fmt: skip
         sizes = {"weights, biases and multipliers": len(network.constants), "code of all architectures": len(code)}
-        placed = tuple(Placed(str(node.name), node.op_type) for node in model.graph if node.name in kernels)
+        # Everything: what has no kernel is refused.
+        placed = tuple(Placed(str(node.name), node.op_type) for node in model.graph if node.name in plan.ops)
         return Lowered((*written, REFERENCE), kernels, (), sizes, placement=placed)
 
     def size(self, model: ir.Model) -> int:
