@@ -254,7 +254,7 @@ def main() -> None:
         if not path.exists():
             Deepener(onnx.load(given.model)).write(depth, path)
         loaded = models.load(path)
-        one = {"weights": models.initializer_bytes(loaded)}
+        one: dict[str, Any] = {"weights": models.initializer_bytes(loaded)}
         one["bounded"] = measured(path, given.folder, memory.least(loaded))
         if one["weights"] < UNBOUNDED:
             one["free"] = measured(path, given.folder, None)

@@ -246,7 +246,7 @@ def byte_orders(canonical: ir.Model, samples: Sequence[Sample], target: Target, 
     widths = {structure.node_name(node): node for node in canonical.graph}
     corrections = {name: (0.0625,) * _channels(widths[name]) for name in names}
     both: list[Callable[[ir.Model], Any]] = [RoundWeights(codes), CorrectBias(corrections)]
-    _compare("RoundWeights and CorrectBias", *(_chain(inserted, order) for order in (both, both[::-1])), tally)
+    _compare("RoundWeights and CorrectBias", _chain(inserted, both), _chain(inserted, both[::-1]), tally)
     backwards = [RoundWeights(dict(reversed(codes.items()))), CorrectBias(dict(reversed(corrections.items())))]
     _compare("codes and corrections", _chain(inserted, both), _chain(inserted, backwards), tally)
 

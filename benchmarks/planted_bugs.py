@@ -147,7 +147,7 @@ def while_applied(bug: Bug) -> Iterator[list[int]]:
             finally:
                 total[0] += runs[0]
 
-    pipeline.Pipeline._run = run  # type: ignore[method-assign]
+    pipeline.Pipeline._run = run  # type: ignore[assignment, method-assign]
     try:
         yield total
     finally:
