@@ -171,7 +171,7 @@ QUANTIZE = [
         ("weights' scales from the mean instead of the largest", f"{PASSES}.allocate_bits:_weight_quant",
          "absmax = np.max(np.abs(weight),", "absmax = planted(np.mean)(np.abs(weight),"),
         ("weights' scales for codes of nine bits", "qcompile.core.numerics:symmetric_scale",
-         "code_range(dtype, symmetric=True)[1]", "(planted(2) * code_range(dtype, symmetric=True)[1])"),
+         "code_range(dtype)[1]", "(planted(2) * code_range(dtype)[1])"),
         ("ranges twice as wide", "qcompile.core.numerics:affine_scale",
          "_usable((most - least) / (qmax - qmin))", "_usable(planted(2) * (most - least) / (qmax - qmin))"),
     ),
@@ -189,7 +189,7 @@ QUANTIZE = [
         ("codes read as another input", f"{PASSES}.insert_qdq:_Writer.wrap_activation",
          "node.replace_input_with(index, real)", "node.replace_input_with(planted(0), real)"),
         ("rounding towards zero", "qcompile.core.numerics:quantize",
-         "np.rint(np.asarray(x, wide) / s)", "planted(np.trunc(np.asarray(x, wide) / s))"),
+         "codes = np.rint(", "codes = planted(np.trunc)("),
         applied=True,
     ),
     *_of(
@@ -201,13 +201,13 @@ QUANTIZE = [
     *_of(
         "RoundWeights", "feed-forward", f"{PASSES}.round_weights",
         ("codes of the other sign", ":RoundWeights.call",
-         "ir.tensor(codes, name=name)", "ir.tensor(planted(-codes), name=name)"),
+         "scratch.tensor(codes, name)", "scratch.tensor(planted(-codes), name)"),
         applied=True,
     ),
     *_of(
         "RoundWeights", "feed-forward", "qcompile.calib.rounding",
-        ("errors handed on with the wrong sign", ":gptq",
-         "left[row + 1 : stop] -= np.outer(", "left[row + 1 : stop] += planted(np.outer)("),
+        ("errors handed on with the wrong sign", ":_in_turn",
+         "left[..., row + 1 : stop, :] -= upper[", "left[..., row + 1 : stop, :] += planted(upper)["),
     ),
     *_of(
         "CorrectBias", "images", f"{PASSES}.correct_bias",

@@ -19,7 +19,7 @@ from qcompile.core import numerics, runtime, scratch
 from qcompile.core.contract import Effect, Track
 from qcompile.core.errors import BudgetError, ModelError, VerificationError
 from qcompile.core.lengths import Lengths
-from qcompile.core.plan import Precision, QuantPlan
+from qcompile.core.plan import Precision, QuantPlan, Role
 from qcompile.fidelity import Comparison, Fidelity
 from qcompile.passes import structure
 from qcompile.passes.insert_qdq import dequantized_name
@@ -183,8 +183,13 @@ class Proof:
                 fact = f"{measure} is {reached:.4g}, below the bound of {bound:g}{hint}"
                 raise BudgetError("--min-fidelity", fact, "give more calibration data or lower the bound")
 
-    def require_faithful_kernels(self) -> None:
+    def require_faithful_kernels(self, near: float = KERNEL_NEAR) -> None:
         """Hold the artifact to the QDQ model that it was lowered from.
+
+        Parameters
+        ----------
+        near : float
+            SQNR from the QDQ model, in dB, from which on kernels may add what noise they do.
 
         Raises
         ------
@@ -195,8 +200,7 @@ class Proof:
             if added.counted or (added.signal == 0.0 and added.largest <= KERNEL_ZERO):
                 continue
             reached, bound = self.inspected.outputs[name].sqnr, self.quantization.outputs[name].sqnr - TWICE
-            near = max(KERNEL_BOUND, min(bound, KERNEL_NEAR))
-            if added.sqnr < near and not reached >= bound:
+            if added.sqnr < max(KERNEL_BOUND, min(bound, near)) and not reached >= bound:
                 fact = (
                     f"output '{name}' is {added.sqnr:.1f} dB from the QDQ model and {reached:.1f} dB from float, which "
                     f"must be {bound:.1f} dB or more"
@@ -244,7 +248,9 @@ def prove(
             proof.quantization.add(expected, simulations[index])
             proof.rounding.add(simulations[index], found)
             proof.inspected.add(expected, found)
-    proof.require_faithful_kernels()
+    # Kernels that read codes of weights alone quantize what they multiply them by as they see fit.
+    codes = any(quant.role is Role.ACTIVATION for quant in plan.tensors.values())
+    proof.require_faithful_kernels(KERNEL_NEAR if codes else KERNEL_BOUND)
     return proof
 
 

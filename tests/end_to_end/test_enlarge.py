@@ -32,9 +32,9 @@ def test_ranges_are_of_made_samples_too_and_nothing_is_judged_on_them(qcompile, 
         measured.extend(feeds["x"].tobytes() in real for feeds in data)
         return collect(model, names, data, *rest)
 
-    def losing(reference, candidates, data, track):
+    def losing(reference, candidates, data, *rest):
         judged.extend(feeds["x"].tobytes() in real for feeds in data)
-        return losses(reference, candidates, data, track)
+        return losses(reference, candidates, data, *rest)
 
     def trying(self, samples, *rest):
         judged.extend(feeds["x"].tobytes() in real for feeds in samples)
