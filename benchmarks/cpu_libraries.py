@@ -152,9 +152,10 @@ def static(label: str, paths: Sequence[Path], kept: Path) -> Path:
 def inputs(model: Path, data: Path, most: int | None = None) -> list[Feeds]:
     """Return the first samples of data, or all."""
     wanted = [str(value.name) for value in models.load(model).graph.inputs]
-    with np.load(data) as arrays:
-        count = len(arrays[wanted[0]])
-        return [{key: arrays[key][index] for key in wanted} for index in range(min(most or count, count))]
+    with np.load(data) as file:
+        arrays = {key: file[key] for key in wanted}  # which an archive reads anew each time that it is asked
+    count = len(arrays[wanted[0]])
+    return [{key: arrays[key][index] for key in wanted} for index in range(min(most or count, count))]
 
 
 def least_sqnr(paths: Sequence[Path], candidate: Callable[[Feeds], Mapping[str, Any]]) -> float:
