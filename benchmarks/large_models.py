@@ -74,9 +74,9 @@ The folder goes with the compile, a file of it with its last reader. It lies whe
 for the model about twice over, and should not be a file system in memory.
 
 The least that can be asked for is one model in the runtime, which packs float weights anew for its kernels, with the
-QDQ model beside it whose layers are held against its own: 2.5 times the weights in float32, or five times the largest
-one (its codes are found in float64) where that is more; {base} MB for the process, and 512 MB for samples and what is
-summed up over them (less for small models).
+QDQ model beside it whose layers are held against its own: {held} times the weights in float32, {measured} times with
+data, or five times the largest one (its codes are found in float64) where that is more; {base} MB for the process, and
+512 MB for samples and what is summed up over them (less for small models).
 
 Layers are not run one by one: so a model larger than memory cannot be compiled.
 
@@ -253,8 +253,8 @@ def page(folder: Path) -> str:
     """Return the page about the figures in a folder."""
     without, with_data = (table(known(folder / name)) for name in ("figures.json", "calibrated.json"))
     return TEXT.format(
-        base=memory.BASE >> 20, evaluated=EVALUATED, calibrated=CALIBRATED, tokens=TOKENS,
-        without=without, with_data=with_data,
+        base=memory.BASE >> 20, held=memory.HELD, measured=memory.HELD + memory.LEFT, evaluated=EVALUATED,
+        calibrated=CALIBRATED, tokens=TOKENS, without=without, with_data=with_data,
     )  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def main() -> None:
             Deepener(onnx.load(given.model)).write(depth, path)
         loaded = models.load(path)
         one: dict[str, Any] = {"weights": models.initializer_bytes(loaded)}
-        one["bounded"] = measured(path, given.folder, memory.least(loaded), data)
+        one["bounded"] = measured(path, given.folder, memory.least(loaded, data=data is not None), data)
         if one["weights"] < UNBOUNDED:
             one["free"] = measured(path, given.folder, None, data)
             if one["free"]["files"] != one["bounded"]["files"]:
