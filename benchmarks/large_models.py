@@ -292,7 +292,7 @@ def main() -> None:
                 sys.exit(f"{path}: with a bound on memory other bytes were written")
         figures[str(depth)] = one
         kept.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        PAGE.write_text(page(given.folder), encoding="utf-8")
+    PAGE.write_text(page(given.folder), encoding="utf-8")
 
 
 if __name__ == "__main__":
