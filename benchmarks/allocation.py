@@ -206,7 +206,8 @@ all sizes, and at how many it is 2 dB or more; the same over greedy, and over th
 {summary}
 
 Spearman's coefficient between expected and measured noise of {random} random choices, no two alike (all 16 of a model
-with four weights), on samples held out and on evaluation data:
+with four weights), on samples held out and on evaluation data; artifacts run once, as a ratio of sums
+([pairs.md](pairs.md) has them sample by sample):
 
 | model | held out | evaluation |
 |---|---|---|

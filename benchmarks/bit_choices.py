@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from observers import widened
 
 from qcompile import driver, stages
 from qcompile.allocation import UNPACKING, Program, program_of
 from qcompile.calib.data import Dataset, Sample
+from qcompile.calib.output_error import OutputError
 from qcompile.calib.sections import at_scores
 from qcompile.calib.sensitivity import spread
 from qcompile.calibration import Calibration
@@ -20,6 +22,7 @@ from qcompile.compensation import HELD_OUT
 from qcompile.core import model as models
 from qcompile.core import numerics, packing, runtime
 from qcompile.core.numerics import IntArray
+from qcompile.core.plan import QuantPlan
 from qcompile.decision import planner
 from qcompile.equivalence import Equivalences
 from qcompile.fidelity import Comparison
@@ -142,6 +145,28 @@ class Subject:
         outputs = [structure.name_of(value) for value in self.canonical.graph.outputs]
         held_out, scores = map(self._summed, found)
         return Measured(held_out, scores, min(found[1][name] for name in outputs))
+
+    def by_sample(self, bits: Bits, repeats: int) -> tuple[float, float]:
+        """Quantize with these bits; return the mean over samples of each one's SQNR, held out and of evaluation data.
+
+        Its noise is the mean over so many runs, all but the first with the scales of activations a little wider.
+        """
+        sessions = []
+        for repeat in range(repeats):
+
+            def planned(of: Bits, repeat: int = repeat) -> QuantPlan:
+                return widened(self.program.planned(of), repeat)
+
+            quantized = quantized_in(self.canonical, planned, self.codes, bits)
+            sessions.append(runtime.Session(runtime.with_outputs(quantized, self.scores)))
+        found = []
+        for samples, expected in zip(self.samples, self.reference, strict=True):
+            error = OutputError()
+            for feeds, before in zip(samples, expected, strict=True):
+                scores = {name: before[name] for name in self.scores}
+                error.add(scores, *(session.run(feeds) for session in sessions))
+            found.append(numerics.decibel(1.0, error.value))
+        return found[0], found[1]
 
     def in_codes(self, bits: Bits, given: Mapping[str, IntArray]) -> tuple[float, float]:
         """Return the SQNR with what is in four bits alone in codes, on samples held out and on evaluation data.

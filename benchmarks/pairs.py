@@ -22,6 +22,7 @@ from allocation import NAMES, Judge
 from bit_choices import SAMPLES, Bits, Subject
 from catalog import ROOT, fetch
 
+from qcompile.calib.trials import SPREAD
 from qcompile.core import numerics
 from qcompile.weight_losses import EIGHT, FOUR, in_four, measure_pairs, tempered
 
@@ -32,6 +33,8 @@ WINDOW = 2
 PARTS = (0.06, 0.12, 0.25, 0.45, 0.7)
 #: Choices that are predicted to differ by more than this, in dB, are told apart.
 APART = 1.0
+#: Runs of an artifact where its noise is averaged over what widening its scales by up to `SPREAD` makes of it.
+REPEATS = 8
 HEAD = """# What losses predict, alone and in pairs
 
 Written by `python benchmarks/pairs.py`; do not edit. [allocation.md](allocation.md#pairs) says what pairs are. Each
@@ -50,8 +53,17 @@ prediction knows more of one than the other does.
 |---|---|---|---|---|---|
 {weights}
 
-Of artifacts, with everything quantized and all of the runtime's optimizations. *Apart*: of two choices that are
-predicted to differ by more than {apart:g} dB, how often artifacts come in that order on samples held out.
+Of artifacts, with everything quantized and all of the runtime's optimizations: the mean over samples of each one's
+SQNR, its noise averaged over {repeats} runs, all but the first with the scales of activations wider by up to
+{spread:.0%}: the yardstick of [observers.md](observers.md).
+
+| model | held out | with pairs | evaluation | with pairs | itself |
+|---|---|---|---|---|---|
+{sampled}
+
+The same artifacts run once, as a ratio of sums, in which the samples that lose most decide
+([why that tells less](allocation.md#predicted-and-measured)). *Apart*: of two choices
+that are predicted to differ by more than {apart:g} dB, how often artifacts come in that order on samples held out.
 
 | model | held out | with pairs | evaluation | with pairs | itself | apart |
 |---|---|---|---|---|---|---|
@@ -145,18 +157,26 @@ def measured(name: str, cache: Path | None, folder: Path) -> Mapping[str, list[o
     return found
 
 
-#: What is measured, and its predictions without and with pairs.
-WEIGHTS = "weights", ("weights_predicted", "weights_paired")
-ARTIFACT = "artifact", ("predicted", "paired")
+def by_sample(name: str, cache: Path | None, folder: Path) -> list[tuple[float, float]]:
+    """Return what artifacts of the random choices have, sample by sample, from the folder where it is there."""
+    file = folder / f"{name}-by-sample-{REPEATS}.json"
+    if not file.exists():
+        subject = Subject.load(name, fetch(name, cache), folder)
+        file.write_text(json.dumps([subject.by_sample(bits, REPEATS) for bits in Judge(subject).drawn()]))
+    return [(held_out, evaluation) for held_out, evaluation in json.loads(file.read_text())]
 
 
-def ranks(name: str, rows: Sequence[Row], what: str, ways: Sequence[str]) -> str:
+#: Predictions without and with pairs, of weights alone and of artifacts.
+WEIGHTS, ARTIFACTS = ("weights_predicted", "weights_paired"), ("predicted", "paired")
+
+
+def ranks(name: str, rows: Sequence[Row], measured: Sequence[tuple[float, float]], ways: Sequence[str]) -> str:
     """Return a model's row of Spearman's coefficients, of predictions and of what was measured itself."""
 
     def spearman(first: Sequence[float], second: Sequence[float]) -> str:
         return f"{float(scipy.stats.spearmanr(first, second).statistic):.2f}"
 
-    seen = [[getattr(row, what)[kind] for row in rows] for kind in (0, 1)]
+    seen = list(zip(*measured, strict=True))
     cells = [spearman([getattr(row, way) for row in rows], of) for of in seen for way in ways]
     cells.append(spearman(*seen))
     return f"| {name} | {' | '.join(cells)} |"
@@ -202,20 +222,26 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, required=True, help="where calibrations and codes are kept")
     words = parser.parse_args()
     words.measured.mkdir(parents=True, exist_ok=True)
-    tables: list[list[str]] = [[], [], [], []]
+    tables: list[list[str]] = [[], [], [], [], []]
     for name in words.names or NAMES:
         start = time.perf_counter()
         found = measured(name, words.cache, words.measured)
         random = [read(entry) for entry in found["random"]]  # type: ignore[arg-type]
         other = [(read(of[0]), read(of[1])) if of else None for of in found["changes"]]  # type: ignore[index]
-        rows = ranks(name, random, *WEIGHTS), ranks(name, random, *ARTIFACT) + apart(random)
+        rows = (
+            ranks(name, random, [row.weights for row in random], WEIGHTS),
+            ranks(name, random, by_sample(name, words.cache, words.measured), ARTIFACTS),
+            ranks(name, random, [row.artifact for row in random], ARTIFACTS) + apart(random),
+        )
         for table, row in zip(tables, (*rows, errors(name, random), changes(name, other)), strict=True):
             table.append(row)
             print(row, flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    weights, artifacts, wrong, changed = ("\n".join(table) for table in tables)
-    head = HEAD.format(window=WINDOW, samples=SAMPLES, apart=APART, sizes=len(PARTS), weights=weights,
-                       artifacts=artifacts, errors=wrong, changes=changed)  # fmt: skip
+    weights, sampled, artifacts, wrong, changed = ("\n".join(table) for table in tables)
+    told = {"weights": weights, "sampled": sampled, "artifacts": artifacts, "errors": wrong, "changes": changed}
+    head = HEAD.format(
+        window=WINDOW, samples=SAMPLES, repeats=REPEATS, spread=SPREAD, apart=APART, sizes=len(PARTS), **told
+    )
     PAGE.write_text(head, encoding="utf-8")
 
 
