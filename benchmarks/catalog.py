@@ -33,7 +33,7 @@ on it, for models that classify.
 
 [peers.md](peers.md) has eleven of them beside what other quantizers make of them, setting by setting, with plots;
 [large-models.md](large-models.md) what memory and time a compile takes by the size of its model, from 0.27 to 2.2 GB of
-weights without data, to 1.1 GB with.
+weights, without data and with.
 
 {machine}
 
