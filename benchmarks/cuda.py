@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import importlib.util
 import json
 import shutil
 import statistics
@@ -238,6 +239,21 @@ def measure(folder: Path) -> dict[str, Any]:
     return found
 
 
+def obstacle(folder: Path, timed: bool) -> str:
+    """Return in one line why nothing can be checked, or timed, here; nothing where it can."""
+    if not all((folder / name).is_file() for name in ("plan.json", "driver.py")):
+        return f"{folder}: was not made by 'prepare'; python benchmarks/cuda.py prepare FOLDER, where qcompile is"
+    if timed and importlib.util.find_spec("torch") is None:
+        return "torch: is not installed, which figures stand beside; pip install torch, or 'check' without it"
+    try:
+        importlib.import_module("driver").Driver()
+    except OSError as error:
+        return str(error)
+    if timed and not importlib.import_module("torch").cuda.is_available():
+        return "torch: finds no device, or is a build for processors alone; pip install torch with CUDA"
+    return ""
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,11 +272,13 @@ def main() -> None:
     if given.what == "prepare":
         sys.path.insert(0, str(HERE.parent / "tests"))
         prepare(given.folder, given.architecture, given.lite0, given.network)
-    elif given.what == "check":
-        sys.path.insert(0, str(given.folder))
+        return
+    sys.path.insert(0, str(given.folder))
+    if said := obstacle(given.folder, given.what == "measure"):
+        sys.exit(said)
+    if given.what == "check":
         sys.exit(check(given.folder) > 0 or check_gemv(given.folder) > 1.0)
     else:
-        sys.path.insert(0, str(given.folder))
         (given.folder / "figures.json").write_text(json.dumps(measure(given.folder), indent=1) + "\n")
 
 

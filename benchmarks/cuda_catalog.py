@@ -1,10 +1,12 @@
 """Compile every model of the catalogue for `cuda` and `cuda:tensorrt` and write docs/cuda-figures.md.
 
     python benchmarks/cuda_catalog.py MODELS [NAME ...] --rows ROWS.jsonl [--target TARGET ...] [--data no|yes ...]
+                                      [--older ROWS.jsonl ...]
 
 MODELS is a folder with one folder per model: model.onnx, and calib and eval, each as .npz or as a folder. No GPU is
 needed: artifacts are verified on the CPU provider. A row is appended to ROWS.jsonl as soon as it is there, and what has
-one is not compiled again; the page is written of all of them.
+one is not compiled again; the page is written of all of them. Rows of an earlier revision (`--older`) stand in for what
+has none then, and are marked.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from qcompile import Options, QcompileError, compile
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/cuda-figures.md"
 TARGETS = ("cuda", "cuda:tensorrt")
+#: What marks rows of an earlier revision.
+OLDER = " †"
 NOT_MODELS = ("packages", "committed")
 HEAD = """# CUDA: figures
 
@@ -30,7 +34,8 @@ do. No GPU was there: SQNR is that of the artifact on ONNX Runtime's CPU provide
 that loses most; of one random input where no data was given), and there are no times. Integers: operators computed on
 codes, and those with weights that are codes in the file, of all. Device: nodes that the CUDA provider has kernels for,
 by the table of its kernels, and those that it leaves to the host. Products: MatMul and Gemm that read codes of weights
-(MatMulNBits). float32: nodes that stay so because float16 does not hold them. Size is over float's.
+(MatMulNBits). float32: nodes that stay so because float16 does not hold them. Size is over float's. An artifact of
+`cuda:tensorrt` that broke one of TensorRT's rules would not have been written.
 
 | model | target | data | integers | device + host | products | float32 | size | SQNR, dB | compile, s |
 |---|---|---|---|---|---|---|---|---|---|
@@ -69,17 +74,20 @@ def row(folder: Path, target: str, given: bool) -> dict[str, Any]:
         "single": sum(refusal["stage"] == "Halve" for refusal in report["refusals"]),
         "ratio": report["size"]["ratio"],
         "sqnr": min(ratios, default=None),
+        "exact": all(measures["exact"] for measures in report["fidelity"]["outputs"].values()),
         "seconds": round(time.perf_counter() - start),
     }
 
 
 def line(found: dict[str, Any]) -> str:
     """Return a row of the table."""
-    cells = [found["model"], f"`{found['target']}`", "yes" if found["data"] else "no"]
+    name = f"{found['model']}{OLDER if found.get('older') else ''}"
+    cells = [name, f"`{found['target']}`", "yes" if found["data"] else "no"]
     if "refused" in found:
         return f"| {' | '.join([*cells, found['refused'].replace('|', '/'), *[''] * 6])} |"
     on_codes = f"{found['integer']} + {found['weight_only']} of {found['operators']}"
-    sqnr = "exact" if found["sqnr"] is None else f"{found['sqnr']:.1f}"
+    unmeasured = "exact" if found.get("exact") else "not finite"
+    sqnr = unmeasured if found["sqnr"] is None else f"{found['sqnr']:.1f}"
     cells += [on_codes, f"{found['device']} + {found['host']}", str(found["products"]), str(found["single"]),
               f"{found['ratio']:.2f}x", sqnr, str(found["seconds"])]  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -90,10 +98,20 @@ def page(rows: list[dict[str, Any]]) -> str:
     ordered = sorted(rows, key=lambda one: (one["model"], one["target"], one["data"]))
     hosts = sorted({(one["model"], reason) for one in rows for reason in one.get("hosts", ())})
     left = "".join(f"- {model}: {reason}\n" for model, reason in hosts)
-    tail = f"\n## Left to the host\n\n{left}" if left else ""
+    tail = "\n†: by an earlier revision of the compiler.\n" if any(one.get("older") for one in rows) else ""
+    tail += f"\n## Left to the host\n\n{left}" if left else ""
     if missing := absent(rows):
         tail += f"\n## Not compiled for this page\n\n{missing}"
     return HEAD + "".join(line(one) + "\n" for one in ordered) + tail
+
+
+def filled(rows: list[dict[str, Any]], older: list[Path]) -> list[dict[str, Any]]:
+    """Return rows, and earlier ones for what has none: the first that is there."""
+    found = {(one["model"], one["target"], one["data"]): one for one in rows}
+    for file in older:
+        for one in map(json.loads, file.read_text().splitlines()):
+            found.setdefault((one["model"], one["target"], one["data"]), one | {"older": True})
+    return list(found.values())
 
 
 def absent(rows: list[dict[str, Any]]) -> str:
@@ -116,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--data", action="append", choices=("no", "yes"), help="Compile without data, with, or both.")
+    parser.add_argument("--older", type=Path, action="append", default=[], help="Rows of an earlier revision.")
     arguments = parser.parse_args()
     arguments.rows.touch()
     rows = [json.loads(text) for text in arguments.rows.read_text().splitlines()]
@@ -131,7 +150,7 @@ def main() -> None:
                 with arguments.rows.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(line(rows[-1]), flush=True)
-    PAGE.write_text(page(rows), encoding="utf-8")
+    PAGE.write_text(page(filled(rows, arguments.older)), encoding="utf-8")
 
 
 if __name__ == "__main__":

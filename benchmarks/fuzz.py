@@ -1,6 +1,7 @@
 """Compile files that were damaged and models that were drawn at random; write what came of it to docs/fuzzing.md.
 
-    python benchmarks/fuzz.py [--damaged 20000] [--drawn 2000] [--jobs 2] [--seed 0] [--cache DIR] [--keep DIR]
+    python benchmarks/fuzz.py [--damaged 20000] [--drawn 2000] [--jobs 1] [--seed 0] [--cache DIR] [--keep DIR]
+                              [--results FILE]
 
 Each compile runs in a process that has done others before it, as a service would. Wanted is an artifact, or one line
 and an exit code. Anything else is a finding, and is kept in --keep: a traceback, an internal error, more than one line,
@@ -10,6 +11,9 @@ Damaged files are those of the repository, and with --cache those of the catalog
 flipped, lost, doubled, put in or taken from elsewhere, most of them outside the numbers of large tensors, which would
 only become other numbers. They are compiled with everything in float and with everything in integers, in turns. Drawn
 models are those of the tests' generator, with samples for their inputs.
+
+How each case ended is a line of --results; those that stand there are not run again, so that a run that was cut off
+goes on. They are of the code of their time: what changes it wants another file.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,10 +29,12 @@ import random
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +136,7 @@ def damaged_cases(count: int, seed: int, files: Sequence[Path], folder: Path) ->
     for index in range(count):
         chance = random.Random(f"{seed}/{index}")
         which = chance.randrange(len(contents))
-        path = folder / f"damaged-{index}.onnx"
+        path = folder / f"damaged-{seed}-{index}.onnx"
         path.write_bytes(damaged(contents[which], spans[which], contents, chance))
         yield Case(path.stem, (str(path), *MODES[index % len(MODES)]))
 
@@ -154,7 +161,7 @@ def drawn_cases(count: int, seed: int, folder: Path) -> Iterator[Case]:
 
     keep()
     for index, proto in enumerate(protos[:count]):
-        path, data = folder / f"drawn-{index}.onnx", folder / f"drawn-{index}.npz"
+        path, data = folder / f"drawn-{seed}-{index}.onnx", folder / f"drawn-{seed}-{index}.npz"
         onnx.save(proto, path)
         generator = np.random.default_rng((seed, index))
         arrays: dict[str, Any] = {value.name: _samples(value, generator) for value in proto.graph.input}
@@ -252,38 +259,83 @@ def _resident(pid: int) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def share(
-    cases: Iterator[Case], keep: Path | None, tell: Callable[[str], None]
-) -> tuple[Counter[str], list[str], float, int]:
-    """Run cases; return counts by how they ended, findings, the seconds of the slowest and the most memory."""
-    server, counts, findings, slowest, peak = Server(), Counter[str](), [], 0.0, 0
-    for number, case in enumerate(cases):
-        ended = server.run(case)
-        counts[str(ended.code)] += 1
-        slowest, peak = max(slowest, ended.seconds), max(peak, ended.peak)
-        if ended.finding:
-            findings.append(f"{case.name}: {ended.finding}")
-            tell(findings[-1])
-        for path in {Path(word) for word in case.words if word.endswith((".onnx", ".npz"))}:
-            if ended.finding and keep:
-                (keep / path.name).write_bytes(path.read_bytes())
-            path.unlink()
-        if number % 100 == 99:
-            tell(f"{number + 1} cases, {dict(counts)}, {len(findings)} findings")
-    server.stop()
-    return counts, findings, slowest, peak
+class Results:
+    """How cases ended, a line of a file for each.
+
+    Parameters
+    ----------
+    path : Path, optional
+        Lines that stand there already are taken for what they say.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self.ended: dict[str, Ended] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else ():
+            fields = json.loads(line)
+            name = fields.pop("name")
+            self.ended[name] = Ended(**fields)
+
+    def add(self, name: str, ended: Ended) -> None:
+        """Keep how a case ended."""
+        with self._lock:
+            self.ended[name] = ended
+            if self._path:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"name": name} | asdict(ended)) + "\n")
+            if ended.finding:
+                print(f"{name}: {ended.finding}", flush=True)
+            if len(self.ended) % 100 == 0:
+                print(f"{len(self.ended)} cases", flush=True)
 
 
-def row(what: str, counts: Counter[str], findings: Sequence[str], slowest: float, peak: int) -> str:
+def run_all(cases: Iterator[Case], jobs: int, keep: Path | None, results: Results) -> list[Ended]:
+    """Run cases that the results do not have, in so many processes; return how each case ended, the others too."""
+    names: list[str] = []
+    lock = threading.Lock()
+
+    def following() -> Case | None:
+        with lock:
+            for case in cases:
+                names.append(case.name)
+                if case.name not in results.ended:
+                    return case
+                _remove(case)
+        return None
+
+    def work() -> None:
+        server = Server()
+        while case := following():
+            ended = server.run(case)
+            results.add(case.name, ended)
+            _remove(case, keep if ended.finding else None)
+        server.stop()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(work) for _ in range(jobs)]:
+            future.result()
+    return [results.ended[name] for name in names]
+
+
+def _remove(case: Case, keep: Path | None = None) -> None:
+    """Take away the files of a case, or put them into a folder."""
+    for path in {Path(word) for word in case.words if word.endswith((".onnx", ".npz"))}:
+        if keep:
+            (keep / path.name).write_bytes(path.read_bytes())
+        path.unlink()
+
+
+def row(what: str, ended: Sequence[Ended]) -> str:
     """Return a line of the table."""
+    counts = Counter(str(one.code) for one in ended)
     refused = ", ".join(f"{code}: {count:,}" for code, count in sorted(counts.items()) if code not in ("0", "-1"))
     cells = [
-        f"{sum(counts.values()):,} {what}",
+        f"{len(ended):,} {what}",
         f"{counts['0']:,}",
         refused,
-        str(len(findings)),
-        f"{slowest:.1f}",
-        f"{peak / 1e6:.0f}",
+        str(sum(one.finding is not None for one in ended)),
+        f"{max((one.seconds for one in ended), default=0.0):.1f}",
+        f"{max((one.peak for one in ended), default=0) / 1e6:.0f}",
     ]
     return f"| {' | '.join(cells)} |\n"
 
@@ -293,23 +345,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile damaged files and random models; write docs/fuzzing.md.")
     parser.add_argument("--damaged", type=int, default=20_000)
     parser.add_argument("--drawn", type=int, default=2_000)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="folder of the fetched models")
     parser.add_argument("--keep", type=Path, help="folder for what was found")
+    parser.add_argument("--results", type=Path, help="file of how each case ended; a run goes on from there")
     options = parser.parse_args()
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
     files = sorted(ROOT.glob("models/*.onnx")) + sorted(ROOT.glob("tests/**/*.onnx"))
     files += sorted(options.cache.glob("*/model.onnx")) if options.cache else []
     files = [path for path in files if path.stat().st_size < MOST]
-    rows = []
+    rows, results = [], Results(options.results)
     with tempfile.TemporaryDirectory() as folder:
         cases = {
             f"damaged files, of {len(files)}": damaged_cases(options.damaged, options.seed, files, Path(folder)),
             "random models": drawn_cases(options.drawn, options.seed, Path(folder)),
         }
         for what, some in cases.items():
-            rows.append(row(what, *share(some, options.keep, lambda line: print(line, flush=True))))
+            rows.append(row(what, run_all(some, options.jobs, options.keep, results)))
             print(rows[-1], end="", flush=True)
     PAGE.write_text(HEAD.format(seconds=SECONDS, giga=BYTES / 1024**3) + "".join(rows), encoding="utf-8")
 

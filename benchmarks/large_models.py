@@ -1,11 +1,12 @@
 """Compile one language model at several depths, with and without a bound on memory; write docs/large-models.md.
 
-    python benchmarks/large_models.py MODEL.onnx EVAL.npz --folder DIR [--depths 3 22 60 140]
+    python benchmarks/large_models.py MODEL.onnx EVAL.npz --folder DIR [--depths 3 22 60 140] [--calib CALIB.npz]
 
 MODEL is the catalog's smollm2-135m, with its data. A model of n layers has each of its layers about n / 30 times in a
 row, and each copy adds that part of what the layer adds, so that the function stays near the original's; of fewer than
 30 layers, some are left out. Weights are float32, in external data. Models and figures stay in DIR: the page has all
-depths that were ever measured there.
+depths that were ever measured there. With --calib compiles are with samples of that archive, without it without any:
+the page has a table of each.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from qcompile.core import model as models
 PAGE = Path(__file__).parent.parent / "docs/large-models.md"
 #: Layers of the models, and of the one that they are made of.
 DEPTHS, LAYERS = (3, 22, 60, 140), 30
-#: Samples to evaluate on, and how many tokens each has.
-EVALUATED, TOKENS = 2, 16
+#: Samples to evaluate on and to calibrate with, and how many tokens each has.
+EVALUATED, CALIBRATED, TOKENS = 2, 4, 16
 #: Where a tensor begins in a file: at a page of memory.
 PAGE_BYTES = 4096
 #: Tensors of more elements than this are given noise of a thousandth, each its own.
@@ -73,24 +74,33 @@ The folder goes with the compile, a file of it with its last reader. It lies whe
 for the model about twice over, and should not be a file system in memory.
 
 The least that can be asked for is one model in the runtime, which packs float weights anew for its kernels, with the
-QDQ model beside it whose layers are held against its own: 2.5 times the weights in float32, or five times the largest
-one (its codes are found in float64) where that is more; {base} MB for the process, and 512 MB for samples and what is
-summed up over them (less for small models).
+QDQ model beside it whose layers are held against its own: {held} times the weights in float32, {measured} times with
+data, or five times the largest one (its codes are found in float64) where that is more; {base} MB for the process, and
+512 MB for samples and what is summed up over them (less for small models).
 
 Layers are not run one by one: so a model larger than memory cannot be compiled.
 
 ## Measured
 
-smollm2-135m with its layers repeated, no two tensors alike, in external data: `--target cpu --activations none`
-without data (weights in int8, rounded to nearest), {evaluated} samples of {tokens} tokens to evaluate, each compile in
-a process of its own with a bound. Those below 0.6 GB were compiled without a bound too, and all
-files that the manifest lists were the same. With data, which is GPTQ besides, that is so too for 3 layers:
-its peak was 1.17 GB, 1.40 without a bound, in 35 s. Peak: ru_maxrss. Time: of the processor, user and system, on
-two cores of a machine that others used meanwhile. All bytes in GB, which are 10⁹ bytes.
+smollm2-135m with its layers repeated, no two tensors alike, in external data: `--target cpu --activations none`,
+{evaluated} samples of {tokens} tokens to evaluate, each compile in a process of its own with the least bound that is
+not refused. Those below 0.6 GB were compiled without a bound too, and all files that the manifest lists were the same.
+Peak: ru_maxrss. Time: of the processor, user and system, on two cores of a machine that others used meanwhile. All
+bytes in GB, which are 10⁹ bytes.
 
+Without data: weights in int8, rounded to nearest.
+
+{without}
+
+With data, {calibrated} samples of {tokens} tokens: weights are rounded by GPTQ, which runs the model and sums up second
+moments of what each operator reads.
+
+{with_data}
+"""
+#: Of each table.
+COLUMNS = """\
 | layers | weights, GB | artifact | SQNR, dB | bound | peak | over weights | peak without | time, s | s/GB |
 |---|---|---|---|---|---|---|---|---|---|
-{rows}
 """
 
 
@@ -180,7 +190,7 @@ def _store(graph: onnx.GraphProto, tensor: onnx.TensorProto, name: str, factor: 
     array.tofile(data)
 
 
-def measured(model: Path, folder: Path, bound: int | None) -> dict[str, Any]:
+def measured(model: Path, folder: Path, bound: int | None, data: Path | None) -> dict[str, Any]:
     """Compile in a process of its own, and return what that took.
 
     Parameters
@@ -190,11 +200,13 @@ def measured(model: Path, folder: Path, bound: int | None) -> dict[str, Any]:
         With the samples.
     bound : int, optional
         Bytes.
+    data : Path, optional
+        Samples to calibrate with.
     """
     output = folder / "artifact"
     shutil.rmtree(output, ignore_errors=True)
-    data = ["--eval", folder / "eval.npz", "-o", output, "--quiet"]
-    words = [model, "--target", "cpu", "--activations", "none", *data]
+    words = [model, "--target", "cpu", "--activations", "none", "--eval", folder / "eval.npz", "-o", output, "--quiet"]
+    words += [] if data is None else ["--data", data]
     words += [] if bound is None else ["--max-memory", f"{bound}B"]
     began = time.perf_counter()
     with subprocess.Popen([sys.executable, "-m", "qcompile", *map(str, words)]) as process:
@@ -223,8 +235,8 @@ def sampled(source: Path, count: int, target: Path) -> None:
         np.savez(target, input_ids=archive["input_ids"][:count, :, :TOKENS])
 
 
-def page(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the page."""
+def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table of compiles by depth."""
     rows = []
     for depth, one in sorted(figures.items(), key=lambda pair: int(pair[0])):
         held, free = one["bounded"], one.get("free")
@@ -234,7 +246,22 @@ def page(figures: Mapping[str, Mapping[str, Any]]) -> str:
             f"{held['peak'] / 1e9:.2f} | {held['peak'] / one['weights']:.1f} | {unbounded} | {held['seconds']:.0f} | "
             f"{held['seconds'] / giga:.0f} |"
         )
-    return TEXT.format(base=memory.BASE >> 20, rows="\n".join(rows), evaluated=EVALUATED, tokens=TOKENS)
+    return COLUMNS + "\n".join(rows)
+
+
+def page(folder: Path) -> str:
+    """Return the page about the figures in a folder."""
+    without, with_data = (table(known(folder / name)) for name in ("figures.json", "calibrated.json"))
+    return TEXT.format(
+        base=memory.BASE >> 20, held=memory.HELD, measured=memory.HELD + memory.LEFT, evaluated=EVALUATED,
+        calibrated=CALIBRATED, tokens=TOKENS, without=without, with_data=with_data,
+    )  # fmt: skip
+
+
+def known(path: Path) -> dict[str, Any]:
+    """Return the figures in a file, by depth."""
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return figures
 
 
 def main() -> None:
@@ -244,25 +271,28 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="For models and figures, outside of the repository.")
     parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS)
+    parser.add_argument("--calib", type=Path, help="Archive of samples to calibrate with.")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     sampled(given.data, EVALUATED, given.folder / "eval.npz")
-    kept = given.folder / "figures.json"
-    figures = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    kept, data = given.folder / ("calibrated.json" if given.calib else "figures.json"), None
+    if given.calib:
+        sampled(given.calib, CALIBRATED, data := given.folder / "calib.npz")
+    figures = known(kept)
     for depth in given.depths:
         path = given.folder / f"layers{depth}.onnx"
         if not path.exists():
             Deepener(onnx.load(given.model)).write(depth, path)
         loaded = models.load(path)
         one: dict[str, Any] = {"weights": models.initializer_bytes(loaded)}
-        one["bounded"] = measured(path, given.folder, memory.least(loaded))
+        one["bounded"] = measured(path, given.folder, memory.least(loaded, data=data is not None), data)
         if one["weights"] < UNBOUNDED:
-            one["free"] = measured(path, given.folder, None)
+            one["free"] = measured(path, given.folder, None, data)
             if one["free"]["files"] != one["bounded"]["files"]:
                 sys.exit(f"{path}: with a bound on memory other bytes were written")
         figures[str(depth)] = one
         kept.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        PAGE.write_text(page(figures), encoding="utf-8")
+        PAGE.write_text(page(given.folder), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,11 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import AbstractContextManager, contextmanager, suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import cycle
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Self, TypeVar
 
 import onnx
@@ -205,15 +208,83 @@ def _threads(count: int) -> Iterator[_Team]:
 
 @contextmanager
 def _processes(count: int) -> Iterator[_Team]:
-    # A fork would copy the locks of the runtime's threads, but not the threads that release them.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, _begin) as pool:
-        yield _Team(pool, count * SHARES)
+    context = _Spawning()
+    with ExitStack() as stack:
+        # One pool for each: one that breaks as it starts a further process waits for that without end, or fails (3.11).
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context, _begin)) for _ in range(count)]
+        try:
+            yield _Team(_InTurn(pools), count * SHARES, context.require_all)
+        except BaseException:
+            context.end()
+            raise
+
+
+class _InTurn(Executor):
+    """Deals tasks out to several executors."""
+
+    def __init__(self, pools: Sequence[Executor]) -> None:
+        self._pools = cycle(pools)
+
+    def submit(self, task: Callable[..., T], /, *given: Any, **named: Any) -> Future[T]:
+        return next(self._pools).submit(task, *given, **named)
+
+
+class _Process(SpawnProcess):
+    """Started whole, whenever Ctrl-C comes, and deaf to it until it is prepared: it would print a traceback."""
+
+    def start(self) -> None:
+        with _interrupted_later():
+            super().start()
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Keep Ctrl-C from this block and from the processes that it starts, whichever thread hears it."""
+    heard: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    here = handler is not None and threading.current_thread() is threading.main_thread()
+    if here:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if here:
+            signal.signal(signal.SIGINT, handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
+
+
+class _Spawning(SpawnContext):
+    """Starts processes and remembers them, because pools wait for all that runs, whatever it was that went wrong.
+
+    They are spawned: a fork would copy the locks of the runtime's threads, but not the threads that release them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[_Process] = []
+
+    def Process(self, *given: Any, **named: Any) -> _Process:  # type: ignore[override]  # noqa: N802
+        process = _Process(*given, **named)
+        self.started.append(process)
+        return process
+
+    def require_all(self) -> None:
+        if any(process.exitcode is not None for process in self.started):
+            raise BrokenProcessPool("a process ended, and the pool did not notice")
+
+    def end(self) -> None:
+        for process in self.started:
+            if process.pid is not None:
+                process.kill()
 
 
 def _begin() -> None:
     """Prepare a process: it ends in silence with the one that started it, whatever ends that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -32,6 +32,8 @@ HELD = 2.5
 #: What the largest of the weights takes while it is rounded, in parts of it: its codes in float64, and as a matrix. No
 #: model is held then. Beside both there are `sensitivity.MEMORY` of samples, or second moments of about two weights.
 ROUNDED = 5.0
+#: What is left of rounding to data while the results are compared, in parts of the weights in float32.
+LEFT = 0.25
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,18 +52,27 @@ def within_memory(stage: Callable[P, R]) -> Callable[P, R]:
     return within
 
 
-def least(model: ir.Model, held: int = 1) -> int:
-    """Return the bytes that a compile takes at least, as is to be expected, with so many models held at once."""
+def least(model: ir.Model, held: int = 1, data: bool = False) -> int:
+    """Return the bytes that a compile takes at least, as is to be expected, with so many models held at once.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    held : int
+    data : bool
+        Weights are rounded with regard to data.
+    """
     tensors = [value.const_value for value in models.initializers(model) if value.const_value is not None]
     sizes = [4 * one.size if one.dtype.is_floating_point() else one.nbytes for one in tensors]
     whole, largest = sum(sizes), max(sizes, default=0)
-    return BASE + min(MEMORY, 2 * whole) + int(max(held * HELD * whole, ROUNDED * largest))
+    parts = held * HELD + (LEFT if data else 0.0)
+    return BASE + min(MEMORY, 2 * whole) + int(max(parts * whole, ROUNDED * largest))
 
 
 def holds(options: Options, model: ir.Model, held: int) -> bool:
     """Tell whether so many models may be held at once."""
     bound = _bound(options)
-    return bound is None or least(model, held) <= bound
+    return bound is None or least(model, held, options.data is not None) <= bound
 
 
 def threads(options: Options, model: ir.Model) -> int:
@@ -76,8 +87,9 @@ def threads(options: Options, model: ir.Model) -> int:
     if bound is None:
         return options.threads
     if not holds(options, model, 1):
-        fact = f"has no room for a model whose compile takes {_text(least(model))} at least"
-        raise BudgetError(f"{FLAG} {options.max_memory}", fact, f"give {_text(least(model))} or more, or leave it out")
+        needed = _text(least(model, data=options.data is not None))
+        fact = f"has no room for a model whose compile takes {needed} at least"
+        raise BudgetError(f"{FLAG} {options.max_memory}", fact, f"give {needed} or more, or leave it out")
     return next(count for count in range(options.threads, 0, -1) if count == 1 or holds(options, model, count))
 
 

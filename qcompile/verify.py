@@ -197,7 +197,8 @@ class Proof:
             If the target's kernels add more error than quantization did.
         """
         for name, added in self.rounding.outputs.items():
-            if added.counted or (added.signal == 0.0 and added.largest <= KERNEL_ZERO):
+            silent = added.signal == 0.0 and added.largest <= KERNEL_ZERO and not added.broken
+            if added.counted or silent:
                 continue
             reached, bound = self.inspected.outputs[name].sqnr, self.quantization.outputs[name].sqnr - TWICE
             if added.sqnr < max(KERNEL_BOUND, min(bound, near)) and not reached >= bound:

@@ -91,6 +91,12 @@ def test_kernels_that_add_more_than_quantization_did() -> None:
         Proof(lambda feeds: {}, quantization=exact, rounding=moved, inspected=moved).require_faithful_kernels()
 
 
+def test_an_artifact_that_is_nan_where_the_model_is_not_stops_the_compile() -> None:
+    broken = compared(np.full_like(Y, np.nan))
+    with pytest.raises(VerificationError, match="-inf dB from the QDQ model and -inf dB from float"):
+        Proof(lambda feeds: {}, quantization=compared(Y), rounding=broken, inspected=broken).require_faithful_kernels()
+
+
 def test_kernels_may_draw_other_noise_of_the_same_power() -> None:
     one, other = (Y + np.float32([[0.5, -0.5, 0.5, -0.5]]) * sign for sign in (1.0, -1.0))
     draws = {"quantization": compared(one), "rounding": compared(other, one), "inspected": compared(other)}

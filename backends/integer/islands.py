@@ -13,6 +13,7 @@ from qcompile.backends.integer.lower_affine import is_affine
 from qcompile.backends.integer.lower_blocks import lower_blocks, lower_float_product
 from qcompile.backends.integer.lower_elementwise import bounds_of
 from qcompile.backends.integer.lower_floats import Floats, Known, Real, Rows, is_float, real, stored
+from qcompile.backends.integer.lower_joins import lower_join
 from qcompile.backends.integer.lower_linear import real_of
 from qcompile.backends.integer.lower_moves import picks_one
 from qcompile.backends.integer.lower_products import lower_product
@@ -74,7 +75,7 @@ class Islands:
             return False
         if node.op_type in MOVES or picks_one(node):
             self._settle(node)
-            return False
+            return node.op_type == "Concat" and self._joins_constants(node)
         if (folded := self._folded(node, inputs)) is not None:
             self.known[node.outputs[0]] = folded
         elif node.op_type == "MatMul" and all(known is not None for known in inputs):
@@ -119,6 +120,14 @@ class Islands:
                 self.known[value] = known.settle_real(name)
             else:
                 self.known[value] = stored(self.writer, known, FLOAT, name)
+
+    def _joins_constants(self, node: ir.Node) -> bool:
+        """Lower a Concat of activations and constants, or tell that there are none of these."""
+        parts = [known if isinstance(known := self._known(value), Codes) else None for value in node.inputs]
+        if all(part is not None for part in parts):
+            return False
+        self.known[node.outputs[0]] = lower_join(self.writer, node, parts)
+        return True
 
     def _folded(self, node: ir.Node, inputs: list[Known | None]) -> Pending | None:
         """Return the operation in front with a factor or a summand in it, if that still waits for its scale."""

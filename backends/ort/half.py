@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from qcompile.backends.ort.half_floors import singular_readers
 from qcompile.backends.ort.half_values import HALF, SINGLE, Reach, Slots, fits, slots
 from qcompile.core import model as models
 from qcompile.core import scratch
@@ -72,6 +73,10 @@ class Halve(ir.passes.InPlacePass):
                 reasons[node] = reason
             else:
                 half.add(node)
+        for node, reason in singular_readers(model.graph):
+            if node in half:
+                half.discard(node)
+                reasons[node] = reason
         _leave_islands(half, reasons, version)
         if half:
             _Writer(model.graph, half, version).write()

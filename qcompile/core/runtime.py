@@ -295,22 +295,28 @@ def synthetic_feeds(model: ir.Model, seed: int, open_axis: int = 1) -> dict[str,
     """Return one seeded random sample that fits the model's inputs: normal floats, integers 0 and 1.
 
     Axes that the model leaves open are `open_axis` long, but for a batch, a first one, which is 1, and for the height
-    and width of images, which are at least `SMALL_IMAGE`: networks that halve them many times fail on less.
+    and width of an image, which are at least `SMALL_IMAGE`: networks that halve them many times fail on less. An image
+    is the only float input of four axes; several are the keys and values of attention.
 
     It serves to check that a rewrite keeps the function, never to measure fidelity.
     """
     generator = np.random.default_rng(seed)
     feeds: dict[str, npt.NDArray[Any]] = {}
-    for value in model.graph.inputs:
-        if value.is_initializer():
-            continue  # it has a default, as every weight of an IR version 3 model has
+    # Others have a default, as every weight of an IR version 3 model has.
+    wanted = [value for value in model.graph.inputs if not value.is_initializer()]
+    images = [value for value in wanted if len(value.shape or ()) == IMAGE_RANK and _is_float(value)]
+    for value in wanted:
         assert value.name is not None and value.dtype is not None
-        image = len(value.shape or ()) == IMAGE_RANK and value.dtype.is_floating_point()
-        lengths = [1, *[max(open_axis, SMALL_IMAGE) if image else open_axis] * len(value.shape or ())]
+        length = max(open_axis, SMALL_IMAGE) if images == [value] else open_axis
+        lengths = [1, *[length] * len(value.shape or ())]
         shape = [dim if isinstance(dim, int) else lengths[axis] for axis, dim in enumerate(value.shape or ())]
         dtype = value.dtype.numpy()
-        if value.dtype.is_floating_point():
+        if _is_float(value):
             feeds[value.name] = generator.standard_normal(shape).astype(dtype)
         else:
             feeds[value.name] = generator.integers(0, 2, shape).astype(dtype)
     return feeds
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()

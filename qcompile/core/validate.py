@@ -17,6 +17,9 @@ from qcompile.core.errors import ModelError, first_line
 
 OLDEST_OPSET = 7
 
+#: Where a tensor may have its numbers, but for raw_data, which all types may have.
+NUMBERS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+
 NO_TEXT = "has a name that is no text in UTF-8"
 
 #: Operators of the QOperator format: they compute on codes, so there is no float model to start from.
@@ -50,6 +53,7 @@ def check_proto(proto: onnx.ModelProto, folder: Path | None, place: object) -> N
         fact = f"has opset {max(versions)}; the newest that the installed onnx {onnx.__version__} knows is {newest}"
         raise ModelError(place, fact, "export it with an older opset, or upgrade onnx")
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        _check_field(tensor, place)
         if onnx.external_data_helper.uses_external_data(tensor):
             _check_external(tensor, folder, place)
 
@@ -67,6 +71,17 @@ def _check_text(message: google.protobuf.message.Message, place: object) -> None
                 raise ModelError(place, NO_TEXT, "export or download it again")
             if field.type == field.TYPE_MESSAGE:
                 _check_text(one, place)
+
+
+def _check_field(tensor: onnx.TensorProto, place: object) -> None:
+    """Refuse numbers in a field that is not their type's: the checker lets them through where a tensor is empty."""
+    try:
+        field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+    except KeyError:
+        return  # a type that does not exist, which the checker names
+    if wrong := next((name for name in NUMBERS if name != field and len(getattr(tensor, name))), None):
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        raise ModelError(place, f"tensor '{tensor.name}' is {kind}, and has {wrong}", "export or download it again")
 
 
 def _check_external(tensor: onnx.TensorProto, folder: Path | None, place: object) -> None:
@@ -188,12 +203,19 @@ def check_interface(model: ir.Model) -> None:
             raise ModelError(place, fact, "cut the model so that its inputs are tensors")
         if value.dtype is ir.DataType.STRING:
             raise ModelError(place, "holds strings", "cut the model behind its tokenizer")
+        _check_typed(value, place)
         if not _in_numpy(value):
             raise ModelError(place, f"is {value.dtype}, which NumPy does not have", "feed float32 through a Cast")
     for value in model.graph.outputs:
+        _check_typed(value, f"output '{value.name}'")
         if not _in_numpy(value):
             fact = f"is {value.dtype}, which NumPy does not have"
             raise ModelError(f"output '{value.name}'", fact, "put a Cast to float32 behind it")
+
+
+def _check_typed(value: ir.Value, place: str) -> None:
+    if value.dtype is ir.DataType.UNDEFINED:
+        raise ModelError(place, "has no element type", "export or download the model again")
 
 
 def _in_numpy(value: ir.Value) -> bool:

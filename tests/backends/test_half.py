@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qcompile.backends.ort.half import Halve, float_values
 from qcompile.backends.ort.half_values import fits
+from qcompile.backends.ort.round_halves import rounded
 from qcompile.core import model as models
 from qcompile.core import runtime
 from qcompile.passes.canonicalize import Canonicalize
@@ -35,6 +36,11 @@ def halved(
     after = runtime.Session(model, optimize=False).run({"x": x})
     reasons = {model.graph.node(refusal.node).op_type: refusal.reason for refusal in found.refusals}
     return model, reasons, before, after
+
+
+def rounded_run(model: ir.Model, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return what a device computes: each result rounded to its type."""
+    return np.asarray(runtime.Session(rounded(model.clone()), optimize=False).run({"x": x})["y"])
 
 
 def types(model: ir.Model) -> dict[str, ir.DataType | None]:
@@ -82,6 +88,41 @@ def test_small_constants_are_not_lost(model_of: Build) -> None:
     _, reasons, _, after = halved(model_of(text, w=W, e=np.float32(1e-12)), np.zeros((2, 8), np.float32))
     assert "Add" in reasons and "does not hold" in reasons["Add"]
     assert np.isfinite(after["y"]).all()
+
+
+#: Rows that are zero, beside others that are not: what measurements of the largest value do not tell.
+ZEROS = np.concatenate([np.zeros((1, 8)), np.linspace(1.0, 9.0, 8)[None]]).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kept"),
+    [
+        ("b = Add (a, e) c = Log (b)", "Log"),
+        ("b = Max (a, e) c = Div (a, b)", "Div"),
+        ("b = Clip (a, e) r = Reshape (b, s) c = Div (a, r)", "Div"),
+        ("b = Add (e, a) r = Sqrt (b) c = Div (a, r)", "Sqrt"),
+    ],
+)
+def test_a_constant_that_float16_has_no_number_for_keeps_what_it_guards_in_single_precision(
+    model_of: Build, nodes: str, kept: str
+) -> None:
+    text = f"(float[2,8] x) => (float[2,8] y) {{ a = MatMul (x, w) {nodes} d = Tanh (c) y = MatMul (d, w) }}"
+    model, reasons, before, after = halved(
+        model_of(text, w=np.eye(8, dtype=np.float32), e=np.float32(1e-10), s=np.array([2, 8])), ZEROS, 1.0
+    )
+    assert "zero in float16" in reasons[kept]
+    assert "Tanh" not in reasons and np.isfinite(before["y"]).all()
+    assert np.isfinite(rounded_run(model, ZEROS)).all()
+    np.testing.assert_allclose(after["y"], before["y"], atol=2e-2)
+
+
+def test_a_constant_that_float16_has_a_number_for_guards_there_too(model_of: Build) -> None:
+    text = """(float[2,8] x) => (float[2,8] y) {
+        a = MatMul (x, w) b = Add (a, e) c = Log (b) d = Tanh (c) y = MatMul (d, w) }"""
+    for least, stays in ((2.0**-20, False), (2.0**-26, True)):
+        model = model_of(text, w=np.eye(8, dtype=np.float32), e=np.float32(least))
+        _, reasons, *_ = halved(model, ZEROS, 1.0)
+        assert ("Log" in reasons) is stays
 
 
 def test_what_is_all_below_normal_numbers_stays(model_of: Build) -> None:

@@ -23,7 +23,6 @@ from qcompile.backends.ort.legalize.sink_factors import SinkFactors
 from qcompile.backends.ort.legalize.unpack_biases import UnpackBiases
 from qcompile.core import model as models
 from qcompile.core import runtime
-from qcompile.passes.join_activations import JoinActivations
 
 Build = Callable[..., Any]
 
@@ -97,26 +96,6 @@ def test_a_matmul_whose_result_is_quantized_is_left_to_the_runtime() -> None:
     text = MATMUL.format(bias="3", numbers="1, 2, 3", outputs="")
     text = text.replace("float[1,T,3] y", "uint8[1,T,3] y").replace("y = Add (m, b)", "y = QuantizeLinear (m, s, z)")
     assert "MatMul" in types(legalize(parsed(text)))
-
-
-@pytest.mark.parametrize(("half", "written"), [(0.5, ["Gelu"]), (1.0, ["Gelu", "Mul"])])
-def test_gelu_becomes_one_operator_whatever_became_of_its_half(half: float, written: list[str]) -> None:
-    text = f"""<ir_version: 10, opset_import: ["" : 21]> f (float[N,8] x) => (float[N,8] y)
-        <float root = {{1.4142135}}, float one = {{1}}, float half = {{{half}}}> {{
-        a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) y = Mul(d, half) }}"""
-    model = parsed(text)
-    joined = model.clone()
-    assert JoinActivations()(joined).modified and types(joined) in (written, [*written, "Mul"])
-    same(model, joined, np.linspace(-6, 6, 24, dtype=np.float32).reshape(3, 8), 1e-6)
-
-
-def test_gelu_stays_where_the_opset_has_none_or_its_inside_is_read() -> None:
-    text = """<ir_version: 10, opset_import: ["" : 17]> f (float[N,8] x) => (float[N,8] y)
-        <float root = {1.4142135}, float one = {1}, float half = {0.5}> {
-        a = Div(x, root) b = Erf(a) c = Add(b, one) d = Mul(x, c) y = Mul(d, half) }"""
-    assert not JoinActivations()(ir.from_proto(onnx.parser.parse_model(text))).modified
-    text = text.replace('"" : 17', '"" : 21').replace("(float[N,8] y)", "(float[N,8] y, float[N,8] c)")
-    assert not JoinActivations()(ir.from_proto(onnx.parser.parse_model(text))).modified
 
 
 def test_hard_swish_of_four_operators_is_taken_into_the_float_conv_in_front_of_it(

@@ -19,6 +19,7 @@ from qcompile.backends.ort.legalize.tensorrt_placement import (
     FreeResiduals,
     QuantizeConcats,
 )
+from qcompile.backends.ort.legalize.unpack_weights import UnpackWeightsAtLoad
 from qcompile.core import packing, runtime
 from qcompile.passes.canonicalize import Canonicalize
 
@@ -226,3 +227,20 @@ def test_tables_are_dequantized_in_front_of_the_lookup(axis: int, done: bool, ra
     assert DequantizeTables()(model).modified is done and not DequantizeTables()(model).modified
     assert ("one scale for activations" in broken(model)) is not done
     np.testing.assert_array_equal(runtime.Session(model, optimize=False).run(feeds)["y"], before)
+
+
+def test_weights_that_a_convolution_in_float_shares_with_one_on_codes_are_unpacked_for_it_alone(
+    random: np.random.Generator,
+) -> None:
+    floats = "f = Conv <pads = [1, 1, 1, 1]> (x, v) y = Sub (d, f)"
+    model = graph(f"{QUANTIZED} k = QuantizeLinear (c, s, z) d = DequantizeLinear (k, s, z) {floats}")
+    assert broken(model) == {"both operands"}
+    x, before = {"x": random.normal(size=(1, 4, 8, 8)).astype(np.float32)}, model.clone()
+    # Elsewhere codes stay for all: kernels of processors know weights alone.
+    assert not UnpackWeightsAtLoad()(model.clone()).modified
+    assert UnpackWeightsAtLoad(leave_float=True)(model).modified and broken(model) == set()
+    assert sum(value.dtype is ir.DataType.INT8 and value.shape == [4, 4, 3, 3]
+               for value in model.graph.initializers.values()) == 1  # fmt: skip
+    old, new = (runtime.Session(one).run(x)["y"] for one in (before, model))
+    np.testing.assert_allclose(new, old, atol=1e-5 * np.abs(old).max())
+    assert not UnpackWeightsAtLoad(leave_float=True)(model).modified

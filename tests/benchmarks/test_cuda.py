@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -60,6 +62,26 @@ def test_cases_are_checked_bit_by_bit(prepared, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "1 of 1 random programs are the interpreter's, bit by bit"
     assert said[1].startswith("case 0: 1 of ") and said[2].startswith("0 of 1 ")
+
+
+def test_what_is_missing_on_a_machine_is_one_line(prepared, tmp_path, monkeypatch):
+    from emulated_cuda import emulate
+
+    assert "was not made by 'prepare'" in cuda.obstacle(tmp_path / "nothing", False)
+    monkeypatch.setenv("QCOMPILE_LIBCUDA", str(tmp_path / "absent.so"))
+    said = cuda.obstacle(prepared, False)
+    assert "driver" in said and "\n" not in said
+    done = subprocess.run([sys.executable, prepared / "cuda.py", "check", prepared], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (1, said)
+    library = emulate.library(network_of(random_program(0, wide=False)), tmp_path)
+    monkeypatch.setenv("QCOMPILE_LIBCUDA", str(library))
+    assert cuda.obstacle(prepared, False) == ""
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    sys.modules["torch"].__spec__ = importlib.util.spec_from_loader("torch", None)
+    sys.modules["torch"].cuda = types.SimpleNamespace(is_available=lambda: False)
+    assert "finds no device" in cuda.obstacle(prepared, True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "torch: is not installed" in cuda.obstacle(prepared, True)
 
 
 def test_figures_are_of_what_they_say(prepared, tmp_path, monkeypatch):

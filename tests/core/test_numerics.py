@@ -419,3 +419,46 @@ def test_four_bits_are_a_type_like_any_other() -> None:
     assert (numerics.bits_of("int4"), numerics.bits_of("uint8"), numerics.bits_of("int16")) == (4, 8, 16)
     codes = numerics.quantize(np.float32([-9.0, 0.4, 3.0]), np.float32([1.0]), np.array([0]), "int4")
     assert codes.dtype == "int4" and codes.astype(int).tolist() == [-8, 0, 3]
+
+
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, max_side=6), elements=st.floats(-9, 9, width=32)),
+    st.integers(1, 12),
+    st.integers(0, 2),
+)
+def test_a_large_tensor_in_parts_is_as_it_would_be_at_once(x: np.ndarray, at_once: int, axis: int) -> None:
+    """Scales and zero points go with their part, along whichever axis they lie."""
+    along = axis if axis < x.ndim else None
+    count = x.shape[along] if along is not None else 1
+    scale, zero = np.float32([0.25, 0.5, 0.1, 2, 1, 0.3])[:count], np.int64([3, -4, 0, 9, 1, -7])[:count]
+    if along is None:
+        scale, zero = scale[0], zero[0]
+    codes = numerics.quantize(x, scale, zero, "int8", along)
+    real = numerics.dequantize(codes, scale, zero, along)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(numerics, "AT_ONCE", at_once)
+        np.testing.assert_array_equal(numerics.quantize(x, scale, zero, "int8", along), codes)
+        np.testing.assert_array_equal(numerics.dequantize(codes, scale, zero, along), real)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((5, 3), [(0, 2), (2, 4), (4, 6)]), ((2, 3), [(0, 2)]), ((2, 30), [(0, 1), (1, 2)]), ((0, 3), []), ((13,), [(0, 6),
+     (6, 12), (12, 18)])],
+)  # fmt: skip
+def test_parts_of_six_elements(shape: tuple[int, ...], expected: list[tuple[int, int]]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(numerics, "AT_ONCE", 6)
+        assert [(part.start, part.stop) for part in numerics._parts(np.zeros(shape))] == expected
+
+
+def test_scales_are_float32_before_they_multiply_or_divide() -> None:
+    """As in ONNX: 0.1 is not what float64 has of it, and neither are codes beyond 24 bits."""
+    codes = np.arange(-128, 128).astype(np.int8)
+    expected = codes.astype(np.float32) * np.float32(0.1)
+    assert not np.array_equal(expected, (codes * 0.1).astype(np.float32))
+    np.testing.assert_array_equal(numerics.dequantize(codes, 0.1, 0), expected)
+    wide = np.arange(2**24, 2**24 + 4096, dtype=np.int32)
+    expected = wide.astype(np.float32) * np.float32(0.7)
+    assert not np.array_equal(expected, (wide * np.float64(np.float32(0.7))).astype(np.float32))
+    np.testing.assert_array_equal(numerics.dequantize(wide, np.float32(0.7), 0), expected)

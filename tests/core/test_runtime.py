@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from qcompile.core import model as models
@@ -78,11 +79,50 @@ def test_synthetic_feeds_fit_the_inputs(model_of: Model) -> None:
     assert not np.array_equal(feeds["x"], other["x"])
 
 
-def test_images_of_open_height_and_width_are_large_enough_to_be_halved(model_of: Model) -> None:
-    text = "(float[N,3,H,W] x, float[N,C,48,W] strip, int64[N,L,L,L] i) => (float[N,3,H,W] y) { y = Relu (x) }"
-    shapes = {name: array.shape for name, array in runtime.synthetic_feeds(model_of(text), 1).items()}
-    assert shapes == {"x": (1, 3, 64, 64), "strip": (1, 64, 48, 64), "i": (1, 1, 1, 1)}
-    assert runtime.synthetic_feeds(model_of(text), 1, open_axis=80)["x"].shape == (1, 3, 80, 80)
+@pytest.mark.parametrize(
+    ("inputs", "shapes"),
+    [
+        ("float[N,3,H,W] x, int64[N,L,L,L] i", {"x": (1, 3, 64, 64), "i": (1, 1, 1, 1)}),
+        ("float16[N,C,48,W] x, float[N,T] t", {"x": (1, 64, 48, 64), "t": (1, 1)}),
+        ("float[N,2,P,8] k, float[N,2,P,8] v", {"k": (1, 2, 1, 8), "v": (1, 2, 1, 8)}),  # of attention, not images
+    ],
+)
+def test_an_image_of_open_height_and_width_is_large_enough_to_be_halved(
+    inputs: str, shapes: dict[str, tuple[int, ...]], model_of: Model
+) -> None:
+    model = model_of(f"({inputs}) => (int64[A] y) {{ y = Shape ({next(iter(shapes))}) }}")
+    assert {name: array.shape for name, array in runtime.synthetic_feeds(model, 1).items()} == shapes
+    longer = runtime.synthetic_feeds(model, 1, open_axis=80)
+    assert {length for array in longer.values() for length in array.shape} <= {1, 2, 3, 8, 48, 80}
+
+
+#: What may read a weight that is large enough to be handed to the runtime beside the bytes.
+BESIDE = {
+    "read": "(float[1,64] x) => (float[1,64] y) { y = MatMul (x, w) }",
+    "unused": "(float[1,64] x) => (float[1,64] y) { y = Neg (x) }",
+    "read by what nothing reads": "(float[1,64] x) => (float[1,64] y) { y = Neg (x) z = MatMul (x, w) }",
+    "read twice": "(float[1,64] x) => (float[1,64] y) { z = MatMul (x, w) y = MatMul (z, w) }",
+    "an output too": "(float[1,64] x) => (float[1,64] y, float[64,64] w) { y = MatMul (x, w) }",
+    "an input with a default": "(float[1,64] x, float[64,64] w) => (float[1,64] y) { y = MatMul (x, w) }",
+    "read within an If": """(float[1,64] x) => (float[1,64] y) {
+        s = ReduceSum <keepdims = 0> (x) c = Cast <to = 9> (s)
+        y = If (c) <then_branch = a () => (float[1,64] t) { t = MatMul (x, w) },
+                    else_branch = b () => (float[1,64] e) { e = Neg (x) }> }""",
+}
+
+
+@pytest.mark.parametrize("text", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_weights_beside_the_bytes_stay_as_they_are(
+    text: str, kind: type, proto_of: Callable[..., onnx.ModelProto]
+) -> None:
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(kind)
+    proto = proto_of(text.replace("float[", "float16[") if kind is np.float16 else text, 21, w=weight)
+    feeds = {"x": np.linspace(-1, 2, 64, dtype=kind)[np.newaxis]}
+    plain = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = runtime.Session(ir.from_proto(proto)).run(feeds)
+    for name, array in zip(found, plain.run(None, feeds), strict=True):
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_exactly_one_distribution_of_onnx_runtime_is_installed_here() -> None:

@@ -386,3 +386,32 @@ def test_names_that_are_no_text_are_refused(folder: Path, where: str) -> None:
     path.write_bytes(proto.SerializeToString().replace(b"MARK_a", b"MAR\xff_a"))
     with pytest.raises(ModelError, match="no text in UTF-8"):
         models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [("FLOAT", "uint64_data"), ("FLOAT", "double_data"), ("INT64", "int32_data"), ("FLOAT16", "float_data"),
+     ("UINT8", "int64_data")],
+)  # fmt: skip
+@pytest.mark.parametrize("inner", [False, True])
+def test_numbers_in_a_field_of_another_type_are_refused(kind: str, field: str, inner: bool, proto_of: Proto) -> None:
+    """The checker looks at the fields of tensors that have elements; this one has none, by its shape."""
+    proto = proto_of("(float[1] x) => (float[1] y) { y = Identity (x) }")
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.DataType.Value(kind), dims=[0])
+    getattr(tensor, field).append(1)
+    if inner:
+        proto.graph.node.append(onnx.helper.make_node("Constant", [], ["w"], value=tensor))
+    else:
+        proto.graph.initializer.append(tensor)
+    with pytest.raises(ModelError, match=f"tensor 'w' is {kind}, and has {field}; export or download it again"):
+        models.from_proto(proto)
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_a_value_without_an_element_type_is_refused(where: str, model_of: Model) -> None:
+    model = model_of("(float[2] x) => (float[2] y) { y = Exp (x) }")
+    value = model.graph.inputs[0] if where == "input" else model.graph.outputs[0]
+    value.type = ir.TensorType(ir.DataType.UNDEFINED)
+    name = "x" if where == "input" else "y"
+    with pytest.raises(ModelError, match=f"{where} '{name}': has no element type; export or download the model again"):
+        validate.check_interface(model)

@@ -277,17 +277,25 @@ def begun(small, output: Path) -> tuple[subprocess.Popen[str], list[int]]:
     return process, processes_of(process.pid)
 
 
-def test_a_process_of_the_pool_that_is_killed_is_replaced(small, right) -> None:
+#: Seconds after which a process is still being started, or is at work.
+MOMENTS = pytest.mark.parametrize("after", [0.0, 0.05, 1.0])
+
+
+@MOMENTS
+def test_a_process_of_the_pool_that_is_killed_is_replaced(small, right, after: float) -> None:
     process, workers = begun(small, small.folder / "out")
+    time.sleep(after)
     os.kill(workers[0], signal.SIGKILL)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert settled(small.folder / "out") == right
 
 
-def test_ctrl_c_ends_the_pool_too(small) -> None:
+@MOMENTS
+def test_ctrl_c_ends_the_pool_too(small, after: float) -> None:
     """A terminal sends it to all of them."""
     process, workers = begun(small, small.folder / "out")
+    time.sleep(after)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 130

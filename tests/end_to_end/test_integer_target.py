@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,12 @@ from random_graphs.quantized import integer_target
 
 import qcompile
 from qcompile.backends import base
-from qcompile.backends.base import Lowered, Subject
+from qcompile.backends.base import Lowered
 from qcompile.backends.integer.interpret import dequantize_output, interpret, quantize_input
 from qcompile.backends.integer.lower import lower
 from qcompile.backends.integer.program import Program
 from qcompile.core import model as models
-from qcompile.core.contract import Track
-from qcompile.core.costs import CostTable
 from qcompile.core.errors import TargetError
-from qcompile.core.execution import Kernel
 from qcompile.core.plan import Precision, QuantPlan
 from qcompile.core.runtime import Feeds, Outputs
 from qcompile.core.target import Target
@@ -31,7 +28,7 @@ from qcompile.override import Override
 MODELS = Path(__file__).parents[2] / "models"
 
 
-class Interpreted:
+class Interpreted(base.Unpriced, base.Unbounded):
     """A backend whose artifact is the QDQ model, and which runs the program that this becomes."""
 
     name = "none"
@@ -53,15 +50,6 @@ class Interpreted:
 
     def size(self, model: ir.Model) -> int:
         return models.file_bytes(model)
-
-    def room(self, settings: Mapping[str, Any]) -> int | None:
-        return None
-
-    def executed(self, model: ir.Model, samples: Sequence[Feeds]) -> list[list[Kernel]]:
-        return [[] for _ in samples]
-
-    def measure(self, target: Target, subjects: Sequence[Subject], processor: str, track: Track[Any]) -> CostTable:
-        raise NotImplementedError
 
     def open(self, folder: Path, files: tuple[str, ...], threads: int = 1) -> Callable[[Feeds], Outputs]:
         program = self.program

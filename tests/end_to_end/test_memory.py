@@ -46,7 +46,7 @@ def test_a_bound_changes_no_byte(weights: str, activations: str, tmp_path: Path,
 def test_one_model_is_held_where_there_is_no_room_for_two(tmp_path: Path, monkeypatch) -> None:
     """What the float model makes of the samples is kept then, and no latency is measured."""
     monkeypatch.setattr(scratch, "LEAST", models.LAZY_ELEMENTS + 1)
-    room = memory.least(models.load(RESNET)) + 1
+    room = memory.least(models.load(RESNET), data=True) + 1
     monkeypatch.setattr(memory, "peak", lambda: room)
     options = Options("cpu", data=str(CALIBRATION), activations="none", weights="8")
     free = compile(RESNET, replace(options, output=tmp_path / "free"))
@@ -100,6 +100,10 @@ def test_threads_are_as_many_as_models_fit(model_of, monkeypatch) -> None:
     monkeypatch.setattr(memory, "HELD", 2.0)
     monkeypatch.setattr(memory, "ROUNDED", 0.0)
     assert memory.least(model) == 2 * 64
+    assert memory.least(model, data=True) == (2 + memory.LEFT) * 64
+    with pytest.raises(BudgetError, match="has no room for a model whose compile takes 1MB at least"):
+        memory.threads(replace(options, data="calib.npz", max_memory="143B"), model)
+    assert memory.threads(replace(options, data="calib.npz", max_memory="144B"), model) == 1
     assert [memory.threads(replace(options, max_memory=f"{bound}B"), model) for bound in (128, 255, 256, 9999)] == [
         1,
         1,

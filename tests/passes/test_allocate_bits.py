@@ -8,10 +8,10 @@ import pytest
 from qcompile.calib.collect import Statistics
 from qcompile.calib.map_losses import Clip
 from qcompile.calib.observers import Histogram, Observer
-from qcompile.core import halves, numerics
-from qcompile.core.plan import Precision, Role
+from qcompile.core import halves, numerics, packing
+from qcompile.core.plan import Precision, QuantPlan, Role
 from qcompile.core.target import OpKind, OpRule, Target
-from qcompile.passes.allocate_bits import HEADROOM, allocate_bits
+from qcompile.passes.allocate_bits import HEADROOM, allocate_bits, round_to_codes
 from qcompile.passes.canonicalize.infer_shapes import InferShapes
 from qcompile.passes.place import Wish, place
 
@@ -282,3 +282,43 @@ def test_codes_that_a_kernel_multiplies_by_lie_around_zero(eager: Target, model_
     tensors = allocate_bits(model, placement, seen, target, dict.fromkeys("xu", Observer.MINMAX)).tensors
     assert (tensors["u"].scale[0], tensors["u"].zero_point[0]) == (np.float32(4.0 / 127), 0)
     assert (tensors["x"].scale[0], tensors["x"].zero_point[0]) == (np.float32(5.0 / 255), -77)
+
+
+def planned_in_four_bits(model: Any, target: Target, only_weights: bool = False) -> QuantPlan:
+    InferShapes()(model)
+    placement = place(model, target, True, not only_weights)
+    data = Statistics({name: histogram_of(-1.0, 4.0) for name in placement.activations})
+    return allocate_bits(
+        model, placement, data, target, dict.fromkeys(placement.activations, Observer.MINMAX), {"m": 4}
+    )
+
+
+@pytest.mark.parametrize("only_weights", [True, False])
+@pytest.mark.parametrize("narrow", ["", "int4"])
+def test_weights_in_four_bits_are_packed_or_have_a_type(
+    narrow: str, only_weights: bool, eager: Target, m: np.ndarray, model_of: Build
+) -> None:
+    """A type of four bits is for kernels: an operator in float takes what a block has in common into its scale."""
+    model = model_of(rows("[a] y = MatMul (x, m)"), m=m)
+    quant = planned_in_four_bits(model, replace(eager, narrow_weight_dtype=narrow), only_weights).tensors["m"]
+    codes = quant.quantize(m)
+    if narrow and not only_weights:
+        assert (quant.dtype, quant.block_size, quant.bits) == ("int4", 0, 4.0)
+        assert codes.min() >= -8 and codes.max() <= 7
+    else:
+        assert (quant.dtype, quant.block_size, quant.bits) == ("int8", packing.BLOCK, packing.BITS)
+        column = codes[:, 0]
+        assert any(all(c % n == 0 and -8 <= c // n <= 7 for c in column) for n in range(1, packing.MOST + 1))
+    assert np.abs(quant.dequantize(codes) - m).max() < np.abs(m).max() / 7
+
+
+def test_weights_as_their_codes_will_be(m: np.ndarray, model_of: Build, quantized: Build) -> None:
+    result = quantized(model_of(rows("[a] t = MatMul (x, m) [b] y = MatMul (t, n)"), m=m, n=m[:, :8] * 3))
+    before = result.float_model.graph.initializers["m"].const_value.numpy().copy()
+    rounded = round_to_codes(result.float_model, result.plan)
+    for name in ("m", "n"):
+        quant, old = (result.plan.tensors[name], result.float_model.graph.initializers[name].const_value.numpy())
+        found = rounded.graph.initializers[name].const_value.numpy()
+        np.testing.assert_array_equal(found, quant.dequantize(quant.quantize(old)))
+        assert not np.array_equal(found, old)
+    np.testing.assert_array_equal(result.float_model.graph.initializers["m"].const_value.numpy(), before)

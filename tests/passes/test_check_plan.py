@@ -11,9 +11,13 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.core.errors import UsageError
+from qcompile.core.orthogonal import Orthogonal
 from qcompile.core.plan import OpPlan, Precision, QuantPlan, Role, TensorQuant
+from qcompile.core.rotation import InputRotation, Place, Rotation, Rotations, Site
 from qcompile.core.target import OpKind, OpRule, Target
-from qcompile.passes.check_plan import check_plan
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.check_plan import check_plan, check_rotations
+from qcompile.passes.rotations import rotatable
 
 Build = Callable[..., Any]
 
@@ -155,3 +159,73 @@ def test_activations_in_four_bits_are_for_targets_without_a_runtime(made: Build,
     wider = replace(plan, tensors={**plan.tensors, "s": replace(quant, dtype="int4")})
     with pytest.raises(UsageError, match="tensor 's' is int4"):
         check_plan(model, wider, replace(eager, integer_only=True))
+
+
+@pytest.mark.parametrize(
+    ("edited", "fact"),
+    [
+        (lambda plan: replace(plan, ops={**plan.ops, "sofd": plan.ops["soft"]}),
+         r"names operator 'sofd', which the model does not have; did you mean 'soft'\?"),
+        (lambda plan: replace(plan, ops={**plan.ops, "unlike any": plan.ops["soft"]}),
+         "names operator 'unlike any', which the model does not have; correct the plan"),
+        (lambda plan: with_op(plan, "soft", op_type="Exp"), "has operator 'soft' as Exp, the model as Softmax"),
+        (lambda plan: with_op(plan, "gemm", output="nowhere"), "names tensor 'nowhere', which the model does not"),
+        (lambda plan: replace(plan, tensors={**plan.tensors, "elsewhere": plan.tensors["m"]}),
+         "names tensor 'elsewhere', which the model does not have"),
+        (lambda plan: replace(plan, ops={name: op for name, op in plan.ops.items() if name != "mm"}),
+         "does not say what becomes of operator 'mm'"),
+        (lambda plan: replace(plan, tensors={**plan.tensors, "m": plan.tensors["s"]}),
+         "tensor 'm' is activation in it, operator 'mm' reads it as weight"),
+        (lambda plan: replace(plan, tensors={**plan.tensors, "s": plan.tensors["m"]}),
+         "tensor 's' is weight in it, operator 'gemm' reads it as activation"),
+        (lambda plan: replace(plan, tensors={name: q for name, q in plan.tensors.items() if name != "m"}),
+         "has no scale for tensor 'm', which operator 'mm' needs as codes"),
+        (lambda plan: replace(plan, tensors={**plan.tensors, "s": TensorQuant(
+            Role.ACTIVATION, "uint8", (0.5,) * 8, (0,) * 8, 1)}),
+         "tensor 's' has scales along axis 1, an activation has one scale"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_does_not_fit_the_model(edited: Build, fact: str, made: Build, eager: Target) -> None:
+    model, plan = made(MOVED)
+    with pytest.raises(UsageError, match=f"^mine.json: .*{fact}"):
+        check_plan(model, edited(plan), eager, "mine.json")
+
+
+def test_an_activation_that_is_not_absorbed_any_more(made: Build, eager: Target) -> None:
+    model, plan = made(RESIDUAL)
+    assert plan.ops["relu"].reason.startswith("absorbed by")
+    edited = with_op(plan, "conv", output="c")
+    edited = replace(edited, tensors={**plan.tensors, "c": plan.tensors["r"]})
+    found = check_plan(model, edited, eager)
+    assert found.ops["relu"] == OpPlan("Relu", Precision.FLOAT, "the operator in front of it does not absorb it")
+    assert found.ops["conv"].output == "c" and "r" in found.tensors
+
+
+STREAM = """(float[2,3,8] x) => (float[2,3,8] y) {
+    [e] e = MatMul (x, a) [b] b = MatMul (e, c) [sum] o = Add (b, e) [last] y = MatMul (o, d) }"""
+
+
+def of(place: Place) -> Rotation:
+    return Rotation(place, (Orthogonal.spreading(place.width, keeps_ones=place.keeps_ones),))
+
+
+def test_what_a_plan_rotates_is_there_to_be_rotated(model_of: Build, random: np.random.Generator) -> None:
+    weights = {name: random.normal(size=(8, 8)).astype(np.float32) for name in "acd"}
+    model = model_of(STREAM, 21, **weights)
+    Canonicalize(21)(model)
+    [place] = rotatable(model.graph).places
+    check_rotations(model, Rotations())
+    check_rotations(model, Rotations((of(place),), (InputRotation("b", Orthogonal.spreading(8)),)))
+    with pytest.raises(UsageError, match="rotates at operator 'lost', which the model does not have; did you mean"):
+        check_rotations(model, Rotations(inputs=(InputRotation("lost", Orthogonal.spreading(8)),)))
+    for wrong, fact in (
+        (replace(place, node="last"), "rotates the stream at operator 'last', with 8 channels, where none can be"),
+        (replace(place, width=4), f"rotates the stream at operator '{place.node}', with 4 channels, where none can"),
+        (replace(place, site=Site.VALUES), f"rotates the values at operator '{place.node}'"),
+        (
+            replace(place, node="lost"),
+            r"rotates at operator 'lost', which the model does not have; did you mean 'last'",
+        ),
+    ):
+        with pytest.raises(UsageError, match=f"^mine.json: {fact}"):
+            check_rotations(model, Rotations((of(wrong),)), "mine.json")

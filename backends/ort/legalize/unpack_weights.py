@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,24 +45,27 @@ class UnpackWeightsAtLoad(ir.passes.InPlacePass):
         modified = False
         spared = any(structure.is_standard(node, *QUANTIZERS) for node in model.graph)
         for node in list(model.graph):
-            if structure.is_standard(node, "DequantizeLinear") and _feeds_float_operators(
-                node, spared, self.leave_float
-            ):
-                _unpack(model.graph, node)
-                modified = True
+            if structure.is_standard(node, "DequantizeLinear"):
+                readers = _float_operators(node, spared, self.leave_float)
+                _unpack(model.graph, node, readers)
+                modified |= bool(readers)
         common_passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified)
 
 
-def _feeds_float_operators(node: ir.Node, spared: bool, leave_float: bool) -> bool:
-    """Tell whether a DequantizeLinear unpacks constant weights for operators whose other operands are to stay float."""
+def _float_operators(node: ir.Node, spared: bool, leave_float: bool) -> list[ir.Node]:
+    """Return the operators that read constant weights of a DequantizeLinear and whose other operands are to stay float.
+
+    Where others read these codes as codes, they stay for all; but for what knows no codes of weights alone.
+    """
     codes = structure.constant_tensor(node.inputs[0])
     zero_point = structure.constant(node.inputs[2]) if len(node.inputs) > 2 else None
     # Shifted codes belong to integer operators.
     if codes is None or codes.dtype not in WEIGHTS or zero_point is None or np.any(zero_point):
-        return False
+        return []
     readers = structure.readers(node.outputs[0])
-    return bool(readers) and all(_is_float_operator(reader, codes, spared, leave_float) for reader in readers)
+    found = [reader for reader in readers if _is_float_operator(reader, codes, spared, leave_float)]
+    return found if leave_float or len(found) == len(readers) else []
 
 
 def _is_float_operator(node: ir.Node, codes: ir.TensorProtocol, spared: bool, leave_float: bool) -> bool:
@@ -91,11 +95,15 @@ def _is_dequantized_activation(value: ir.Value | None) -> bool:
     return structure.constant_tensor(producer.inputs[0]) is None
 
 
-def _unpack(graph: ir.Graph, node: ir.Node) -> None:
+def _unpack(graph: ir.Graph, node: ir.Node, readers: Sequence[ir.Node]) -> None:
+    """Give some of a DequantizeLinear's readers its result as Cast · Mul."""
+    if not readers:
+        return
     codes, scale = node.inputs[0], structure.constant(node.inputs[1])
     assert codes is not None and codes.shape is not None and scale is not None
     axis = node.attributes.get_int("axis", 1) if scale.ndim else None
-    name = structure.name_of(node.outputs[0])
+    kept = len(readers) < len(structure.readers(node.outputs[0]))
+    name = f"{structure.name_of(node.outputs[0])}{'_float' if kept else ''}"
     factor = numerics.along_axis(scale, axis, len(codes.shape))
     stored = ir.Value(name=f"{name}_factor", const_value=ir.tensor(factor, name=f"{name}_factor"))
     graph.register_initializer(stored)
@@ -104,6 +112,10 @@ def _unpack(graph: ir.Graph, node: ir.Node) -> None:
     product = ir.node("Mul", [cast.outputs[0], stored], name=f"{name}_Mul")
     product.outputs[0].shape, product.outputs[0].dtype = node.outputs[0].shape, ir.DataType.FLOAT
     graph.insert_before(node, [cast, product])
-    ir.convenience.replace_all_uses_with(node.outputs[0], product.outputs[0])
-    graph.remove(node, safe=True)
+    for reader in readers:
+        for index, value in enumerate(reader.inputs):
+            if value is node.outputs[0]:
+                reader.replace_input_with(index, product.outputs[0])
+    if not kept:
+        graph.remove(node, safe=True)
     product.outputs[0].name = name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -267,6 +268,21 @@ def test_floats_are_joined_along_any_axis(load):
     joined = Concat("join", ("a", "b"), "y", 1)
     program = program_of(joined, [floats("a", 1, 3, 5), floats("b", 1, 4, 5)], floats("y", 1, 7, 5))
     np.testing.assert_array_equal(load(program).run_codes(given)[0], np.concatenate(given, 1))
+
+
+@pytest.mark.parametrize("kind", ["int8", "float32"])
+def test_a_constant_is_written_and_joined(load, kind):
+    random = np.random.default_rng(6)
+    target = Tensor("y", (1, 5, 24), kind, 0.1 if kind == "int8" else 1.0, 0)
+    token, x = (replace(target, name=name, shape=(1, rows, 24)) for name, rows in (("token", 2), ("x", 3)))
+    values = (random.integers(-127, 128, token.shape) * np.float32(0.1)).astype(np.float32)
+    written = ops.Pointwise("c", (), "token", (ops.Leaf(-1, (None, 1, 2), values=values),), leaf(0))
+    one = program_of(Concat("join", ("token", "x"), "y", 1), [x], target)
+    program = replace(one, tensors=one.tensors | {"token": token}, operations=(written, *one.operations))
+    given = random.integers(-128, 128, x.shape).astype(kind)
+    expected = interpret(program, {"x": given})["y"]
+    np.testing.assert_array_equal(load(program).run_codes([given])[0], expected)
+    assert len(np.unique(expected[:, :2])) > 20
 
 
 def test_what_a_mask_keeps_out_of_a_softmax_is_no_denormal(load):

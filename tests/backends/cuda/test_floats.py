@@ -250,6 +250,21 @@ def test_what_moves_floats_moves_them(load):
         np.testing.assert_array_equal(made, one)
 
 
+@pytest.mark.parametrize("kind", ["int8", "float32"])
+def test_constants_are_written_in_every_sample_and_joined(load, kind):
+    random = np.random.default_rng(6)
+    target = replace(codes("y", 1, 5, 24, scale=0.1, zero=0), dtype=kind, scale=0.1 if kind == "int8" else 1.0)
+    token, x = (replace(target, name=name, shape=(1, rows, 24)) for name, rows in (("token", 2), ("x", 3)))
+    values = (random.integers(-127, 128, token.shape) * np.float32(0.1)).astype(np.float32)
+    written = ops.Pointwise("c", (), "token", (ops.Leaf(-1, (None, 1, 2), values=values),), leaf(0))
+    one = program_of(moves.Concat("join", ("token", "x"), "y", 1), [x], target)
+    program = replace(one, tensors=one.tensors | {"token": token}, operations=(written, *one.operations))
+    given = drawn(random.integers(-128, 128, x.shape).astype(kind), 3)
+    expected = np.concatenate([interpret(program, {"x": each[None]})["y"] for each in given])
+    np.testing.assert_array_equal(load(program, 3).run_codes([given])[0], expected)
+    assert len(np.unique(expected[:, :2])) > 20 and np.array_equal(expected[:, 2:], given)
+
+
 def test_what_has_no_kernel_in_float_is_refused_by_its_name():
     padded = moves.Pad("op7", ("x",), "y", (0, 1), (0, 1), 0)
     with pytest.raises(TargetError, match="op7: reads or writes float32, and its kernel for CUDA devices has codes"):

@@ -179,3 +179,51 @@ def test_what_picks_several_places_is_refused():
     body = "i = Constant <value = int64[2] {0, 2}> () a = Sigmoid (x) y = Gather <axis = 1> (a, i)"
     with pytest.raises(TargetError, match="Gather"):
         lower(ir.from_proto(model_of(body, outputs="float[1,2,8] y")), FLOATS)
+
+
+#: A token in front of codes of x, further away than these reach.
+TOKEN = (
+    "s = Constant<value = float {0.03125}>()  z = Constant<value = int8 {0}>()\n"
+    "qx = QuantizeLinear(x, s, z)  dx = DequantizeLinear(qx, s, z)\n"
+    "t = Transpose<perm = [0, 2, 1]>(dx)  j = Concat<axis = 2>(token, t)\n"
+)
+FIVE = {"token": np.linspace(-9.0, 9.0, 8).astype(np.float32).reshape(1, 8, 1)}
+
+
+def test_a_constant_is_joined_in_the_codes_of_the_result():
+    behind = "so = Constant<value = float {0.1}>()  q = QuantizeLinear(j, so, z)  y = DequantizeLinear(q, so, z)"
+    program = agree(model_of(TOKEN + behind, outputs="float[1,8,5] y", **FIVE), x(), 1e-6)
+    assert [kind.__name__ for kind in kinds(program)] == ["Pointwise", "Lookup", "Concat"]
+    assert {tensor.dtype for tensor in program.tensors.values()} == {"int8"}
+    assert "Transpose" not in {kind.__name__ for kind in kinds(program)}
+
+
+def test_a_constant_is_joined_in_float_where_floats_read_it_or_come_in():
+    read = f"{TOKEN} y = Softmax<axis = 1>(j)"
+    program = agree(model_of(read, outputs="float[1,8,5] y", **FIVE), x(), 1e-6)
+    assert Concat in kinds(program) and program.tensors[program.operations[-1].output].dtype == "float32"
+    given = {"token": np.ones((1, 2, 8), np.float32)}
+    model = model_of("a = Sigmoid (x) b = Sub (a, x) y = Concat <axis = 1> (b, token, x)",
+                     outputs="float[1,10,8] y", **given)  # fmt: skip
+    assert Concat in kinds(agree(model, x(), 1e-6))
+
+
+def test_a_constant_with_codes_of_its_own_is_joined():
+    given = {"c": np.arange(-4, 4, dtype=np.int8).reshape(1, 1, 8)}
+    body = (
+        "s = Constant<value = float {0.03125}>()  z = Constant<value = int8 {0}>()\n"
+        "qx = QuantizeLinear(x, s, z)  dx = DequantizeLinear(qx, s, z)  dc = DequantizeLinear(c, s, z)\n"
+        "j = Concat<axis = 1>(dx, dc)  q = QuantizeLinear(j, s, z)  y = DequantizeLinear(q, s, z)"
+    )
+    program = agree(model_of(body, outputs="float[1,5,8] y", **given), x(), 1e-6)
+    assert [kind.__name__ for kind in kinds(program)] == ["Pointwise", "Concat"]
+
+
+def test_bounds_behind_a_constant_that_is_joined_and_integers_are_refused():
+    behind = "p = Constant<value = float {0.1}>() r = Relu(j) q = QuantizeLinear(r, p, z) y = DequantizeLinear(q, p, z)"
+    with pytest.raises(TargetError, match="has a Relu or Clip behind it"):
+        lower(ir.from_proto(model_of(TOKEN + behind, outputs="float[1,8,5] y", **FIVE)), FLOATS)
+    ids = model_of("j = Concat<axis = 1>(first, ids)  r = Gather(table, j)  y = Mul(r, r)", "int64[1,4] ids",
+                   "float[1,5,8] y", first=np.zeros((1, 1), np.int64), table=np.ones((9, 8), np.float32))  # fmt: skip
+    with pytest.raises(TargetError, match="joins integers and constants"):
+        lower(ir.from_proto(ids), FLOATS)
