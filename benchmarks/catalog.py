@@ -32,7 +32,8 @@ what the cost table says of it. SQNR is that of the output that loses most; argm
 on it, for models that classify.
 
 [peers.md](peers.md) has eleven of them beside what other quantizers make of them, setting by setting, with plots;
-[large-models.md](large-models.md) what memory and time a compile takes by the size of its model.
+[large-models.md](large-models.md) what memory and time a compile takes by the size of its model, from 0.27 to 2.2 GB of
+weights, without data and with.
 
 {machine}
 

@@ -1,7 +1,7 @@
 """Compile every model of the catalogue for `cuda` and `cuda:tensorrt` and write docs/cuda-figures.md.
 
     python benchmarks/cuda_catalog.py MODELS [NAME ...] --rows ROWS.jsonl [--target TARGET ...] [--data no|yes ...]
-                                      [--older ROWS.jsonl ...]
+                                      [--older ROWS.jsonl ...] [--revision REVISION]
 
 MODELS is a folder with one folder per model: model.onnx, and calib and eval, each as .npz or as a folder. No GPU is
 needed: artifacts are verified on the CPU provider. A row is appended to ROWS.jsonl as soon as it is there, and what has
@@ -93,12 +93,13 @@ def line(found: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[dict[str, Any]], revision: str = "") -> str:
     """Return the page."""
     ordered = sorted(rows, key=lambda one: (one["model"], one["target"], one["data"]))
     hosts = sorted({(one["model"], reason) for one in rows for reason in one.get("hosts", ())})
     left = "".join(f"- {model}: {reason}\n" for model, reason in hosts)
-    tail = "\n†: by an earlier revision of the compiler.\n" if any(one.get("older") for one in rows) else ""
+    tail = f"\nRows are of revision {revision}.\n" if revision else ""
+    tail += "\n†: by an earlier revision of the compiler.\n" if any(one.get("older") for one in rows) else ""
     tail += f"\n## Left to the host\n\n{left}" if left else ""
     if missing := absent(rows):
         tail += f"\n## Not compiled for this page\n\n{missing}"
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--data", action="append", choices=("no", "yes"), help="Compile without data, with, or both.")
     parser.add_argument("--older", type=Path, action="append", default=[], help="Rows of an earlier revision.")
+    parser.add_argument("--revision", default="", help="The revision that rows are of, for the page.")
     arguments = parser.parse_args()
     arguments.rows.touch()
     rows = [json.loads(text) for text in arguments.rows.read_text().splitlines()]
@@ -150,7 +152,7 @@ def main() -> None:
                 with arguments.rows.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(line(rows[-1]), flush=True)
-    PAGE.write_text(page(filled(rows, arguments.older)), encoding="utf-8")
+    PAGE.write_text(page(filled(rows, arguments.older), arguments.revision), encoding="utf-8")
 
 
 if __name__ == "__main__":
