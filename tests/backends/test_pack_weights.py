@@ -108,6 +108,15 @@ def test_other_codes_stay(case: str, model_of: Build, random: np.random.Generato
     assert model.graph.initializers["w"].dtype is ir.DataType.INT8
 
 
+def test_zero_points_stay_where_they_are_known(model_of: Build, random: np.random.Generator) -> None:
+    """As many zeros as a large vocabulary has words are products of something, too."""
+    columns = packing.FEWEST
+    codes = random.integers(-127, 128, (4, columns)).astype(np.int8)
+    model = build(model_of, MATMUL.format(k=4, n=columns), codes, columns)
+    assert not PackWeights()(model).modified
+    assert not np.any(model.graph.initializers["o"].const_value.numpy())
+
+
 def test_the_file_is_valid_onnx(cases: dict[str, ir.Model], tmp_path: Path) -> None:
     for name, model in cases.items():
         models.save(PackWeights()(model.clone()).model, tmp_path / f"{name}.onnx")

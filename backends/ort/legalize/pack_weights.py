@@ -19,6 +19,8 @@ from qcompile.passes import structure
 
 #: The opset that four-bit types came with.
 OPSET = 21
+#: Where QuantizeLinear and DequantizeLinear have theirs.
+ZERO_POINT = 2
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,20 @@ class PackWeights(ir.passes.InPlacePass):
             codes = value.const_value
             if codes is None or codes.dtype is not ir.DataType.INT8 or codes.size < packing.FEWEST or not value.uses():
                 continue
-            if value.is_graph_output() or value.is_graph_input():
+            if value.is_graph_output() or value.is_graph_input() or _is_zero_point(value):
                 continue
             if (found := _products(codes.numpy())) is not None:
                 _unpack(model.graph, value, *found)
                 modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _is_zero_point(value: ir.Value) -> bool:
+    """Tell whether a value is read as a zero point, which runtimes want to know as they build; zeros are products."""
+    return any(
+        index == ZERO_POINT and structure.is_standard(reader, "QuantizeLinear", "DequantizeLinear")
+        for reader, index in value.uses()
+    )
 
 
 def _products(codes: npt.NDArray[np.int8]) -> tuple[int | None, IntArray, IntArray] | None:
