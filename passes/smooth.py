@@ -54,6 +54,7 @@ class Smooth(ir.passes.InPlacePass):
                 refusals.append(group)
             else:
                 groups.append((group, group.per_class(chosen.factors) if chosen.log2 else chosen.factors))
+                refusals += [Refusal(name, chosen.reason)] if chosen.reason else []
         for group, factors in groups:
             for fold in group.folds if factors.size else ():
                 _fold(fold, factors)

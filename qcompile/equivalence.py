@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from qcompile.calib.output_error import surely_less
 from qcompile.calib.sections import cuttable, is_language
+from qcompile.calib.smoothing import rounded_log2
 from qcompile.calib.work import Cost
 from qcompile.calibration import Calibration
 from qcompile.core.contract import Pass, Refusal
@@ -50,6 +51,8 @@ GLOBAL = (0.65, 0.8)
 UNUSABLE = 0.1
 #: Nothing is smoothed.
 NOTHING = Candidate()
+#: What becomes of factors that a model is too sensitive for.
+WHOLE = "its factors are whole powers of 2"
 #: Why what could be smoothed or rotated is not.
 USELESS = "that did not help enough on samples held out from it"
 
@@ -79,6 +82,18 @@ class Equivalences:
         if split:
             found.append(Split(split))
         return [*found, RotateInputs(rotation.inputs)] if rotation.inputs else found
+
+    def in_whole_powers(self, reason: str) -> Self:
+        """Return the same with the nearest whole powers of 2 as factors, and the reason where that is another one.
+
+        They change no digit of a float32 that they multiply, so that nothing is left to round differently.
+        """
+        found = dict(self.smoothing)
+        for name, chosen in self.smoothing.items():
+            whole = tuple(map(float, rounded_log2(np.asarray(chosen.log2), 1)))
+            if chosen.how is not How.SPLIT and whole != chosen.log2:
+                found[name] = replace(chosen, log2=whole, reason=reason)
+        return replace(self, smoothing=found)
 
     def kept(self, model: ir.Model) -> dict[str, Wish]:
         """Return what stays in float in the model that it makes: the products that rotate."""
@@ -124,7 +139,9 @@ def rewrite(job: Job, canonical: ir.Model) -> tuple[ir.Model, Equivalences]:
     options = job.options
     if scales_weights(options) and job.evidence.calibrated and not is_quantized(canonical):
         scaling = WeightScaling(job, canonical)
-        chosen = job.pipeline.measure("equivalences", EQUIVALENCES, lambda: Equivalences(smoothing=scaling.chosen()))
+        chosen = job.pipeline.measure(
+            "equivalences", EQUIVALENCES, lambda: settled(job, canonical, Equivalences(smoothing=scaling.chosen()))
+        )
         return apply(job, canonical, chosen), chosen
     wanted = "auto" in (options.smoothing, options.rotation) and job.evidence.calibrated
     if not wanted or not all(options.quantized(True)) or is_quantized(canonical) or not cuttable(canonical):
@@ -132,8 +149,28 @@ def rewrite(job: Job, canonical: ir.Model) -> tuple[ir.Model, Equivalences]:
     pricer = pricer_for(job, canonical)
     dear = job.pipeline.measure("costs before equivalences", WISHES, pricer.dear) if pricer is not None else {}
     search = _Search(job, canonical, dear, pricer)
-    chosen = job.pipeline.measure("equivalences", EQUIVALENCES, search.run)
+    chosen = job.pipeline.measure("equivalences", EQUIVALENCES, lambda: settled(job, canonical, search.run()))
     return apply(job, canonical, chosen), chosen
+
+
+def settled(job: Job, canonical: ir.Model, chosen: Equivalences) -> Equivalences:
+    """Return what was chosen, in whole powers of 2 where the model magnifies what other factors round.
+
+    A fold is exact but for float32's last digits, which a model may magnify beyond what a pass may do. Whole powers
+    tell that from a fault: if these do not stay within the bound either, what was chosen stays, to be stopped.
+    """
+    passes = chosen.passes
+    at = next((index for index, pass_ in enumerate(passes) if isinstance(pass_, Smooth)), None)
+    if at is None:
+        return chosen
+    model = canonical
+    for pass_ in passes[:at]:
+        model = pass_(model.clone()).model
+    fact = job.pipeline.obstacle(passes[at], model)
+    if not fact:
+        return chosen
+    whole = chosen.in_whole_powers(f"{WHOLE}: finer ones {fact}")
+    return chosen if job.pipeline.obstacle(whole.passes[at], model) else whole
 
 
 def apply(job: Job, canonical: ir.Model, chosen: Equivalences) -> ir.Model:

@@ -175,28 +175,44 @@ class Pipeline:
         self.seconds[name] = time.perf_counter() - start
         return rewritten
 
+    def obstacle(self, pass_: Pass, model: ir.Model) -> str:
+        """Return what a pass would be stopped for on the verification samples; nothing if it would not be.
+
+        Neither is the pass recorded, nor the model changed.
+        """
+        try:
+            self._moved(pass_, model, pass_(model.clone()).model)
+        except VerificationError as error:
+            return error.fact
+        return ""
+
     def _run(self, name: str, pass_: Pass, model: ir.Model) -> tuple[ir.Model, Step]:
         before = len(model.graph)
         result = pass_(model.clone())
         refusals, notes = (result.refusals, result.notes) if isinstance(result, Rewritten) else ((), ())
         translation.validate(pass_, model, result.model, {refusal.node for refusal in refusals})
+        moved = self._moved(pass_, model, result.model)
+        step = Step(name, pass_.effect.value, before, len(result.model.graph), float(f"{moved:.3g}"), refusals, notes)
+        return result.model, step
+
+    def _moved(self, pass_: Pass, model: ir.Model, rewritten: ir.Model) -> float:
+        """Hold a pass to its effect, and return the largest max|Δ| / max|y| of the outputs."""
+        name = type(pass_).__name__
         if self._outputs is None:
             self._outputs = verify.outputs_of(self.reference, self.samples)
         # What earlier passes moved within their bounds must not count against a pass that is exact.
         expected = verify.outputs_of(model, self.samples) if pass_.effect is Effect.EXACT else self._outputs
         try:
-            found = verify.outputs_of(result.model, self.samples)
+            found = verify.outputs_of(rewritten, self.samples)
         except Exception as error:
             fact = f"left a model that does not run ({first_line(error)})"
             raise VerificationError(f"pass {name}", fact, "report it with the model") from error
         try:
             width = 2 if computes_in_float16(self.reference) else 8
-            moved = verify.check_equivalence(name, pass_.effect, expected, found, width)
+            return verify.check_equivalence(name, pass_.effect, expected, found, width)
         except VerificationError:
             verify.require_repeatable(self.reference, self.samples, self._outputs)
             raise
-        step = Step(name, pass_.effect.value, before, len(result.model.graph), float(f"{moved:.3g}"), refusals, notes)
-        return result.model, step
 
     def decline(self, pass_: type[Pass], model: ir.Model, refusals: Sequence[Refusal]) -> None:
         """Record that a pass was not applied, and why."""

@@ -154,7 +154,7 @@ class ChannelFactors:
         One number per channel, multiples of 1/8: what is folded with whole ones is exact. Empty where nothing is done.
         Where channels are split, how much steeper each copy is.
     reason : str
-        Why nothing is done; empty otherwise.
+        Why nothing is done, or nothing finer; empty otherwise.
     channels : tuple of int
         Those that are set aside; or that are split, once for each further copy.
     low, high : float
