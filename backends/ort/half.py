@@ -51,16 +51,29 @@ class Halve(ir.passes.InPlacePass):
         Tells whether the target computes a node in float16.
     measured_on : str
         Where `reach` is from, in words, if that is nothing to rely on: the report says it first.
+    coarse : mapping of str to str
+        Nodes that stay in float32 although float16 holds what they read and make, each with the reason.
     """
 
     reach: Mapping[str, float]
     headroom: float = 4.0
     has_kernel: Callable[[ir.Node], bool] = field(default=lambda node: True, repr=False)
     measured_on: str = ""
+    coarse: Mapping[str, str] = field(default_factory=dict)
     effect: ClassVar[Effect] = Effect.LOSSY
 
     def call(self, model: ir.Model) -> Rewritten:
         """Rewrite in place; what stays in float32 is a refusal with the reason."""
+        half, reasons = self.chosen(model)
+        if half:
+            _Writer(model.graph, half, models.opset(model)).write()
+        common_passes.RemoveUnusedNodesPass()(model)
+        refusals = tuple(Refusal(structure.node_name(node), reason) for node, reason in reasons.items())
+        notes = (NOTE.format(where=self.measured_on, headroom=self.headroom),) if half and self.measured_on else ()
+        return Rewritten(model, bool(half), refusals, notes)
+
+    def chosen(self, model: ir.Model) -> tuple[set[ir.Node], dict[ir.Node, str]]:
+        """Return the nodes that compute in float16, and why others do not that could by their types."""
         known = Reach(self.reach, self.headroom)
         reasons: dict[ir.Node, str] = {}
         half = set()
@@ -78,12 +91,7 @@ class Halve(ir.passes.InPlacePass):
                 half.discard(node)
                 reasons[node] = reason
         _leave_islands(half, reasons, version)
-        if half:
-            _Writer(model.graph, half, version).write()
-        common_passes.RemoveUnusedNodesPass()(model)
-        refusals = tuple(Refusal(structure.node_name(node), reason) for node, reason in reasons.items())
-        notes = (NOTE.format(where=self.measured_on, headroom=self.headroom),) if half and self.measured_on else ()
-        return Rewritten(model, bool(half), refusals, notes)
+        return half, reasons
 
     def _obstacle(self, node: ir.Node, known: Reach, version: int) -> str:
         """Return why a node is computed in float32, or nothing."""
@@ -98,7 +106,8 @@ class Halve(ir.passes.InPlacePass):
             value = structure.input_of(node, index)
             if reason := _constant_obstacle(value) or known.obstacle(value, node):
                 return reason
-        return next(filter(None, (known.obstacle(node.outputs[index], node) for index in places.outputs)), "")
+        found = (known.obstacle(node.outputs[index], node) for index in places.outputs)
+        return next(filter(None, found), self.coarse.get(structure.node_name(node), ""))
 
 
 def float_values(model: ir.Model) -> list[str]:

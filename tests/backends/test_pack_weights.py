@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.backends.ort.legalize.pack_weights import PackWeights
+from qcompile.backends.ort.tensorrt_rules import activations_per_tensor
 from qcompile.core import model as models
 from qcompile.core import packing, runtime
 
@@ -115,6 +116,15 @@ def test_zero_points_stay_where_they_are_known(model_of: Build, random: np.rando
     model = build(model_of, MATMUL.format(k=4, n=columns), codes, columns)
     assert not PackWeights()(model).modified
     assert not np.any(model.graph.initializers["o"].const_value.numpy())
+
+
+def test_for_tensorrt_weights_are_constants_in_front_of_their_dequantize_linear(cases: dict[str, ir.Model]) -> None:
+    """Behind nodes they would count as activations, which have one scale there."""
+    for name in ("MatMul", "Conv"):
+        assert not list(activations_per_tensor(cases[name]))
+        assert not PackWeights(leave_dequantized=True)(cases[name]).modified
+        assert list(activations_per_tensor(PackWeights()(cases[name].clone()).model))
+    assert PackWeights(leave_dequantized=True)(cases["Gather"]).modified
 
 
 def test_the_file_is_valid_onnx(cases: dict[str, ir.Model], tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ TENSORRT_RULES: tuple[ir.passes.PassBase, ...] = (
     QuantizeConcats(),
     FourBitBlocks(),
     UnpackWeightsAtLoad(leave_float=True),
-    PackWeights(),
+    PackWeights(leave_dequantized=True),
     DropInferable(),
 )
 #: By the provider of a target's settings.

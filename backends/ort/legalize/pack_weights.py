@@ -29,8 +29,14 @@ class PackWeights(ir.passes.InPlacePass):
 
     ONNX Runtime folds constants when it loads a model, before it looks for what integer kernels take: what is executed
     is what would have been executed with the codes themselves.
+
+    Parameters
+    ----------
+    leave_dequantized : bool
+        Leave what a DequantizeLinear reads: TensorRT knows weights by the constants in front of theirs.
     """
 
+    leave_dequantized: bool = False
     effect: ClassVar[Effect] = Effect.EXACT
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -44,6 +50,8 @@ class PackWeights(ir.passes.InPlacePass):
                 continue
             if value.is_graph_output() or value.is_graph_input() or _is_zero_point(value):
                 continue
+            if self.leave_dequantized and _is_dequantized(value):
+                continue
             if (found := _products(codes.numpy())) is not None:
                 _unpack(model.graph, value, *found)
                 modified = True
@@ -56,6 +64,11 @@ def _is_zero_point(value: ir.Value) -> bool:
         index == ZERO_POINT and structure.is_standard(reader, "QuantizeLinear", "DequantizeLinear")
         for reader, index in value.uses()
     )
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    """Tell whether a value is dequantized as it is."""
+    return any(structure.is_standard(reader, "DequantizeLinear") for reader, _ in value.uses())
 
 
 def _products(codes: npt.NDArray[np.int8]) -> tuple[int | None, IntArray, IntArray] | None:
