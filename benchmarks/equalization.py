@@ -48,11 +48,11 @@ HEAD = """# Weights with one scale
 
 Written by `python benchmarks/equalization.py`; do not edit. Where a target has one scale for all weights of an
 operator, the noise of what writes a channel counts as well, and the factors of cross-layer equalization (Nagel et al.
-2019) are tried beside those of activations ([smoothing.md](smoothing.md)), and then factors that the groups choose in
-turn. SQNR over all evaluation samples, everything that can be integers in integers, minmax ranges, weights to nearest
-and no bias corrected. Outputs: in front of a last Softmax. Features: what the last product reads, each channel times
-its factor. An output of two numbers is a matter of how the roundings of all operators happen to add up, so it is
-features that tell what factors do.
+2019) are tried beside those of activations ([smoothing.md](smoothing.md)), and then factors that are chosen for all
+groups together. SQNR over all evaluation samples, everything that can be integers in integers, minmax ranges, weights
+to nearest and no bias corrected. Outputs: in front of a last Softmax. Features: what the last product reads, each
+channel times its factor. An output of two numbers is a matter of how the roundings of all operators happen to add up,
+so it is features that tell what factors do.
 
 | model | at | a scale per channel, dB | one scale, dB | one scale, smoothed, dB | of the gap | folded | left alone |
 |---|---|---|---|---|---|---|---|

@@ -25,6 +25,7 @@ from qcompile.core.contract import Pass, Refusal
 from qcompile.core.plan import ChannelFactors, How, Precision
 from qcompile.core.rotation import InputRotation, Rotation, Rotations
 from qcompile.decision import choose_operators, pricer_for
+from qcompile.equalization import measure_gains
 from qcompile.job import Job
 from qcompile.outcome import Judge, Outcome, halves
 from qcompile.passes.place import Wish
@@ -248,6 +249,12 @@ class _Search:
         work = WORK * (LANGUAGE if is_language(self.model) else 1.0)
         return work / Cost.of(self.model, next(iter(self.job.evidence.calibration))).total / 3.0
 
+    @cached_property
+    def _gains(self) -> Mapping[str, float]:
+        """What noise of operators comes to: it tells where one scale for all weights of an operator does most harm."""
+        alike = self.job.target.per_channel
+        return {} if alike else measure_gains(self.job, self.model, self.integers, self.judge.fit)
+
     def _planned(self) -> RotationPlan:
         """Return the rotations that leave the operators behind them less noise, by the estimate."""
         if self.job.options.rotation == "none":
@@ -269,8 +276,8 @@ class _Search:
             if not self._same(candidate, best) and not self._same(candidate, start):
                 least = least or self._outcome(start)
                 found = self._outcome(candidate)
-                # Factors chosen in turn take no time, and by more than a few outputs tell of: these can only veto them.
-                anew = candidate.smoothing.in_turn and not best.smoothing.in_turn
+                # Factors chosen together take no time, and by more than few outputs tell of: these can only veto them.
+                anew = candidate.smoothing.together and not best.smoothing.together
                 better = not surely_less(least.error, found.error) if anew else found.beats(least)
                 best, least = (candidate, found) if better else (best, least)
 
@@ -334,8 +341,10 @@ class _Search:
             if candidate.shifted and not shifts:  # it is the model as it was, and is not tuned again
                 self.bases[key] = self._base(replace(candidate, shifted=False))
                 return self.bases[key]
-            smoothable = Smoothable(self.job, shifted(model, shifts), self.integers, self.priced, shifts)
-            tuned = smoothable.tuned(fit) if self.job.options.smoothing == "auto" else []
+            auto = self.job.options.smoothing == "auto"
+            gains = self._gains if auto else {}
+            smoothable = Smoothable(self.job, shifted(model, shifts), self.integers, self.priced, shifts, gains)
+            tuned = smoothable.tuned(fit) if auto else []
             self.bases[key] = _Base(model, smoothable, tuned)
         return self.bases[key]
 

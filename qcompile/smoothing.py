@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import onnx_ir as ir
 
 from qcompile.calib.collect import ChannelSpread, collect_spread
 from qcompile.calib.data import Dataset
-from qcompile.calib.equalization import ROUNDS, equalized_log2
 from qcompile.calib.smoothing import (
     Numbers,
     Reader,
@@ -23,7 +21,6 @@ from qcompile.calib.smoothing import (
     Sides,
     Writer,
     best_rule,
-    by_class,
     farthest,
     preferably_whole,
     smoothing_log2,
@@ -32,6 +29,7 @@ from qcompile.calib.smoothing import (
 from qcompile.calib.splitting import Pieces, pieces
 from qcompile.core.contract import Refusal
 from qcompile.core.plan import ChannelFactors, How
+from qcompile.equalization import equalized
 from qcompile.job import Job
 from qcompile.passes import structure
 from qcompile.passes.patterns import Activation, recognise
@@ -54,11 +52,11 @@ NARROWER = 0.95
 
 @dataclass(frozen=True)
 class Candidate:
-    """Some of the groups, each by its own α (None) or all by the same; or by factors that they chose in turn."""
+    """Some of the groups, each by its own α (None) or all by the same; or by factors chosen for all together."""
 
     kinds: tuple[How, ...] = ()
     alpha: float | None = None
-    in_turn: bool = False
+    together: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +64,7 @@ class Tuned:
     """A group with the operators in integers around it, its own rule (without one, why), and what may be done beside.
 
     What that is: channels that may be set aside, and those that may be split, with their bound. Where weights have one
-    scale, also the logarithms of the factors that the groups chose in turn, by class.
+    scale, also the logarithms of the factors that are chosen for all groups together, by class.
     """
 
     group: ScaleGroup
@@ -75,7 +73,7 @@ class Tuned:
     reason: str = ""
     aside: tuple[int, ...] = ()
     split: Pieces | None = None
-    in_turn: Numbers | None = None
+    together: Numbers | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,8 @@ class Smoothable:
         Whether a Mul may be added, and somebody knows what it takes.
     shifts : mapping of str to tuple of float
         What has been taken off the channels of the model's values, by their names.
+    gains : mapping of str to float
+        Where weights have one scale: what noise of operators comes to at the features, by name.
     """
 
     job: Job
@@ -99,6 +99,7 @@ class Smoothable:
     integers: frozenset[str]
     mul: bool
     shifts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    gains: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def found(self) -> tuple[tuple[ScaleGroup, ...], dict[str, str]]:
@@ -145,7 +146,7 @@ class Smoothable:
         kinds = [kind for kind in (How.FOLD, How.RESTORE) if any(group.how is kind for group in groups)]
         steps = [Candidate(tuple(kinds[:count])) for count in range(len(kinds) + 1)]
         if How.FOLD in kinds and not self.scheme.per_channel:
-            steps.append(Candidate((How.FOLD,), in_turn=True))
+            steps.append(Candidate((How.FOLD,), together=True))
         if any(group.how is How.BRANCH for group in groups):
             steps += [Candidate((*kinds, How.BRANCH, *beside)) for beside in ((), (How.SPLIT,), (How.ASIDE,))]
         return steps
@@ -153,7 +154,7 @@ class Smoothable:
     def tuned(self, data: Dataset) -> list[Tuned]:
         """Measure, and choose each group's own α."""
         spread = self._spread(data)
-        return self._in_turn([self._tune(group, spread) for group in self.found[0]], spread)
+        return self._together([self._tune(group, spread) for group in self.found[0]], spread)
 
     def chosen(
         self, tuned: Sequence[Tuned], candidate: Candidate, data: Dataset, why: str
@@ -171,7 +172,7 @@ class Smoothable:
         """
         spread = self._spread(data)
         anew = [replace(one, sides=self._sides(one.group, spread)) for one in tuned]
-        anew = self._in_turn(anew, spread) if candidate.in_turn else anew
+        anew = self._together(anew, spread) if candidate.together else anew
         found = {name: ChannelFactors(How.NONE, reason=reason) for name, reason in self.found[1].items()}
         found |= self.factors(anew, candidate, why)
         order = [structure.name_of(value) for value, _ in linear_readings(self.model.graph, self.integers)]
@@ -189,8 +190,8 @@ class Smoothable:
         if one.split is not None and one.split.channels.size and How.SPLIT in candidate.kinds:
             return _split(one.split)
         classes = one.group.classes
-        if candidate.in_turn and one.in_turn is not None:
-            log2 = one.in_turn
+        if candidate.together and one.together is not None:
+            log2 = one.together
         elif one.rule is None or one.group.how not in candidate.kinds:
             return ChannelFactors(How.NONE, reason=one.reason or why)
         else:
@@ -226,43 +227,20 @@ class Smoothable:
             return Tuned(group, sides, None, reason)
         return Tuned(group, sides, rule)
 
-    def _in_turn(self, tuned: Sequence[Tuned], spread: Mapping[str, ChannelSpread]) -> list[Tuned]:
-        """Let the groups that fold choose in turn, each by what all others have left, where weights have one scale."""
-        folding = [one for one in tuned if one.group.how is How.FOLD and not self.scheme.per_channel]
-        found, weights, spread = (
-            {one.group: np.zeros(one.sides.count) for one in folding},
-            dict[str, Weights](),
-            {**spread},
-        )
-        for one in folding * ROUNDS:
-            log2 = equalized_log2(self._sides(one.group, spread, weights), self.scheme)
-            found[one.group] = found[one.group] + log2
-            for fold in one.group.folds if log2.any() else ():
-                name = structure.node_name(fold.node)
-                if structure.is_linear(fold.node) and fold.index == structure.WEIGHT_INPUT:
-                    factors = by_class(np.exp2(log2 * fold.exponent), fold.classes).astype(np.float32)
-                    weights[name] = _weight(fold.node, weights) * factors
-            for value, reading in {reading.value: reading for reading in one.group.readings}.items():
-                if structure.name_of(value) in spread:
-                    seen = spread[structure.name_of(value)]
-                    divisors = by_class(np.exp2(log2), reading.classes)
-                    divided = seen.low / divisors, seen.high / divisors, seen.power / divisors**2
-                    spread[structure.name_of(value)] = ChannelSpread(*divided)
-        return [replace(one, in_turn=found.get(one.group)) for one in tuned]
+    def _together(self, tuned: Sequence[Tuned], spread: Mapping[str, ChannelSpread]) -> list[Tuned]:
+        """Choose the factors of all groups that fold at once, where weights have one scale."""
+        if self.scheme.per_channel:
+            return list(tuned)
+        folding = [one.group for one in tuned if one.group.how is How.FOLD]
+        found = equalized(folding, spread, self.integers, self.gains, self.scheme)
+        return [replace(one, together=found.get(one.group)) for one in tuned]
 
-    def _sides(
-        self,
-        group: ScaleGroup,
-        spread: Mapping[str, ChannelSpread],
-        weights: Mapping[str, Weights] = MappingProxyType({}),
-    ) -> Sides:
+    def _sides(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> Sides:
         """Return the group's operators in integers; those that write count where weights have one scale."""
-        writers = () if self.scheme.per_channel else self._writers(group, spread, weights)
-        return Sides(self._readers(group, spread, weights), writers)
+        writers = () if self.scheme.per_channel else self._writers(group, spread)
+        return Sides(self._readers(group, spread), writers)
 
-    def _writers(
-        self, group: ScaleGroup, spread: Mapping[str, ChannelSpread], weights: Mapping[str, Weights]
-    ) -> list[Writer]:
+    def _writers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Writer]:
         """Return what writes the group's channels, nothing where that is not linear operators in integers alone."""
         found, written = list[Writer](), set[int]()
         for fold in group.folds:
@@ -272,29 +250,27 @@ class Smoothable:
             channels, name = weight_channels(node), structure.name_of(structure.input_of(node, 0))
             if structure.node_name(node) in self.integers and name in spread:
                 assert channels is not None
-                found.append(Writer(spread[name].power[channels], fold.classes, _weight(node, weights)))
+                found.append(Writer(spread[name].power[channels], fold.classes, _weight(node)))
                 written |= set(np.unique(fold.classes).tolist())
         return found if written >= set(group.classes.tolist()) - {FIXED} else []
 
-    def _readers(
-        self, group: ScaleGroup, spread: Mapping[str, ChannelSpread], weights: Mapping[str, Weights]
-    ) -> list[Reader]:
+    def _readers(self, group: ScaleGroup, spread: Mapping[str, ChannelSpread]) -> list[Reader]:
         """Return the operators in integers that read the group's channels."""
         found = []
         for reading in group.readings:
             name, channels = structure.name_of(reading.value), weight_channels(reading.node)
             if structure.node_name(reading.node) in self.integers and name in spread:
                 assert channels is not None
-                weight, axis = _weight(reading.node, weights), structure.weight_axis(reading.node)
+                weight, axis = _weight(reading.node), structure.weight_axis(reading.node)
                 found.append(Reader(spread[name], reading.classes, weight, axis, channels))
         return found
 
 
-def _weight(node: ir.Node, changed: Mapping[str, Weights]) -> Weights:
-    """Return a linear operator's weights, as they have become."""
+def _weight(node: ir.Node) -> Weights:
+    """Return a linear operator's weights."""
     weight = structure.constant(node.inputs[structure.WEIGHT_INPUT])
     assert weight is not None
-    return changed.get(structure.node_name(node), weight)
+    return weight
 
 
 def middles(job: Job, model: ir.Model, integers: frozenset[str], data: Dataset) -> dict[str, tuple[float, ...]]:

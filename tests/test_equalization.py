@@ -1,4 +1,4 @@
-"""Weights with one scale for an operator: channels are equalized, groups in turn, unless outputs speak against it."""
+"""Weights with one scale for an operator: channels are equalized together, unless outputs speak against it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qcompile import smoothing
+from qcompile import equalization, equivalence, smoothing
 from qcompile.backends.base import find_target
+from qcompile.calib import weighing
 from qcompile.calib.collect import collect
 from qcompile.calib.observers import Observer
 from qcompile.core import runtime
 from qcompile.core.plan import How
 from qcompile.decision import choose_operators
+from qcompile.equalization import LEAST, at_features, measure_gains
 from qcompile.equivalence import rewrite
 from qcompile.job import Job
 from qcompile.options import NO_COSTS, Options
+from qcompile.passes import structure
 from qcompile.passes.allocate_bits import allocate_bits
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.insert_qdq import InsertQdq
@@ -70,16 +73,16 @@ def integers(job: Job, canonical: ir.Model) -> frozenset[str]:
     return frozenset(choose_operators(canonical, job.target, job.options, True, {}).ops)
 
 
-def test_groups_in_turn_leave_less_noise_than_each_by_its_own_rule(job: Job, canonical: ir.Model) -> None:
+def test_groups_together_leave_less_noise_than_each_by_its_own_rule(job: Job, canonical: ir.Model) -> None:
     smoothable = Smoothable(job, canonical, integers(job, canonical), mul=False)
     tuned = smoothable.tuned(job.evidence.calibration)
     kinds = (How.FOLD,)
     found = [noise(job, canonical, canonical)]
-    for candidate in (Candidate(kinds), Candidate(kinds, in_turn=True)):
+    for candidate in (Candidate(kinds), Candidate(kinds, together=True)):
         model = smoothing.Smooth(smoothable.factors(tuned, candidate))(canonical.clone()).model
         found.append(noise(job, canonical, model))
-    plain, own, in_turn = found
-    assert in_turn < 0.5 * plain and in_turn < own
+    plain, own, together = found
+    assert together < 0.5 * plain and together < own
 
 
 def test_it_is_chosen_and_exact(job: Job, canonical: ir.Model) -> None:
@@ -95,8 +98,8 @@ def test_it_is_chosen_and_exact(job: Job, canonical: ir.Model) -> None:
 
 def test_outputs_can_speak_against_it(job: Job, canonical: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
-    spoilt = lambda sides, _: np.r_[0.0, random.integers(-24, 25, sides.count - 1) / 8]  # noqa: E731
-    monkeypatch.setattr(smoothing, "equalized_log2", spoilt)
+    spoilt = lambda _, count, __: np.r_[0.0, random.integers(-24, 25, count) / 8]  # noqa: E731
+    monkeypatch.setattr(equalization, "equalized_log2", spoilt)
     monkeypatch.setattr(smoothing, "best_rule", lambda *_: None)
     _, chosen = rewrite(job, canonical)
     assert {one.how for one in chosen.smoothing.values()} == {How.NONE}
@@ -105,5 +108,68 @@ def test_outputs_can_speak_against_it(job: Job, canonical: ir.Model, monkeypatch
 def test_a_scale_for_each_channel_leaves_it_out(job: Job, canonical: ir.Model) -> None:
     other = replace(job, target=replace(find_target("cpu")[0], costs=None))
     smoothable = Smoothable(other, canonical, integers(other, canonical), mul=False)
-    assert not any(candidate.in_turn for candidate in smoothable.candidates())
-    assert all(one.in_turn is None for one in smoothable.tuned(job.evidence.calibration))
+    assert not any(candidate.together for candidate in smoothable.candidates())
+    assert all(one.together is None for one in smoothable.tuned(job.evidence.calibration))
+
+
+def test_a_scale_for_each_channel_measures_no_gains(
+    job: Job, canonical: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(equivalence, "measure_gains", lambda *_: measured.append("gains") or {})
+    rewrite(replace(job, target=replace(job.target, per_channel=True)), canonical)
+    assert not measured
+    rewrite(job, canonical)
+    assert measured == ["gains"]
+
+
+def heard(canonical: ir.Model, rank: int) -> ir.Model:
+    """Return the network with the second convolution deaf to all but one channel, by how far that one reaches."""
+    copy = canonical.clone()
+    first, second = (structure.input_of(node, 1) for node in [*filter(structure.is_linear, copy.graph)][:2])
+    weight, reach = structure.constant(second), structure.constant(first)
+    assert weight is not None and reach is not None
+    only = np.arange(reach.shape[0]) == np.argsort(np.abs(reach).max(axis=(1, 2, 3)))[rank]
+    second.const_value = ir.tensor(weight * only[None, :, None, None].astype(np.float32), name=second.name)
+    return copy
+
+
+def test_gains_are_what_noise_of_an_operator_comes_to(job: Job, canonical: ir.Model) -> None:
+    """One step for all channels is little beside the farthest and much beside the nearest of them."""
+    operators, data = integers(job, canonical), job.evidence.calibration
+    names = [structure.node_name(node) for node in canonical.graph if structure.is_linear(node)]
+    gains = measure_gains(job, canonical, operators, data)
+    assert set(gains) == set(names[:3])  # the last one stands behind the features
+    assert 0.3 < gains[names[2]] < 3.0  # Relu takes about as much of the noise as of the signal
+    near, far = (measure_gains(job, heard(canonical, rank), operators, data)[names[0]] for rank in (0, -1))
+    assert near > 10.0 and far < 1.0 and far > LEAST
+
+
+def test_what_takes_too_much_work_has_no_gains(job: Job, canonical: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weighing, "ALONE", 1.0)
+    assert measure_gains(job, canonical, integers(job, canonical), job.evidence.calibration) == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("r = Relu (x) y = Gemm (r, narrow)", ["r"]),
+        ("r = Relu (x) g = Gemm (r, narrow) y = Softmax (g)", ["r"]),
+        ("r = Relu (x) g = Gemm (r, narrow) n = Neg (g) y = Mul (n, two)", ["r"]),
+        ("r = Relu (x) y = Gemm (r, wide)", ["y"]),
+        ("y = Gemm (x, narrow)", ["y"]),
+        ("g = Gemm (x, wide) r = Relu (g) y = Add (r, x)", ["y"]),
+        ("r = Relu (x) y = Add (r, two)", ["y"]),
+        ("r = Relu (x) y = Gemm (r, narrow) z = Gemm (r, narrow)", ["r"]),
+        ("r = Relu (x) y = Gemm (r, narrow) z = Neg (x)", ["r", "z"]),
+    ],
+)
+def test_features_are_what_the_last_product_makes_few_numbers_of(
+    body: str, expected: list[str], model_of: Callable[..., ir.Model]
+) -> None:
+    outputs = "float[4,n] y" + (", float[4,m] z" if "z =" in body else "")
+    arrays = {"narrow": np.ones((8, 2)), "wide": np.ones((8, 8)), "two": np.full(1, 2.0)}
+    given = {name: array.astype(np.float32) for name, array in arrays.items() if name in body}
+    model = Canonicalize(21)(model_of(f"(float[4,8] x) => ({outputs}) {{ {body} }}", 21, **given)).model
+    found = [value.name for value in at_features(model).graph.outputs]
+    assert found == expected
