@@ -17,8 +17,9 @@ from qcompile.core import runtime
 from qcompile.fidelity import Fidelity
 from qcompile.passes import structure
 
-#: Scales are off by at most so much of themselves; so many models with such scales are run.
-DIGITS, MODELS = 2.0**-20, 4
+#: Scales are off by at most so much of themselves; so many models with such scales are run: on a single sample most of
+#: them change no code that matters, and few of them much.
+DIGITS, MODELS = 2.0**-20, 16
 
 
 def nudged(model: ir.Model, seed: int) -> ir.Model:
