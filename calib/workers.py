@@ -220,26 +220,25 @@ def _processes(count: int) -> Iterator[_Team]:
 
 
 class _InTurn(Executor):
-    """Deals tasks out to several executors."""
+    """Deals tasks out to several executors, which start their processes and threads whole, whenever Ctrl-C comes.
+
+    A pool that is interrupted as it starts its thread cannot be ended (3.11: it joins a thread that has not begun).
+    """
 
     def __init__(self, pools: Sequence[Executor]) -> None:
         self._pools = cycle(pools)
 
     def submit(self, task: Callable[..., T], /, *given: Any, **named: Any) -> Future[T]:
-        return next(self._pools).submit(task, *given, **named)
-
-
-class _Process(SpawnProcess):
-    """Started whole, whenever Ctrl-C comes, and deaf to it until it is prepared: it would print a traceback."""
-
-    def start(self) -> None:
         with _interrupted_later():
-            super().start()
+            return next(self._pools).submit(task, *given, **named)
 
 
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Keep Ctrl-C from this block and from the processes that it starts, whichever thread hears it."""
+    """Keep Ctrl-C from this block, whichever thread hears it, and from the processes that it starts.
+
+    They stay deaf to it until they are prepared: they would print a traceback.
+    """
     heard: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     here = handler is not None and threading.current_thread() is threading.main_thread()
@@ -264,10 +263,10 @@ class _Spawning(SpawnContext):
 
     def __init__(self) -> None:
         super().__init__()
-        self.started: list[_Process] = []
+        self.started: list[SpawnProcess] = []
 
-    def Process(self, *given: Any, **named: Any) -> _Process:  # type: ignore[override]  # noqa: N802
-        process = _Process(*given, **named)
+    def Process(self, *given: Any, **named: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        process = SpawnProcess(*given, **named)
         self.started.append(process)
         return process
 
