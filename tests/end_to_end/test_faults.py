@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -277,14 +278,31 @@ def begun(small, output: Path) -> tuple[subprocess.Popen[str], list[int]]:
     return process, processes_of(process.pid)
 
 
-#: Seconds after which a process is still being started, or is at work.
-MOMENTS = pytest.mark.parametrize("after", [0.0, 0.05, 1.0])
+def prepared(pid: int) -> bool:
+    """Tell whether a process of the pool hears Ctrl-C, which is what it does as it begins to work."""
+    try:
+        [blocked] = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return True
+    return not int(blocked, 16) & 1 << signal.SIGINT - 1
+
+
+def come(moment: float | None, workers: list[int]) -> None:
+    """Wait for a moment: so many seconds, or until a process is at work."""
+    if moment is not None:
+        time.sleep(moment)
+    while moment is None and not prepared(workers[0]):
+        time.sleep(0.001)
+
+
+#: Seconds after which a process is still being started, or none for when it is at work.
+MOMENTS = pytest.mark.parametrize("moment", [0.0, 0.05, None])
 
 
 @MOMENTS
-def test_a_process_of_the_pool_that_is_killed_is_replaced(small, right, after: float) -> None:
+def test_a_process_of_the_pool_that_is_killed_is_replaced(small, right, moment: float | None) -> None:
     process, workers = begun(small, small.folder / "out")
-    time.sleep(after)
+    come(moment, workers)
     os.kill(workers[0], signal.SIGKILL)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
@@ -292,10 +310,10 @@ def test_a_process_of_the_pool_that_is_killed_is_replaced(small, right, after: f
 
 
 @MOMENTS
-def test_ctrl_c_ends_the_pool_too(small, after: float) -> None:
+def test_ctrl_c_ends_the_pool_too(small, moment: float | None) -> None:
     """A terminal sends it to all of them."""
     process, workers = begun(small, small.folder / "out")
-    time.sleep(after)
+    come(moment, workers)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 130
