@@ -147,8 +147,8 @@ def prove(
 ) -> tuple[verify.Proof, Latency | None]:  # fmt: skip
     """Hold the artifact against what it was made of, and time it beside that; nothing that runs is held behind it."""
     opened = cache(load)
-    given, threads = job.evidence.evaluation, job.options.threads
-    proof = verify.prove(job.model, canonical, quantized, plan, opened, given, job.track, lengths, threads)
+    given, further, threads = job.evidence.evaluation, job.evidence.further or (), job.options.threads
+    proof = verify.prove(job.model, canonical, quantized, plan, opened, given, job.track, lengths, threads, further)
     proof.require(job.options.min_fidelity)
     # A device that is not here has no latency here.
     here = not job.target.device and (job.target.timed_here or not job.target.integer_only)

@@ -18,6 +18,8 @@ from qcompile.passes.canonicalize.fix_shapes import FixShapes
 
 #: Part of the calibration data that is held out when no evaluation data are given.
 HELD_OUT = 0.2
+#: Random inputs that there are beside the one that stands in for evaluation data.
+FURTHER = 16
 #: Passes are verified on this many samples; the result is, on all that are held out.
 VERIFIED_ON = 4
 #: The source of the evaluation samples where there are none.
@@ -59,6 +61,8 @@ class Evidence:
         What the figures do not show; empty where they stand on their own.
     enlarger : Enlarger, optional
         What makes further samples to fit to.
+    further : Dataset, optional
+        Random inputs beside the one that is evaluated on, for judgements that one is too few for.
     """
 
     calibration: Dataset
@@ -67,6 +71,7 @@ class Evidence:
     calibrated: bool
     caveat: str = ""
     enlarger: Enlarger | None = None
+    further: Dataset | None = None
 
     def fitted(self, data: Dataset) -> Dataset:
         """Return what is to be fitted to where these samples are: with those made of them, where that is asked for."""
@@ -165,11 +170,15 @@ def _without_calibration(model: ir.Model, options: Options, evaluation: Dataset 
     caveat = WEIGHTS_ALONE if codes else NO_RANGES
     if evaluation is not None:
         return Evidence(evaluation, evaluation, f"{len(evaluation)} evaluation samples", False, caveat)
-    known = known_moments(model)
+    known, specs = known_moments(model), input_specs(model)
     open_axis = 1 if options.lengths is None else options.lengths.sizes[-1]
-    feeds = {
-        name: known[name].drawn(array) if name in known else array
-        for name, array in synthetic_feeds(model, options.seed, open_axis).items()
-    }
-    synthetic = Dataset("synthetic", lambda: [feeds], input_specs(model))
-    return Evidence(synthetic, synthetic, SYNTHETIC, False, caveat + RANDOM_ONLY)
+
+    def drawn(seed: int) -> Sample:
+        """Return a random input, with the moments that are known of it."""
+        noise = synthetic_feeds(model, seed, open_axis).items()
+        return {name: known[name].drawn(array) if name in known else array for name, array in noise}
+
+    feeds, seeds = drawn(options.seed), range(options.seed + 1, options.seed + 1 + FURTHER)
+    synthetic = Dataset("synthetic", lambda: [feeds], specs)
+    further = Dataset("synthetic", lambda: map(drawn, seeds), specs)
+    return Evidence(synthetic, synthetic, SYNTHETIC, False, caveat + RANDOM_ONLY, further=further)

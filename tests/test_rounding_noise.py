@@ -96,3 +96,30 @@ def test_kernels_that_compute_what_the_model_says_are_not_warned_of(model_of: Bu
 def test_a_fault_that_is_larger_stops_the_compile(model_of: Build, offset: float, fault: float) -> None:
     with pytest.raises(VerificationError, match="the runtime's kernels do not compute what the model says"):
         prove(model_of, offset, fault)
+
+
+def prove_unlucky(model_of: Build, steps: float, further: int) -> verify.Proof:
+    """Hold kernels with codes between the model's, so many steps apart, on a sample that lies on the model's."""
+    model, quantized, gain = built(model_of, FLOAT), built(model_of, CODES), np.linspace(1.0, 2.0, 64)
+    width, random = steps * SCALE, np.random.default_rng(1)
+
+    def run(feeds: runtime.Feeds) -> runtime.Outputs:
+        return {"y": ((np.floor(feeds["x"] / width) + 0.5) * width * gain).astype(np.float32)}
+
+    more = [{"x": random.uniform(-0.3, 0.3, (1, 64)).astype(np.float32)} for _ in range(further)]
+    data = Dataset("samples", lambda: samples_at(0.0)[:1], input_specs(model))
+    return verify.prove(model, model, quantized, QuantPlan(), lambda: run, data, untracked, further=more)
+
+
+def test_one_sample_is_too_few_to_tell_a_fault_from_another_draw_of_the_same_noise(model_of: Build) -> None:
+    with pytest.raises(VerificationError, match="the runtime's kernels do not compute what the model says"):
+        prove_unlucky(model_of, 1.0, 0)
+    proof = prove_unlucky(model_of, 1.0, 16)
+    assert not proof.magnified
+    # What a user is told of stays that of the samples given.
+    assert proof.fidelity.outputs["y"].signal < proof.inspected.outputs["y"].signal
+
+
+def test_more_samples_do_not_hide_a_fault(model_of: Build) -> None:
+    with pytest.raises(VerificationError, match="the runtime's kernels do not compute what the model says"):
+        prove_unlucky(model_of, 2.0, 16)
